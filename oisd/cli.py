@@ -1,0 +1,163 @@
+"""The command line: `oisd train [RECIPE.toml] [--overrides]` and `oisd eval MODEL [--options]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from oisd.config import ConfigError, TrainConfig, from_tables, load_recipe, to_tables
+
+_USAGE = """\
+usage: oisd train [RECIPE.toml] [--table.key value ...]
+       oisd eval MODEL [--option value ...]
+
+train   train a model with GRPO and internal self-distillation; without a recipe, a tiny model on
+        sums of two-digit numbers, in a few minutes on a CPU
+eval    Avg@K and Pass@K of a checkpoint folder or Hub model on verifiable problems
+
+`oisd train --help` and `oisd eval --help` list all settings.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 1 failed, 2 asked for something impossible."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": _train, "eval": _eval}
+    if not arguments or arguments[0] not in commands:
+        asked_for_help = arguments and arguments[0] in ("-h", "--help")
+        print(_USAGE, end="", file=sys.stdout if asked_for_help else sys.stderr)
+        return 0 if asked_for_help else 2
+    try:
+        return commands[arguments[0]](arguments[1:])
+    except ConfigError as error:
+        print(f"oisd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("oisd: interrupted; the same command goes on from the last checkpoint",
+              file=sys.stderr)  # fmt: skip
+        return 130
+    except Exception as error:
+        if not _is_explained(error):
+            raise
+        print(f"oisd: {error}", file=sys.stderr)
+        return 1
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe that comes with the package, by its name, or a file by its path."""
+    if Path(name).is_file() or name.endswith(".toml"):
+        return Path(name)
+    package = Path(__file__).parent
+    for folder in (package / "recipes", package.parent / "recipes"):
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    raise ConfigError(f"recipe {name!r} is neither a file nor one that comes with oisd")
+
+
+def parse_train(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration of a recipe, or of recipes/arithmetic.toml, with overrides."""
+    arguments = list(arguments)
+    named = bool(arguments) and not arguments[0].startswith("-")
+    recipe = load_recipe(recipe_path(arguments.pop(0) if named else "arithmetic"))
+    config = tyro.cli(
+        TrainConfig,
+        prog="oisd train [RECIPE.toml]",
+        description="Train with GRPO and internal self-distillation. A recipe sets what is not "
+        "set here; without one it is recipes/arithmetic.toml.",
+        args=arguments,
+        default=recipe,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+    # The same checks as for a file: tyro knows the types, not what "none" or a list may be.
+    return from_tables(to_tables(config), where="command line")
+
+
+def _train(arguments: Sequence[str]) -> int:
+    config = parse_train(arguments)
+    from oisd.trainer import Trainer  # torch and transformers: seconds that --help need not wait
+
+    summary = Trainer(config).train()
+    if summary:
+        _print_table(f"oisd train: {config.run.output_dir}", _train_rows(summary))
+    return 0
+
+
+def _eval(arguments: Sequence[str]) -> int:
+    from oisd.evaluation_run import EvalRun, run
+
+    named = bool(arguments) and not arguments[0].startswith("-")
+    if not named and not {"-h", "--help"} & set(arguments):
+        raise ConfigError("oisd eval: MODEL is missing: a checkpoint folder or Hub id")
+    model = arguments[0] if named else "MODEL"
+    config = tyro.cli(
+        EvalRun,
+        prog="oisd eval MODEL",
+        description="Avg@K and Pass@K with bootstrap intervals; goes on where it was stopped.",
+        args=list(arguments[1:] if named else arguments),
+    )
+    summary = run(model, config)
+    if summary:
+        _print_table(f"oisd eval: {model}", _eval_rows(summary))
+    return 0
+
+
+def _train_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("steps", str(summary["steps"]))]
+    if "reward_first" in summary:
+        first, last = summary["reward_first"], summary["reward_last"]
+        rows.append(("reward, first to last steps", f"{first:.3f} -> {last:.3f}"))
+        rows.append(("seconds per step", f"{summary['seconds_per_step']:.3f}"))
+    if "eval_before" in summary:
+        low, high = summary["eval_interval"]
+        rows.append(
+            (
+                "evaluation, before to after",
+                f"{summary['eval_before']:.3f} -> {summary['eval_after']:.3f} "
+                f"[{low:.3f}, {high:.3f}]",
+            )
+        )
+    rows.append(("checkpoint", summary["checkpoint"]))
+    if summary["plots"]:
+        rows.append(("plots", str(Path(summary["plots"][0]).parent)))
+    return rows
+
+
+def _eval_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    low, high = summary["avg_at_k_interval"]
+    rows = [
+        ("problems", str(summary["problems"])),
+        (f"Avg@{summary['samples']}", f"{summary['avg_at_k']:.4f} [{low:.4f}, {high:.4f}]"),
+    ]
+    for k, value in summary["pass_at_k"].items():
+        low, high = summary["pass_at_k_interval"][k]
+        rows.append((f"Pass@{k}", f"{value:.4f} [{low:.4f}, {high:.4f}]"))
+    rows.append(("finished", f"{summary['frac_finished']:.3f}"))
+    return [*rows, ("dump", summary["output_dir"])]
+
+
+def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    print(title)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
+
+
+def _is_explained(error: Exception) -> bool:
+    """Whether the message says all that a user needs, so that a traceback would be noise."""
+    from oisd.checkpoint import RunFolderError
+    from oisd.data import DataError
+    from oisd.models import UnsupportedModelError
+    from oisd.rewards import RewardError
+    from oisd.trainer import NonFiniteError
+
+    return isinstance(
+        error, RunFolderError | DataError | UnsupportedModelError | RewardError | NonFiniteError
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

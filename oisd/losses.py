@@ -1,0 +1,377 @@
+"""The losses of OISD as pure functions: tensors and a configuration in, (loss, metrics) out.
+
+    L = L_GRPO + think_weight * mean_g L_think + attention_weight * mean_g L_attn          (eq. 11)
+
+Each loss is a sum over tokens, each token with a weight that `token_weights` makes:
+
+    token-mean     1 / (tokens of the batch)
+    sequence-mean  1 / (sequences * tokens of the sequence): the mean over a rollout's tokens, then
+                   over the rollouts, as eq. 7, 10 and 11 take the alignment losses
+    dr-grpo        1 / (sequences * max_tokens): no division by a rollout's own length
+
+The denominators are given by the caller, who knows the whole batch, so the losses of its
+micro-batches (and of the processes that share it) add up to the loss of the batch, and the gradient
+does not depend on the split. Metrics are `Mean`s, which add up in the same way.
+
+Shape letters: B sequences, T tokens, S student layers, N rows (tokens laid flat), D width,
+V vocabulary, H heads, J key/value heads, K head dimension, M sampled keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from oisd.config import AlignmentConfig, GRPOConfig
+from oisd_kernels import attention_divergence, logit_lens_divergence
+
+if TYPE_CHECKING:
+    from oisd.models import AttentionPair
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean that is still open: the total of a quantity and how many it was taken over."""
+
+    total: Tensor
+    count: Tensor
+
+    @classmethod
+    def over(cls, values: Tensor, where: Tensor) -> Mean:
+        """The mean of `values` over the entries at which `where` (same shape) is true."""
+        values = values.detach().float()
+        return cls(torch.where(where, values, 0.0).sum(), where.sum().float())
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def item(self) -> float:
+        """The mean as a number; NaN where it was taken over nothing."""
+        count = self.count.item()
+        return self.total.item() / count if count else math.nan
+
+
+Metrics = dict[str, Mean]
+
+
+def add_metrics(a: Mapping[str, Mean], b: Mapping[str, Mean]) -> Metrics:
+    """The metrics of two parts of a batch, taken together."""
+    merged = dict(a)
+    for name, mean in b.items():
+        merged[name] = merged[name] + mean if name in merged else mean
+    return merged
+
+
+def group_advantages(rewards: Tensor, group_size: int, *, scale_by_std: bool = True) -> Tensor:
+    """GRPO's advantage of each completion against the others for its prompt.
+
+    Args:
+        rewards: [P * group_size], the completions of a prompt next to each other.
+        group_size: completions per prompt, at least 2.
+        scale_by_std: divide by the group's standard deviation (with Bessel's correction, as the
+            reference implementations do); Dr. GRPO (arXiv 2503.20783) does not.
+
+    Returns [P * group_size] float32; exactly 0 throughout a group whose rewards are all equal.
+    Raises ValueError for a size that does not divide the number of rewards.
+    """
+    if group_size < 2 or rewards.dim() != 1 or rewards.numel() % group_size:
+        raise ValueError(
+            "group_advantages: group_size must be at least 2 and divide rewards [P * group_size], "
+            f"got {group_size} for rewards of shape {list(rewards.shape)}"
+        )
+    groups = rewards.float().view(-1, group_size)
+    # The mean of equal numbers may be off by a rounding, and the quotient by the deviation would
+    # blow that up: equality is what decides.
+    equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
+    advantages = groups - groups.mean(dim=1, keepdim=True)
+    if scale_by_std:
+        advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-6)
+    return advantages.masked_fill(equal, 0.0).flatten()
+
+
+def frac_zero_std(rewards: Tensor, group_size: int) -> Mean:
+    """Share of prompts whose completions all earned the same, and so teach nothing."""
+    groups = rewards.view(-1, group_size)
+    equal = (groups == groups[:, :1]).all(dim=1)
+    return Mean.over(equal, torch.ones_like(equal))
+
+
+def token_weights(
+    mask: Tensor,
+    aggregation: Literal["token-mean", "sequence-mean", "dr-grpo"] = "token-mean",
+    *,
+    num_sequences: int | None = None,
+    num_tokens: int | None = None,
+    max_tokens: int | None = None,
+) -> Tensor:
+    """The weight of each token in a loss that is a sum over tokens.
+
+    Args:
+        mask: [B, T] bool, true where a token counts.
+        aggregation: see the head of this module.
+        num_sequences, num_tokens: those of the whole batch, where `mask` is only a part of it;
+            by default those of `mask`.
+        max_tokens: for "dr-grpo", the longest completion that the rollout allows.
+
+    Returns [B, T] float32, 0 where the mask is false.
+    """
+    num_sequences = mask.shape[0] if num_sequences is None else num_sequences
+    weights = mask.float()
+    if aggregation == "token-mean":
+        total = mask.sum() if num_tokens is None else num_tokens
+        return weights / max(int(total), 1)
+    if aggregation == "sequence-mean":
+        return weights / (mask.sum(dim=1, keepdim=True).clamp(min=1) * max(num_sequences, 1))
+    if aggregation == "dr-grpo":
+        if max_tokens is None:
+            raise ValueError(
+                "token_weights: max_tokens is required by aggregation 'dr-grpo', got None; pass "
+                "the rollout's max_completion_tokens"
+            )
+        return weights / (max(num_sequences, 1) * max_tokens)
+    raise ValueError(
+        "token_weights: aggregation must be 'token-mean', 'sequence-mean' or 'dr-grpo', "
+        f"got {aggregation!r}"
+    )
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    config: GRPOConfig | None = None,
+    *,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    max_tokens: int | None = None,
+) -> tuple[Tensor, Metrics]:
+    """The clipped policy loss of GRPO over the completions' tokens.
+
+    Args:
+        logprobs: [B, T] of the sampled tokens under the policy, with gradient.
+        advantages: [B], one for each completion.
+        mask: [B, T] bool, true at the completion's tokens. Other entries may hold anything.
+        config: clip range, dual clip (arXiv 1912.09729), KL coefficient, aggregation.
+        old_logprobs: [B, T] under the policy as it was before this batch's first optimizer step;
+            by default `logprobs` itself, detached (strictly on-policy).
+        rollout_logprobs: [B, T] as the sampling engine had them; needed with `config.tis_cap`.
+            Each token is weighted by min(exp(old - rollout), tis_cap).
+        ref_logprobs: [B, T] under the reference model; needed with `config.kl_coef`.
+        token_weight: [B, T], from `token_weights`; by default of this mask alone.
+        max_tokens: for aggregation "dr-grpo" without `token_weight`.
+
+    Returns the loss (scalar) and the metrics clip_frac/low, clip_frac/high, clip_frac/dual,
+    kl/old, and kl/ref and tis/weight where they apply.
+    Raises ValueError for shapes that do not fit and for log-probs that the configuration needs.
+    """
+    config = config or GRPOConfig()
+    given = {"mask": mask, "old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs}
+    given |= {"ref_logprobs": ref_logprobs, "token_weight": token_weight}
+    for name, tensor in given.items():
+        if tensor is not None and tensor.shape != logprobs.shape:
+            raise ValueError(
+                f"grpo_loss: {name} must have the shape of logprobs {list(logprobs.shape)}, "
+                f"got {list(tensor.shape)}"
+            )
+    if advantages.shape != logprobs.shape[:1]:
+        raise ValueError(
+            f"grpo_loss: advantages must be [B] = [{logprobs.shape[0]}], "
+            f"got {list(advantages.shape)}"
+        )
+    if config.kl_coef and ref_logprobs is None:
+        raise ValueError("grpo_loss: ref_logprobs is required with kl_coef > 0, got None")
+    if config.tis_cap is not None and rollout_logprobs is None:
+        raise ValueError("grpo_loss: rollout_logprobs is required with tis_cap, got None")
+    if token_weight is None:
+        token_weight = token_weights(mask, config.aggregation, max_tokens=max_tokens)
+
+    # Padding may hold anything, infinities too: neutralised before the exponentials, because
+    # 0 * inf in the backward would not be 0.
+    logprobs = torch.where(mask, logprobs, 0.0)
+    old = logprobs.detach() if old_logprobs is None else torch.where(mask, old_logprobs, 0.0)
+    advantage = advantages.to(logprobs.dtype)[:, None]
+    log_ratio = logprobs - old
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    surrogate = torch.maximum(-ratio * advantage, -clipped * advantage)
+    negative = (advantage < 0) & mask
+    metrics = {
+        "clip_frac/low": Mean.over((ratio < 1 - config.clip_low) & negative, mask),
+        "clip_frac/high": Mean.over((ratio > 1 + config.clip_high) & (advantage > 0), mask),
+        "kl/old": Mean.over(ratio - 1 - log_ratio, mask),
+    }
+    if config.dual_clip is not None:
+        bound = -config.dual_clip * advantage
+        metrics["clip_frac/dual"] = Mean.over((surrogate > bound) & negative, mask)
+        surrogate = torch.where(advantage < 0, torch.minimum(surrogate, bound), surrogate)
+    if config.tis_cap is not None and rollout_logprobs is not None:
+        sampled = torch.where(mask, rollout_logprobs, 0.0)
+        importance = (old.detach() - sampled).exp().clamp(max=config.tis_cap)
+        metrics["tis/weight"] = Mean.over(importance, mask)
+        surrogate = surrogate * importance
+    if config.kl_coef and ref_logprobs is not None:
+        log_ref = torch.where(mask, ref_logprobs, 0.0) - logprobs
+        k3 = log_ref.exp() - 1 - log_ref  # unbiased and never negative (Schulman, 2020)
+        metrics["kl/ref"] = Mean.over(k3, mask)
+        surrogate = surrogate + config.kl_coef * k3
+    return (surrogate * token_weight).sum(), metrics
+
+
+def clip_advantages(advantages: Tensor, config: AlignmentConfig) -> Tensor:
+    """Abar = clip(A, -c, c), the signed weight of both alignment losses."""
+    if config.advantage_clip is None:
+        return advantages
+    return advantages.clamp(-config.advantage_clip, config.advantage_clip)
+
+
+def think_loss(
+    student_hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor,
+    advantages: Tensor,
+    config: AlignmentConfig | None = None,
+    *,
+    token_weight: Tensor,
+    bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Metrics]:
+    """Logit alignment, eq. 7: sum_n token_weight_n * Abar_n * JS(student_n, teacher_n).
+
+    Args:
+        student_hidden: [S, N, D], what the unembedding reads for each student layer.
+        teacher_hidden: [N, D], what it reads for the final layer; never receives gradient.
+        weight: [V, D], the unembedding; frozen in this loss.
+        advantages: [N], the advantage of the sequence that each row belongs to.
+        config: temperature, divergence, beta, clip.
+        token_weight: [N], from `token_weights(mask, "sequence-mean")` for eq. 7 and 11.
+        bias, logit_softcap: of the unembedding, where the model has them.
+        impl: of `oisd_kernels.logit_lens_divergence`.
+
+    Returns the loss, a mean over the S layers, and the metrics js/think_pos, js/think_neg,
+    entropy/student, entropy/teacher (nats) and agreement/top1, all over the rows whose advantage is
+    not 0: the others are dropped before any arithmetic.
+    """
+    config = config or AlignmentConfig()
+    signed = clip_advantages(advantages, config).float() * token_weight
+    rows, stats = logit_lens_divergence(
+        student_hidden,
+        teacher_hidden,
+        weight,
+        bias=bias,
+        token_weight=signed,
+        divergence=config.divergence,
+        beta=config.beta,
+        temperature=config.lens_temperature,
+        logit_softcap=logit_softcap,
+        return_stats=True,
+        impl=impl,
+    )
+    metrics = _by_sign("js/think", stats.divergence, signed)
+    live = (signed != 0).expand_as(stats.divergence)
+    metrics["entropy/student"] = Mean.over(stats.student_entropy, live)
+    metrics["entropy/teacher"] = Mean.over(stats.teacher_entropy, signed != 0)
+    metrics["agreement/top1"] = Mean.over(stats.top1_agreement, live)
+    return rows.sum() / student_hidden.shape[0], metrics
+
+
+def attention_loss(
+    pairs: Sequence[AttentionPair],
+    advantages: Tensor,
+    config: AlignmentConfig | None = None,
+    *,
+    token_weight: Tensor,
+    cu_seqlens: Tensor | None = None,
+    key_index: Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Metrics]:
+    """Attention alignment, eq. 10: sum_n token_weight_n * Abar_n * 1/H sum_h JS(student, teacher).
+
+    Args:
+        pairs: for each student layer its post-rotary queries and keys and the final layer's, dense
+            [B, T, H, K] with right padding, or packed [N, H, K].
+        advantages: [B] or [B, T], or packed [N]: of the sequence that each query belongs to.
+        config: divergence, beta, clip.
+        token_weight: [B, T], or packed [N]; 0 at a query that does not predict a completion token.
+        cu_seqlens: of packed sequences.
+        key_index: the paper's sampled keys, from `sampled_keys`; all keys by default.
+        impl: of `oisd_kernels.attention_divergence`.
+
+    Returns the loss, a mean over the student layers, and the metrics js/attention_pos and
+    js/attention_neg over the rows whose weight is not 0.
+    """
+    config = config or AlignmentConfig()
+    if advantages.dim() < token_weight.dim():
+        advantages = advantages[:, None]
+    signed = clip_advantages(advantages, config).float() * token_weight
+    total = signed.new_zeros(())
+    metrics: Metrics = {}
+    # The unweighted divergence is the metric; dividing the weight out of the weighted one is exact
+    # enough for that, and rows of weight 0 are in no mean.
+    divisor = torch.where(signed == 0, 1.0, signed)
+    for pair in pairs:
+        rows = attention_divergence(
+            pair.q,
+            pair.k,
+            pair.q_teacher,
+            pair.k_teacher,
+            token_weight=signed,
+            cu_seqlens=cu_seqlens,
+            window=pair.window,
+            softcap=pair.softcap,
+            scale=pair.scale,
+            scale_teacher=pair.scale_teacher,
+            divergence=config.divergence,
+            beta=config.beta,
+            key_index=key_index,
+            impl=impl,
+        )
+        total = total + rows.sum()
+        by_sign = _by_sign("js/attention", rows.detach() / divisor, signed)
+        metrics = add_metrics(metrics, by_sign)
+    return total / max(len(pairs), 1), metrics
+
+
+def sampled_steps(mask: Tensor, noise: Tensor, count: int) -> Tensor:
+    """Keep at most `count` true entries of each row of `mask` (the paper's sampled decoding steps).
+
+    Args:
+        mask: [B, T] bool.
+        noise: [B, T], independent uniform numbers in [0, 1): the largest are kept.
+        count: at least 1.
+    """
+    chosen = noise.masked_fill(~mask, -1.0).topk(min(count, mask.shape[1]), dim=1).indices
+    return torch.zeros_like(mask).scatter(1, chosen, True) & mask
+
+
+def sampled_keys(
+    batch: int, length: int, window: int, stride: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The paper's sampled keys: the nearest `window`, the own position among them, and a stride.
+
+    Returns [B, T, M] int64 positions, M = window + ceil(T / stride): for query t the keys
+    t - window + 1 ... t, and every stride-th position (0, stride, ...) before those; -1 where there
+    is none.
+    """
+    t = torch.arange(length, device=device)[:, None]
+    near = t - torch.arange(window, device=device)
+    far = torch.arange(0, length, stride, device=device).expand(length, -1)
+    far = torch.where(far <= t - window, far, -1)
+    index = torch.cat([near.clamp(min=-1), far], dim=1)
+    return index.expand(batch, -1, -1)
+
+
+def _by_sign(name: str, divergence: Tensor, signed: Tensor) -> Metrics:
+    """Mean divergence over the rows that are pulled together, and over those pushed apart."""
+    signed = signed.expand_as(divergence)
+    return {
+        f"{name}_pos": Mean.over(divergence, signed > 0),
+        f"{name}_neg": Mean.over(divergence, signed < 0),
+    }

@@ -1,0 +1,605 @@
+"""Taps on any Hugging Face causal language model: hidden states, queries and keys.
+
+The only file that knows transformers' models, and it knows no architecture by name. Layers are
+counted from 1, so that layer l is Hugging Face's `hidden_states[l]`; layer L is the teacher.
+
+* A probe of four tokens, when Taps is made, finds the layout. The final norm is the child of the
+  decoder that turns the last layer's output into `last_hidden_state`; the head's output must be
+  `last_hidden_state @ weight.T + bias`; what the model does to logits afterwards (scale, softcap)
+  is read from its answer to a known ramp put in place of the head's output. A model that does
+  anything else is refused.
+* Queries and keys are taken where attention modules hand them to transformers' AttentionInterface.
+  A tapped module sees its config through a proxy whose attention implementation is "oisd"; that
+  function hands the call on to the implementation that the config itself names. The config is not
+  touched: masks are built as always (a model-wide switch needs a mask function of its own, or
+  padding is ignored), other layers, and models that share the config, do not notice, and any
+  implementation can be behind it, also FlashAttention's, which looks up its name in the config.
+* Under non-reentrant gradient checkpointing a layer runs twice, and the first run has the graph.
+  Captures are taken only while the decoder's forward runs; recomputation happens outside it.
+
+B batch, T positions, D width, V vocabulary, S student layers, L layers, H query heads, J key heads,
+K head dimension, N tokens that are not padding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+IMPLEMENTATION = "oisd"
+
+# Where configs keep the factor of the logits; whether it multiplies or divides, the probe tells.
+_SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+_SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap")
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose layout Taps does not understand; says what was not found or what differed."""
+
+
+class Unembedding(NamedTuple):
+    """logits = softcap(hidden @ weight.T + bias), softcap(x) = c * tanh(x / c)."""
+
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    logit_softcap: float | None
+
+
+class AttentionPair(NamedTuple):
+    """One student layer's attention and the last layer's, in attention_divergence's layout."""
+
+    q: Tensor  # [B, T, H, K], after the rotary embedding, with graph
+    k: Tensor  # [B, T, J, K]
+    q_teacher: Tensor  # [B, T, H, K], detached
+    k_teacher: Tensor  # [B, T, J, K]
+    scale: float
+    scale_teacher: float
+    softcap: float | None
+    window: int | None  # the smaller of the two layers' windows; keys i-w < j <= i
+
+
+class _AttentionCall(NamedTuple):
+    """What one attention module handed to the attention interface, and what came back."""
+
+    implementation: str
+    q: Tensor  # [B, H, T, K]
+    k: Tensor  # [B, J, T, K]
+    v: Any  # [B, J, T, K], for the probe alone
+    out: Any  # [B, T, H, K], for the probe alone
+    scale: float
+    softcap: float | None
+    window: int | None
+    sinks: bool
+
+
+class _TappedConfig:
+    """An attention module's config, but for its attention implementation, which is ours."""
+
+    _attn_implementation = IMPLEMENTATION
+
+    def __init__(self, original: Any, record: Callable[[_AttentionCall], None]):
+        self.original, self.record = original, record
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "original" or name.startswith("__"):  # not yet there while being copied
+            raise AttributeError(name)
+        return getattr(self.original, name)
+
+
+def _tapped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of tapped modules: what the config asks for, and a record of it."""
+    tapped = module.config
+    # The implementation may read its own name from the config.
+    module.config = tapped.original
+    try:
+        implementation = tapped.original._attn_implementation or "eager"
+        attend = _attention_function(module, implementation)
+        out, weights = attend(module, query, key, value, attention_mask, **kwargs)
+    finally:
+        module.config = tapped
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    softcap, window = kwargs.get("softcap"), kwargs.get("sliding_window")
+    sinks = kwargs.get("s_aux") is not None
+    tapped.record(
+        _AttentionCall(implementation, query, key, value, out, scale, softcap, window, sinks)
+    )
+    return out, weights
+
+
+AttentionInterface.register(IMPLEMENTATION, _tapped_attention)
+
+
+def _attention_function(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """The function `module` itself would have called; some model files have their own table."""
+    for cls in type(module).__mro__:  # FSDP2 puts classes of its own in front
+        source = sys.modules.get(cls.__module__)
+        if hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
+            if implementation == "eager":
+                return source.eager_attention_forward  # pyright: ignore
+            return source.ALL_ATTENTION_FUNCTIONS[implementation]  # pyright: ignore
+    raise UnsupportedModelError(
+        f"Taps: {type(module).__name__} has no table of attention functions"
+    )
+
+
+@contextmanager
+def _tapped(layer: nn.Module, record: Callable[[_AttentionCall], None]) -> Iterator[None]:
+    """Records each call of the attention interface from a module inside `layer`."""
+    modules = [m for m in layer.modules() if hasattr(vars(m).get("config"), "_attn_implementation")]
+    originals = [m.config for m in modules]
+    for module in modules:
+        module.config = _TappedConfig(module.config, record)  # pyright: ignore
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.config = original
+
+
+# ---------------------------------------------------------------- the layout
+
+
+class _Layout(NamedTuple):
+    model: Any
+    decoder: Any
+    layers: nn.ModuleList
+    norm: nn.Module
+    scale: float
+    softcap: float | None
+
+
+def _unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside the wrappers of PEFT, DDP and torch.compile."""
+    while not isinstance(model, PreTrainedModel):
+        adapters = getattr(model, "peft_config", {})
+        if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+            raise UnsupportedModelError(
+                "Taps: prompt-learning adapters prepend positions; use LoRA"
+            )
+        if hasattr(model, "get_base_model"):
+            inner = model.get_base_model()  # pyright: ignore
+        else:
+            inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise UnsupportedModelError(
+                f"Taps: model must be a transformers PreTrainedModel or a wrapper of one, "
+                f"got {type(model).__name__}"
+            )
+        model = inner
+    return model
+
+
+def _head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
+    """The head's weight [V, D] and bias; refuses an adapter, whose share `weight` does not hold."""
+    head = model.get_output_embeddings()
+    # PEFT's modules_to_save trains a copy of the whole head; `weight` is then the active copy's.
+    whole = getattr(head, "modules_to_save", None)
+    plain = list(whole.values()) if isinstance(whole, nn.ModuleDict) else [head]
+    weight = getattr(head, "weight", None)
+    if any(True for module in plain for _ in module.children()) or not isinstance(weight, Tensor):
+        raise UnsupportedModelError(
+            f"Taps: the output embeddings must be one linear layer without adapters, got "
+            f"{type(head).__name__}; leave the head out of the adapter's target modules, or list "
+            f"it in modules_to_save"
+        )
+    return weight, getattr(head, "bias", None)
+
+
+def _softcap(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _close(x: Tensor, ref: Tensor, slack: float = 0) -> bool:
+    """Equal to a few roundings of the coarser dtype, at the scale of the largest element."""
+    bound = 16 * max(torch.finfo(x.dtype).eps, torch.finfo(ref.dtype).eps) + slack
+    x, ref = x.float(), ref.to(x.device).float()
+    return x.shape == ref.shape and bool((x - ref).abs().max() <= bound * ref.abs().max())
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _ramp(like: Tensor) -> Tensor:
+    return torch.linspace(-64, 64, like.shape[-1]).to(like).expand_as(like)
+
+
+class _Seen(NamedTuple):
+    input: Tensor
+    output: Tensor
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout: neither the result nor the random state may depend on a probe."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _probe_ids(model: Any) -> Tensor:
+    return torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
+
+
+@torch.no_grad()
+def _probe(model: Any) -> dict[nn.Module, _Seen]:
+    """What each watched module got and gave in one forward of four tokens.
+
+    Watched are the decoder, its children, its layers and the head. The head's `input` is what its
+    output should be; the model's own `output` is its logits for a ramp in place of the head's.
+    """
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    seen: dict[nn.Module, _Seen] = {}
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        out, given = _first(out), next(iter([*args, *kwargs.values()]), None)
+        if module is not head:
+            seen[module] = _Seen(given if isinstance(given, Tensor) else torch.empty(0), out)
+        elif decoder in seen:
+            # Here and not later: under FSDP2 the weight is whole only while the model runs.
+            weight, bias = _head_parameters(model)
+            final = seen[decoder].output.to(weight.dtype)
+            seen[head] = _Seen(F.linear(final, weight, bias), out)
+            return _ramp(out)
+
+    ids = _probe_ids(model)
+    layers = [m for child in decoder.children() if isinstance(child, nn.ModuleList) for m in child]
+    with _eval_mode(model), ExitStack() as stack:
+        for module in {decoder, *decoder.children(), *layers, head}:
+            stack.callback(module.register_forward_hook(watch, with_kwargs=True).remove)
+        seen[model] = _Seen(ids, model(input_ids=ids, use_cache=False, return_dict=True).logits)
+    return seen
+
+
+def _find_layout(model: Any) -> _Layout:
+    """The parts of `model` between its last layer and its logits, each verified by the probe."""
+
+    def refuse(what: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"Taps: {type(model).__name__} is not understood: {what}")
+
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if model.config.is_encoder_decoder or decoder is model or not isinstance(head, nn.Module):
+        raise refuse("it must have a decoder (get_decoder) and a head (get_output_embeddings)")
+    _head_parameters(model)
+    depth = decoder.config.get_text_config().num_hidden_layers
+    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(lists) != 1:
+        raise refuse(f"the decoder must have one ModuleList of {depth} layers, got {len(lists)}")
+
+    seen = _probe(model)
+    if head not in seen or lists[0][-1] not in seen:
+        raise refuse("its forward does not call its decoder, last layer and output embeddings")
+    last, final = seen[lists[0][-1]].output, seen[decoder].output
+    norms = [
+        child
+        for child in decoder.children()
+        if child in seen
+        and torch.equal(seen[child].input, last)
+        and torch.equal(seen[child].output, final)
+    ]
+    if len(norms) != 1:
+        raise refuse(
+            f"one child of the decoder must be the final norm, which turns the last layer's output "
+            f"into last_hidden_state; found {len(norms)}"
+        )
+    if not _close(seen[head].output, seen[head].input):
+        raise refuse("the head's output is not last_hidden_state @ weight.T + bias")
+
+    logits, ramp = seen[model].output, _ramp(seen[head].output).float()
+    if logits.shape != ramp.shape:
+        raise refuse(f"the logits have shape {[*logits.shape]}, the head's output {[*ramp.shape]}")
+    config = model.config.get_text_config()
+    named = [getattr(config, name, None) for name in _SCALE_NAMES]
+    scales = [float(value) for value in named if isinstance(value, (int, float)) and value]
+    scales += [1.0, *(1 / value for value in scales)]
+    caps = [*(getattr(config, name, None) or None for name in _SOFTCAP_NAMES), None]
+    scale, cap = min(
+        itertools.product(scales, caps),
+        key=lambda c: float((_softcap(c[0] * ramp, c[1]) - logits).abs().max()),
+    )
+    if not _close(logits, _softcap(scale * ramp, cap)):
+        raise refuse(
+            f"it turns the head's output {ramp[0, 0, -1]:.4g} into the logit "
+            f"{logits[0, 0, -1]:.4g}, which no scale or softcap of its config explains"
+        )
+    return _Layout(model, decoder, lists[0], norms[0], scale, cap)
+
+
+def _refuse_variants(layer: int, call: _AttentionCall) -> None:
+    """Raises if the call is not a softmax over the keys alone, as its arguments describe it."""
+    if call.sinks:
+        raise UnsupportedModelError(
+            f"Taps: layer {layer} attends to a learned sink beside its keys; use attention=False"
+        )
+    if call.softcap is not None and "sdpa" in call.implementation:
+        raise UnsupportedModelError(
+            f"Taps: SDPA ignores the softcap {call.softcap} of layer {layer}'s attention scores; "
+            f'call model.set_attn_implementation("eager"), or use attention=False'
+        )
+
+
+def _is_causal_softmax(call: _AttentionCall) -> bool:
+    """Whether `out` is causal softmax attention by the call's own q, k, v and arguments."""
+    group = call.q.shape[1] // call.k.shape[1]
+    k, v = (x.float().repeat_interleave(group, dim=1) for x in (call.k, call.v))
+    scores = _softcap(call.scale * call.q.float() @ k.mT, call.softcap)
+    distance = torch.arange(scores.shape[-1], device=k.device)
+    distance = distance[:, None] - distance
+    keep = (distance >= 0) & (distance < (call.window or len(distance)))
+    out = (scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+    # Eager attention rounds its scores, be it to TF32, which shifts them by up to eps * |score|.
+    eps = max(torch.finfo(call.out.dtype).eps, 2**-11)
+    return _close(call.out, out, slack=min(2 * eps * float(scores.abs().max()), 8.0))
+
+
+def _check_attention(layout: _Layout, layers: Sequence[int]) -> None:
+    """Raises unless each of these layers, the teacher first, attends by one causal softmax."""
+    model = layout.model
+    calls: dict[int, list[_AttentionCall]] = {layer: [] for layer in layers}
+    with torch.no_grad(), _eval_mode(model), ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_tapped(layout.layers[layer - 1], calls[layer].append))
+        model(input_ids=_probe_ids(model), use_cache=False)
+
+    kinds = getattr(layout.decoder.config.get_text_config(), "layer_types", None)
+    for layer in layers:
+        kind = kinds[layer - 1] if kinds else "full_attention"
+        if len(calls[layer]) != 1 or kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModelError(
+                f"Taps: layer {layer} must attend once through transformers' AttentionInterface "
+                f"over all or a window of keys, got {len(calls[layer])} calls, {kind}"
+            )
+        call, teacher = calls[layer][0], calls[layers[0]][0]
+        _refuse_variants(layer, call)
+        if kind == "sliding_attention" and call.window is None:
+            raise UnsupportedModelError(f"Taps: layer {layer} does not say how wide its window is")
+        if not _is_causal_softmax(call):
+            raise UnsupportedModelError(
+                f"Taps: layer {layer}'s attention ({call.implementation}) is not the causal "
+                f"softmax of its queries and keys; use attention=False"
+            )
+        if call.q.shape[1] != teacher.q.shape[1] or call.softcap != teacher.softcap:
+            raise UnsupportedModelError(
+                f"Taps: layer {layer} must have the last layer's number of heads and softcap, "
+                f"got {call.q.shape[1]}, {call.softcap} and {teacher.q.shape[1]}, {teacher.softcap}"
+            )
+
+
+# ---------------------------------------------------------------- the taps
+
+
+class Taps:
+    """Context manager that keeps what OISD needs of each forward of a causal language model.
+
+        taps = Taps(model, student_layers=[6])
+        with taps:
+            model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+            student, final = taps.student_hidden(), taps.final_hidden()
+
+    Make it once (that costs two forwards of four tokens), enter it as often as you like; several
+    may be open, on one model or on many. A forward replaces the captures of the one before it;
+    leaving the context drops them. `enabled = False` pauses capturing, for generation say. The
+    backward may run inside the context or after it.
+
+    model: a transformers causal language model, also inside a wrapper of PEFT, DDP, torch.compile.
+    student_layers: numbers in 1..L-1, without repeats; may be empty.
+    attention: whether to keep queries and keys; the outputs of the model do not change by it.
+    lens_norm: whether the final norm comes before the unembedding ("final": the logit lens) or
+        nothing does ("none": BuPO).
+    freeze_norm: whether the student branch gives the final norm's own parameters no gradient.
+
+    Raises ValueError on arguments out of range, UnsupportedModelError on a model whose layout or
+    attention is not understood, and RuntimeError in a forward under reentrant checkpointing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        student_layers: Sequence[int] = (6,),
+        attention: bool = True,
+        lens_norm: str = "final",
+        *,
+        freeze_norm: bool = True,
+    ):
+        if lens_norm not in ("final", "none"):
+            raise ValueError(f'Taps: lens_norm must be "final" or "none", got {lens_norm!r}')
+        self._layout = _find_layout(_unwrap(model))
+        self.num_layers = len(self._layout.layers)
+        self.student_layers = tuple(student_layers)
+        for layer in self.student_layers:
+            if isinstance(layer, bool) or layer not in range(1, self.num_layers):
+                raise ValueError(
+                    f"Taps: student_layers must lie in 1..{self.num_layers - 1} (layer "
+                    f"{self.num_layers} is the teacher), got {layer}"
+                )
+        if len(set(self.student_layers)) < len(self.student_layers):
+            raise ValueError(f"Taps: student_layers must not repeat, got {[*student_layers]}")
+        self.enabled = True
+        self._lens_norm, self._freeze_norm, self._attention = lens_norm, freeze_norm, attention
+        # Without a student there is nothing to compare the teacher's attention with.
+        attending = attention and bool(self.student_layers)
+        self._attending = (self.num_layers, *self.student_layers) if attending else ()
+        if attending:
+            _check_attention(self._layout, self._attending)
+        self._open: ExitStack | None = None
+        self._capturing = self._wants_grad = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Drops the captures."""
+        self._hidden: dict[int, Tensor] = {}  # layer L's is the one after the final norm
+        self._calls: dict[int, _AttentionCall] = {}
+
+    def __enter__(self) -> Taps:
+        if self._open is not None:
+            raise RuntimeError("Taps: already open; make a second Taps for a nested context")
+        _, decoder, layers, norm = self._layout[:4]
+        with ExitStack() as stack:
+            stack.callback(decoder.register_forward_pre_hook(self._begin).remove)
+            stack.callback(decoder.register_forward_hook(self._end, always_call=True).remove)
+            stack.callback(norm.register_forward_hook(self._keep_hidden(self.num_layers)).remove)
+            for layer in self.student_layers:
+                hook = layers[layer - 1].register_forward_hook(self._keep_hidden(layer))
+                stack.callback(hook.remove)
+            for layer in self._attending:
+                stack.enter_context(_tapped(layers[layer - 1], self._keep_call(layer)))
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open is not None:
+            self._open.close()
+        self._open, self._capturing = None, False
+        self.clear()
+
+    # Captures are taken between _begin and _end only: a layer that checkpointing runs again in the
+    # backward must not replace the capture that has the graph.
+
+    def _begin(self, *_: Any) -> None:
+        if self.enabled:
+            self.clear()
+        self._capturing, self._wants_grad = self.enabled, torch.is_grad_enabled()
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._capturing and output is None:  # the forward raised
+            self.clear()
+        self._capturing = False
+
+    def _keep_hidden(self, layer: int) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            if self._capturing:
+                self._refuse_reentrant()
+                self._hidden[layer] = _first(output)
+
+        return keep
+
+    def _keep_call(self, layer: int) -> Callable[[_AttentionCall], None]:
+        def keep(call: _AttentionCall) -> None:
+            if self._capturing:
+                self._refuse_reentrant()
+                _refuse_variants(layer, call)
+                self._calls[layer] = call._replace(v=None, out=None)
+
+        return keep
+
+    def _refuse_reentrant(self) -> None:
+        if self._wants_grad and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "Taps: reentrant gradient checkpointing runs the layers without a graph, so that "
+                "captures would have no gradient; call model.gradient_checkpointing_enable("
+                'gradient_checkpointing_kwargs={"use_reentrant": False})'
+            )
+
+    def _scaled(self, hidden: Tensor) -> Tensor:
+        return hidden if self._layout.scale == 1 else hidden * self._layout.scale
+
+    @property
+    def unembedding(self) -> Unembedding:
+        """The head, with its gradient: maps the hidden states given here to the model's logits.
+
+        Raises UnsupportedModelError if the head has got an adapter.
+        """
+        weight, bias = _head_parameters(self._layout.model)
+        return Unembedding(
+            weight, bias if bias is None else self._scaled(bias), self._layout.softcap
+        )
+
+    def final_hidden(self) -> Tensor:
+        """What the head reads, times the model's logit scale, with graph: [B, T, D].
+
+        Raises RuntimeError before a forward.
+        """
+        if self.num_layers not in self._hidden:
+            raise RuntimeError(
+                "Taps: nothing captured; run the model inside the context (with enabled = True) "
+                "and read before leaving it"
+            )
+        return self._scaled(self._hidden[self.num_layers])
+
+    def student_hidden(self) -> Tensor:
+        """The student layers' hidden states, ready for the unembedding: [S, B, T, D].
+
+        After the final norm if lens_norm is "final"; times the model's logit scale, if it has one.
+        Raises RuntimeError before a forward and without student layers.
+        """
+        self.final_hidden()
+        if not self.student_layers:
+            raise RuntimeError("Taps: student_layers is empty, so there is no student_hidden")
+        hidden = [self._hidden[layer] for layer in self.student_layers]
+        if self._lens_norm == "final":
+            norm = self._layout.norm
+            frozen = {name: p.detach() for name, p in norm.named_parameters()}
+            parameters = frozen if self._freeze_norm else {}
+            hidden = [torch.func.functional_call(norm, parameters, (h,)) for h in hidden]
+        return self._scaled(torch.stack(hidden))
+
+    def attention(self) -> list[AttentionPair]:
+        """The student layers' queries and keys beside the last layer's, one pair a student layer.
+
+        Padding is still in, see pack_padded. Where the layers' windows differ, both distributions
+        are to be taken over the smaller one.
+        Raises RuntimeError before a forward, with attention=False, and where there are more keys
+        than queries because the forward continued a KV cache.
+        """
+        self.final_hidden()
+        if not self._attention:
+            raise RuntimeError("Taps: made with attention=False, so there is no attention")
+        for call in self._calls.values():
+            if call.q.shape[2] != call.k.shape[2]:
+                raise RuntimeError(
+                    f"Taps: attention needs as many keys as queries, got {call.k.shape[2]} and "
+                    f"{call.q.shape[2]}; run the whole sequence with use_cache=False"
+                )
+        teacher = self._calls[self.num_layers]
+        return [self._pair(self._calls[layer], teacher) for layer in self.student_layers]
+
+    def _pair(self, student: _AttentionCall, teacher: _AttentionCall) -> AttentionPair:
+        windows = [call.window for call in (student, teacher) if call.window is not None]
+        return AttentionPair(
+            student.q.transpose(1, 2),
+            student.k.transpose(1, 2),
+            teacher.q.detach().transpose(1, 2),
+            teacher.k.detach().transpose(1, 2),
+            student.scale,
+            teacher.scale,
+            student.softcap,
+            min(windows, default=None),
+        )
+
+
+def pack_padded(attention_mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Drops padding, left or right: (*packed, cu_seqlens), FlashAttention's convention.
+
+    attention_mask: [B, T], 0 for padding.
+    tensors: [B, T, ...] each; packed to [N, ...], with graph.
+    cu_seqlens: [B+1] int32, where row b's tokens are cu_seqlens[b] : cu_seqlens[b+1].
+    Raises ValueError on shapes that do not agree. Synchronises with the device once.
+    """
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"pack_padded: attention_mask must be [B, T], got {[*attention_mask.shape]}"
+        )
+    for tensor in tensors:
+        if tensor.shape[:2] != attention_mask.shape:
+            raise ValueError(
+                f"pack_padded: tensors must be [B, T, ...] with [B, T] = "
+                f"{[*attention_mask.shape]}, got {[*tensor.shape]}"
+            )
+    keep = attention_mask != 0
+    rows = keep.flatten().nonzero().squeeze(-1)
+    cu_seqlens = F.pad(keep.sum(1).cumsum(0), (1, 0)).int()
+    return (*(tensor.flatten(0, 1)[rows] for tensor in tensors), cu_seqlens)

@@ -1,0 +1,172 @@
+"""The losses of a micro-batch: one forward of the policy, read through taps.
+
+L = L_GRPO + think_weight * L_think + attention_weight * L_attn                        (eq. 11)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oisd import losses
+from oisd.batch import Batch
+from oisd.config import TrainConfig
+from oisd.losses import Mean, Metrics
+from oisd.models import Taps
+from oisd.policy import Policy
+from oisd.rollout import row_keys, uniform
+from oisd_kernels import linear_logprob
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the losses divide by: over the whole minibatch, on all processes."""
+
+    sequences: int
+    tokens: int
+
+
+class Objective:
+    """Computes the losses that a configuration asks for. Use it within `tapped()`."""
+
+    def __init__(self, policy: Policy, config: TrainConfig) -> None:
+        self.policy = policy
+        self.config = config
+        self.is_tapped = False
+        align = config.oisd
+        self.taps = Taps(
+            policy.model,
+            student_layers=list(align.student_layers) if align.active else [],
+            attention=align.attention_weight > 0,
+            lens_norm=align.lens_norm,
+        )
+        self.coefficients = {"grpo": 1.0}
+        if align.think_weight:
+            self.coefficients["think"] = align.think_weight
+        if align.attention_weight:
+            self.coefficients["attention"] = align.attention_weight
+
+    @contextmanager
+    def tapped(self) -> Iterator[Objective]:
+        """Tap the model; without the taps' cost inside `untapped`, as for rollouts."""
+        with self.taps:
+            self.is_tapped = True
+            try:
+                yield self
+            finally:
+                self.is_tapped = False
+
+    @contextmanager
+    def untapped(self) -> Iterator[None]:
+        """Run the model for something else than the losses."""
+        self.taps.clear()
+        self.taps.enabled = False
+        try:
+            yield
+        finally:
+            self.taps.enabled = True
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropy of the final layer's prediction, flat over `batch.predicts`."""
+        with self.policy.autocast():
+            self.policy.model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                use_cache=False,
+                logits_to_keep=1,  # the losses project the rows that they need themselves
+            )
+        head = self.taps.unembedding
+        logprobs, entropy, _ = linear_logprob(
+            self.taps.final_hidden()[batch.predicts],
+            head.weight,
+            batch.labels[batch.predicts],
+            bias=head.bias,
+            temperature=self.config.rollout.temperature,
+            logit_softcap=head.logit_softcap,
+        )
+        return logprobs, entropy
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] log-probs of the completions under the policy as it is now."""
+        return _scatter(self._forward(batch)[0], batch.predicts)
+
+    def __call__(
+        self, batch: Batch, totals: Totals, step: int
+    ) -> tuple[dict[str, Tensor], Metrics]:
+        """The losses by name, unweighted, and their metrics; `step` draws the sampled queries."""
+        config, align = self.config, self.config.oisd
+        flat, entropy = self._forward(batch)
+        computed: dict[str, Tensor] = {}
+        computed["grpo"], metrics = losses.grpo_loss(
+            _scatter(flat, batch.predicts),
+            batch.advantages,
+            batch.predicts,
+            config.grpo,
+            old_logprobs=batch.old_logprobs,
+            rollout_logprobs=batch.rollout_logprobs,
+            ref_logprobs=batch.ref_logprobs,
+            token_weight=losses.token_weights(
+                batch.predicts,
+                config.grpo.aggregation,
+                num_sequences=totals.sequences,
+                num_tokens=totals.tokens,
+                max_tokens=config.rollout.max_completion_tokens,
+            ),
+        )
+        metrics["entropy/policy"] = Mean.over(entropy, torch.ones_like(entropy, dtype=torch.bool))
+        rollouts = {"num_sequences": totals.sequences}
+        if align.think_weight:
+            weight = losses.token_weights(batch.predicts, "sequence-mean", **rollouts)
+            head = self.taps.unembedding
+            computed["think"], more = losses.think_loss(
+                self.taps.student_hidden()[:, batch.predicts],
+                self.taps.final_hidden()[batch.predicts],
+                head.weight,
+                batch.advantages[:, None].expand_as(weight)[batch.predicts],
+                align,
+                token_weight=weight[batch.predicts],
+                bias=head.bias,
+                logit_softcap=head.logit_softcap,
+            )
+            metrics |= more
+        if align.attention_weight:
+            computed["attention"], more = losses.attention_loss(
+                self.taps.attention(),
+                batch.advantages,
+                align,
+                token_weight=losses.token_weights(
+                    self._attention_steps(batch, step), "sequence-mean", **rollouts
+                ),
+                key_index=self._attention_keys(batch),
+            )
+            metrics |= more
+        return computed, metrics
+
+    def _attention_steps(self, batch: Batch, step: int) -> Tensor:
+        """[B, T] the queries of the attention loss: all, or the paper's sampled decoding steps."""
+        count = self.config.oisd.attention_steps
+        if count is None:
+            return batch.predicts
+        device = batch.predicts.device
+        # A stream of its own: the same keys drew the rollout's tokens.
+        keys = row_keys(batch.rows.tolist(), self.config.run.seed + 1, step, device)
+        return losses.sampled_steps(
+            batch.predicts, uniform(keys, 0, batch.predicts.shape[1]), count
+        )
+
+    def _attention_keys(self, batch: Batch) -> Tensor | None:
+        align = self.config.oisd
+        if align.key_window is None or align.key_stride is None:
+            return None
+        b, t = batch.input_ids.shape
+        return losses.sampled_keys(b, t, align.key_window, align.key_stride, batch.input_ids.device)
+
+
+def _scatter(flat: Tensor, where: Tensor) -> Tensor:
+    """`flat` [N] at the N true positions of `where` [B, T], 0 elsewhere; differentiable."""
+    return flat.new_zeros(where.shape).masked_scatter(where, flat)

@@ -1,0 +1,370 @@
+"""Training curves and pass@k curves as PNG files.
+
+The panels answer what a user asks of a run, in the spirit of figure 5 of the paper: does the reward
+rise, do the divergences move with the sign of the advantage, does the lens stay diffuse, do
+completions grow, are the gradients calm. Figures are built without pyplot, so that nothing global
+is touched and a plot may be drawn from any thread of a training process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    MaxNLocator,
+    NullLocator,
+    PercentFormatter,
+)
+
+Row = Mapping[str, Any]
+
+# Okabe and Ito's palette, told apart with any colour vision.
+_BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
+_PURPLE, _SKY, _AMBER = "#CC79A7", "#56B4E9", "#E69F00"
+_INK, _GRID = "#333333", "#E4E4E4"
+_DPI = 150
+
+# Points above which a smoothed line is drawn over the raw one.
+_SMOOTH_ABOVE = 30
+
+
+@dataclass(frozen=True)
+class _Panel:
+    name: str
+    title: str
+    unit: str
+    lines: tuple[tuple[str, str, str], ...]
+    """Metric, label and colour of each line."""
+    points: tuple[str, str, str] | None = None
+    """Metric, label and colour of markers measured at some steps only."""
+    own_axes: bool = False
+    """Give each of two lines an axis of its own where one would flatten both."""
+    finish: Callable[[Axes], None] | None = None
+
+
+def _finish_reward(ax: Axes) -> None:
+    """Rewards within [0, 1] are shown on the whole of it; others keep their own range."""
+    low, high = ax.dataLim.intervaly
+    if low >= 0 and high <= 1:
+        ax.set_ylim(-0.02, 1.02)
+
+
+def _finish_divergence(ax: Axes) -> None:
+    """Mark ln 2, the largest value of a Jensen-Shannon divergence, if in view or just above."""
+    low, high = ax.get_ylim()
+    if low <= math.log(2) <= high + 0.25 * (high - low):
+        ax.axhline(math.log(2), color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        ax.annotate(
+            "ln 2",
+            (1, math.log(2)),
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+            color=_INK,
+        )
+
+
+def _finish_gradients(ax: Axes) -> None:
+    """Parts of the gradient differ by orders of magnitude."""
+    if ax.dataLim.minposy > 0 and ax.dataLim.ymax > 20 * max(ax.dataLim.ymin, 0):
+        ax.set_yscale("log")
+
+
+_PANELS = (
+    _Panel(
+        "reward",
+        "Reward",
+        "mean reward",
+        (("reward", "training", _BLUE),),
+        ("eval/avg_at_k", "evaluation (avg@k)", _ORANGE),
+        finish=_finish_reward,
+    ),
+    _Panel(
+        "js_think",
+        "Logit alignment",
+        "divergence (nats)",
+        (
+            ("js/think_pos", "advantage > 0", _BLUE),
+            ("js/think_neg", "advantage < 0", _ORANGE),
+        ),
+        finish=_finish_divergence,
+    ),
+    _Panel(
+        "js_attention",
+        "Attention alignment",
+        "divergence (nats)",
+        (
+            ("js/attention_pos", "advantage > 0", _BLUE),
+            ("js/attention_neg", "advantage < 0", _ORANGE),
+        ),
+        finish=_finish_divergence,
+    ),
+    _Panel(
+        "entropy",
+        "Next-token entropy",
+        "entropy (nats)",
+        (
+            ("entropy/student", "student layer (logit lens)", _ORANGE),
+            ("entropy/teacher", "final layer", _BLUE),
+        ),
+        own_axes=True,
+    ),
+    _Panel(
+        "completion_length",
+        "Completion length",
+        "mean length (tokens)",
+        (("completion_length", "training", _BLUE),),
+    ),
+    _Panel(
+        "gradient_norms",
+        "Gradient norms",
+        "L2 norm",
+        (
+            ("grad_norm", "total", _INK),
+            ("grad_norm/grpo", "GRPO", _BLUE),
+            ("grad_norm/think", "logit", _AMBER),
+            ("grad_norm/attention", "attention", _GREEN),
+        ),
+        finish=_finish_gradients,
+    ),
+)
+
+
+def plot_training(metrics: str | Path | Iterable[Row], out_dir: str | Path) -> list[Path]:
+    """Draw the curves of a run and return the files: `training.png` and one for each panel.
+
+    metrics: the run's metrics.jsonl or its rows; a row may lack any metric or hold null.
+    A panel without data is left out; of a run without any, nothing is drawn. Of rows with the same
+    step, as a resumed run may leave, the last one counts.
+    """
+    rows = _read_rows(Path(metrics)) if isinstance(metrics, (str, Path)) else list(metrics)
+    panels = [panel for panel in _PANELS if _has_data(panel, rows)]
+    if not panels:
+        return []
+
+    out_dir = Path(out_dir)
+    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    overview = Figure(
+        figsize=(4.3 * columns, 3.3 * lines), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.1)
+    )
+    for place, panel in enumerate(panels, start=1):
+        _draw_panel(overview.add_subplot(lines, columns, place), panel, rows)
+    paths = [_save(overview, out_dir / "training.png")]
+    for panel in panels:
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        _draw_panel(figure.add_subplot(), panel, rows)
+        paths.append(_save(figure, out_dir / f"{panel.name}.png"))
+    return paths
+
+
+def plot_pass_at_k(
+    curves: Mapping[str, Mapping[int, float]],
+    path: str | Path,
+    intervals: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
+) -> Path:
+    """Draw pass@k against k on a logarithmic axis and return the file.
+
+    curves: for each run, pass@k in [0, 1] by k.
+    intervals: for some of the runs, (lower, upper) bounds in [0, 1] by k, drawn as bands.
+    Raises ValueError when there is no point to draw.
+    """
+    if not any(curves.values()):
+        raise ValueError("plot_pass_at_k: curves holds no points; wanted {name: {k: pass@k}}")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    ax = figure.add_subplot()
+    colours = (_BLUE, _ORANGE, _GREEN, _PURPLE, _AMBER, _SKY)
+    markers = "osD^vP"
+    for i, (name, curve) in enumerate(curves.items()):
+        colour = colours[i % len(colours)]
+        ks = sorted(curve)
+        ax.plot(
+            ks,
+            [100 * curve[k] for k in ks],
+            color=colour,
+            linewidth=1.8,
+            marker=markers[i % len(markers)],
+            markersize=4.5,
+            markeredgecolor="white",
+            markeredgewidth=0.7,
+            label=name,
+        )
+        band = (intervals or {}).get(name, {})
+        ks = sorted(band)
+        lower, upper = ([100 * band[k][side] for k in ks] for side in (0, 1))
+        ax.fill_between(ks, lower, upper, color=colour, alpha=0.15, linewidth=0)
+    ks = sorted({k for curve in curves.values() for k in curve})
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_locator(FixedLocator(_readable_ticks(ks)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:.0f}"))
+    ax.yaxis.set_major_formatter(PercentFormatter(decimals=0))
+    _style(ax, "Pass@k", "k (samples per problem)", "problems solved")
+    if ax.get_ylim()[1] > 100:
+        ax.set_ylim(top=101)
+    if len(curves) > 1:
+        ax.legend(fontsize=9, labelcolor=_INK, framealpha=0.85, edgecolor="none")
+    return _save(figure, Path(path))
+
+
+def _readable_ticks(ks: Sequence[int]) -> Sequence[int]:
+    """At most ten of the sorted ks, so that their labels do not touch."""
+    return ks[:: math.ceil(len(ks) / 10)]
+
+
+def _read_rows(path: Path) -> list[Row]:
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            # A run that is being written, or was killed, may end in half a row.
+            if number < len(lines):
+                raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from error
+    return rows
+
+
+def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a metric, without the rows that have none."""
+    values: dict[float, float] = {}
+    for row in rows:
+        step, value = row.get("step"), row.get(key)
+        if step is not None and value is not None and math.isfinite(value):
+            values[step] = value
+    steps = sorted(values)
+    return steps, [values[step] for step in steps]
+
+
+def _has_data(panel: _Panel, rows: Sequence[Row]) -> bool:
+    keys = [key for key, _, _ in panel.lines] + ([panel.points[0]] if panel.points else [])
+    return any(_series(rows, key)[0] for key in keys)
+
+
+def _draw_panel(ax: Axes, panel: _Panel, rows: Sequence[Row]) -> None:
+    _style(ax, panel.title, "training step", panel.unit, title_pad=19)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
+    lines = [(*_series(rows, key), label, colour) for key, label, colour in panel.lines]
+    lines = [line for line in lines if line[0]]
+    axes = [ax] * len(lines)
+    if panel.own_axes and len(lines) == 2 and _far_apart(lines[0][1], lines[1][1]):
+        axes = [ax, _right_axes(ax, panel.unit)]
+        for own, (*_, colour) in zip(axes, lines, strict=True):
+            own.yaxis.label.set_color(colour)
+            own.tick_params(axis="y", colors=colour)
+    for own, line in zip(axes, lines, strict=True):
+        _draw_line(own, *line)
+    if panel.points is not None:
+        key, label, colour = panel.points
+        steps, values = _series(rows, key)
+        if steps:
+            ax.plot(
+                steps,
+                values,
+                color=colour,
+                linestyle="none",
+                marker="D",
+                markersize=5.5,
+                markeredgecolor="white",
+                markeredgewidth=0.8,
+                label=label,
+                zorder=3,
+            )
+    if panel.finish is not None:
+        panel.finish(ax)
+    _legend_above(ax, [handle for own in dict.fromkeys([ax, *axes]) for handle in own.lines])
+
+
+def _right_axes(ax: Axes, y_label: str) -> Axes:
+    right = ax.twinx()
+    right.set_ylabel(y_label, fontsize=10)
+    right.tick_params(axis="y", labelsize=9, length=3, width=0.8)
+    right.spines[["top", "left"]].set_visible(False)
+    right.spines["right"].set_color(_INK)
+    right.spines["right"].set_linewidth(0.8)
+    return right
+
+
+def _legend_above(ax: Axes, lines: Sequence[Line2D]) -> None:
+    """A legend between title and axes, where it hides no data."""
+    ax.legend(
+        handles=[line for line in lines if not str(line.get_label()).startswith("_")],
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
+        borderpad=0,
+        ncols=4,
+        fontsize=8.5,
+        labelcolor=_INK,
+        frameon=False,
+        handlelength=1.2,
+        handletextpad=0.5,
+        columnspacing=1.2,
+    )
+
+
+def _draw_line(
+    ax: Axes, steps: Sequence[float], values: Sequence[float], label: str, colour: str
+) -> None:
+    if len(steps) > _SMOOTH_ABOVE:
+        ax.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
+        ax.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=label)
+    else:
+        marker = "o" if len(steps) == 1 else ""
+        ax.plot(steps, values, color=colour, linewidth=1.5, marker=marker, label=label)
+
+
+def _far_apart(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether the gap between two series is so wide that it hides how either moves."""
+    gap = max(min(a) - max(b), min(b) - max(a))
+    return gap > 2 * (max(a) - min(a) + max(b) - min(b))
+
+
+def _smooth(values: Sequence[float]) -> np.ndarray:
+    """Centred moving average over a fifteenth of the run, cut off at both ends."""
+    n = len(values)
+    half = max(2, n // 30)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    i = np.arange(n)
+    start, end = np.maximum(i - half, 0), np.minimum(i + half + 1, n)
+    return (total[end] - total[start]) / (end - start)
+
+
+def _style(ax: Axes, title: str, x_label: str, y_label: str, title_pad: float = 8) -> None:
+    ax.set_title(title, fontsize=11.5, fontweight="bold", color=_INK, loc="left", pad=title_pad)
+    ax.set_xlabel(x_label, fontsize=10, color=_INK)
+    ax.set_ylabel(y_label, fontsize=10, color=_INK)
+    ax.tick_params(colors=_INK, labelsize=9, length=3, width=0.8)
+    ax.grid(True, color=_GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(_INK)
+    ax.spines[["left", "bottom"]].set_linewidth(0.8)
+    ax.margins(x=0.02)
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    """Write through a temporary file: a viewer never sees half a picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=_DPI, facecolor="white")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

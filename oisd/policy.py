@@ -1,0 +1,110 @@
+"""The policy: a causal language model with its tokenizer, loaded or made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
+from oisd.config import ModelConfig
+from oisd.data import check_vocabulary
+from oisd.rollout import Completions, sample
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model, its tokenizer, and the arithmetic that it runs in."""
+
+    model: Any
+    tokenizer: Any
+    dtype: torch.dtype
+    """float32, or bfloat16 for mixed precision over float32 parameters."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def pad_token_id(self) -> int:
+        """The padding token, or the end of sequence where there is none: masks hide either."""
+        pad = self.tokenizer.pad_token_id
+        return self.eos_token_ids[0] if pad is None else pad
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The tokens that end a completion: a chat model may have several."""
+        shipped = self.model.generation_config.eos_token_id
+        found = shipped if isinstance(shipped, list) else [shipped]
+        found = [*found, self.tokenizer.eos_token_id]
+        return sorted({token for token in found if token is not None})
+
+    def autocast(self) -> torch.autocast:
+        """The context of each forward pass."""
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
+
+    def sample(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[int], **settings: Any
+    ) -> Completions:
+        """`oisd.rollout.sample` with this policy's model and special tokens."""
+        with self.autocast():
+            return sample(
+                self.model,
+                prompts,
+                rows,
+                pad_token_id=self.pad_token_id,
+                eos_token_ids=self.eos_token_ids,
+                **settings,
+            )
+
+    def decode(self, completions: Completions) -> list[str]:
+        """The completions' texts, without special tokens."""
+        lengths = completions.lengths.tolist()
+        ids = [row[:n] for row, n in zip(completions.ids.tolist(), lengths, strict=True)]
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+def load_policy(
+    config: ModelConfig,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    checkpoint: Path | None = None,
+) -> Policy:
+    """Load `config.path`, or the weights of a checkpoint of it, with float32 parameters.
+
+    Weights are read from safetensors alone. Raises ValueError when the model has no end-of-sequence
+    token, and DataError when the tokenizer has tokens that the model does not.
+    """
+    if config.path == "arithmetic" and checkpoint is None:
+        model: Any = arithmetic_model(seed)
+        tokenizer: Any = arithmetic_tokenizer()
+    else:
+        source = checkpoint or config.path
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch.float32,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code
+        )
+    check_vocabulary(tokenizer, model.config)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = Policy(model.to(device), tokenizer, getattr(torch, config.dtype))
+    if not policy.eos_token_ids:
+        raise ValueError(
+            f"model.path {config.path!r} has no end-of-sequence token, in its generation config or "
+            "its tokenizer; completions would never end"
+        )
+    return policy

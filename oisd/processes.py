@@ -1,0 +1,72 @@
+"""Data-parallel processes under torchrun: who this one is, and sums over all of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The processes that share a run. One process alone needs no launcher and no communication.
+
+    Under torchrun the backend is nccl on CUDA devices and gloo on CPUs.
+    """
+
+    def __init__(self, device: str = "auto") -> None:
+        self.size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        self.device = torch.device(kind)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(self.device)
+        self._owns_group = self.size > 1 and not dist.is_initialized()
+        if self._owns_group:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes the run's files and talks to the terminal."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """This process's part of `items`: every `size`-th, beginning with the rank."""
+        return list(items[self.rank :: self.size])
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Sum each tensor over the processes, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Give every process the first one's tensors, in place."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def gather(self, thing: Any) -> list[Any]:
+        """What each process has, in the order of ranks, on every process."""
+        if self.size == 1:
+            return [thing]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, thing)
+        return gathered
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Leave the process group, if this object made it."""
+        if self._owns_group and dist.is_initialized():
+            dist.destroy_process_group()

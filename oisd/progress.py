@@ -1,0 +1,116 @@
+"""What a run shows: a progress bar on a terminal, plain lines elsewhere, TensorBoard."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
+
+# (label, metric): what stands beside the bar.
+_SHOWN = (
+    ("reward", "reward"),
+    ("grpo", "loss/grpo"),
+    ("think", "loss/think"),
+    ("attn", "loss/attention"),
+)
+
+
+class Progress:
+    """Shows rewards, losses and time left; disabled on all processes but the first.
+
+    Args:
+        total, start: steps of the run, and how many of them are done.
+        warmup: supervised steps before the first, 0 for none.
+        tensorboard: folder that TensorBoard reads.
+    """
+
+    def __init__(
+        self, total: int, start: int, warmup: int, enabled: bool, tensorboard: Path
+    ) -> None:
+        self.total, self.start, self.enabled = total, start, enabled
+        self._warmup_steps = warmup
+        self._folder = tensorboard
+        self._console = Console(stderr=True)
+        self._interactive = enabled and self._console.is_terminal
+        self._bar = Bar(
+            TextColumn("[bold]{task.description:<10}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._interactive,
+        )
+
+    def __enter__(self) -> Progress:
+        self._began = time.perf_counter()
+        self._bar.start()
+        self._task = self._bar.add_task(
+            "training", total=self.total, completed=self.start, numbers="", visible=False
+        )
+        self._warming = None
+        if self._warmup_steps:
+            self._warming = self._bar.add_task("warm-up", total=self._warmup_steps, numbers="")
+        self._writer = None
+        if self.enabled:
+            from torch.utils.tensorboard import SummaryWriter  # imports slowly
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=self.start + 1)
+            if self.start:
+                self._say(f"resumed after step {self.start}")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+        if self._writer:
+            self._writer.close()
+
+    def warmup(self, step: int, loss: float) -> None:
+        """A supervised step is done."""
+        if self._warming is not None:
+            self._bar.update(self._warming, completed=step + 1, numbers=f"loss {loss:.3f}")
+        if self._at_interval(step + 1, self._warmup_steps, 4):
+            self._say(f"warm-up {step + 1}/{self._warmup_steps}  loss {loss:.3f}")
+
+    def phase(self, name: str) -> None:
+        """What the run is doing now."""
+        self._bar.update(self._task, description=name)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """A step is done: show its row of metrics and hand it to TensorBoard."""
+        step = row["step"]
+        if self._writer:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    self._writer.add_scalar(name, value, step)
+        numbers = "  ".join(f"{label} {row[key]:+.4f}" for label, key in _SHOWN if key in row)
+        numbers = numbers.replace("reward +", "reward ")
+        self._bar.update(self._task, completed=step, numbers=numbers, visible=True)
+        if "eval/avg_at_k" in row:
+            self._say(f"step {step}  evaluation: Avg@K {row['eval/avg_at_k']:.3f}")
+        if numbers and self._at_interval(step, self.total, 20):
+            spent = time.perf_counter() - self._began
+            self._say(f"step {step}/{self.total}  {numbers}  {spent:.0f} s")
+
+    def _at_interval(self, done: int, total: int, lines: int) -> bool:
+        """Whether this step gets a line of its own where there is no terminal to draw a bar on."""
+        return not self._interactive and (done == total or done % max(1, total // lines) == 0)
+
+    def _say(self, line: str) -> None:
+        if self._interactive:
+            self._bar.console.print(line)
+        elif self.enabled:
+            print(line, file=sys.stderr, flush=True)

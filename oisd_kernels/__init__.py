@@ -1,0 +1,17 @@
+"""Fused losses for self-distillation inside a language model; depends on torch alone.
+
+Each op has a readable twin in `oisd_kernels.reference`, reached with `impl="reference"`.
+"""
+
+from oisd_kernels.attention_divergence import attention_divergence
+from oisd_kernels.linear_logprob import linear_logprob
+from oisd_kernels.logit_lens import logit_lens_divergence
+from oisd_kernels.reference import LensStats, LinearLogprob
+
+__all__ = [
+    "LensStats",
+    "LinearLogprob",
+    "attention_divergence",
+    "linear_logprob",
+    "logit_lens_divergence",
+]

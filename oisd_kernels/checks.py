@@ -1,0 +1,153 @@
+"""Argument checks shared by all ops: every message names op, argument, wanted, got and remedy.
+
+Checks read shapes, dtypes and devices alone. Those that need a tensor's values (labels, offsets,
+key positions) run on CPU tensors only: on an accelerator they would stall the caller's stream.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDEX_DTYPES = (torch.int64,)
+OFFSET_DTYPES = (torch.int32, torch.int64)
+DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
+REDUCTIONS = ("none", "sum", "mean")
+
+_Op = TypeVar("_Op", bound=Callable[..., Any])
+
+
+def argument_error(
+    op: str, argument: str, wanted: str, got: object, remedy: str = ""
+) -> ValueError:
+    """The one form of our errors: `op: argument must <wanted>, got <got>; <remedy>`."""
+    message = f"{op}: {argument} must {wanted}, got {got}"
+    return ValueError(f"{message}; {remedy}" if remedy else message)
+
+
+def check_tensor(
+    op: str,
+    argument: str,
+    x: Any,
+    layout: str,
+    sizes: Sequence[int | None],
+    *,
+    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+    device: torch.device | None = None,
+    remedy: str = "",
+) -> None:
+    """`x` is a tensor of shape `sizes` (None = any), of one of `dtypes`, on `device`.
+
+    `layout` is that shape in the letters of the op's docstring, as "[N, D]".
+    """
+    if not isinstance(x, Tensor):
+        raise argument_error(op, argument, "be a torch.Tensor", type(x).__name__)
+    fits = x.dim() == len(sizes) and all(
+        want is None or have == want for have, want in zip(x.shape, sizes, strict=True)
+    )
+    if not fits:
+        numbers = ", ".join("*" if size is None else str(size) for size in sizes)
+        wanted = f"have shape {layout} = [{numbers}]"
+        raise argument_error(op, argument, wanted, list(x.shape), remedy)
+    if x.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise argument_error(
+            op, argument, f"have dtype {names}", x.dtype, "cast it with .to(dtype)"
+        )
+    if device is not None and x.device != device:
+        raise argument_error(op, argument, f"be on {device}", x.device, f"move it to {device}")
+
+
+def check_dims(op: str, argument: str, x: Any, layouts: Mapping[int, str]) -> None:
+    """`x` is a tensor whose number of dimensions is a key of `layouts`."""
+    if not isinstance(x, Tensor):
+        raise argument_error(op, argument, "be a torch.Tensor", type(x).__name__)
+    if x.dim() not in layouts:
+        wanted = "have shape " + " or ".join(layouts.values())
+        raise argument_error(op, argument, wanted, list(x.shape))
+
+
+def check_head(op: str, hidden: Tensor, weight: Any, bias: Any) -> None:
+    """The unembedding that maps `hidden` [..., D] to V logits."""
+    check_dims(op, "weight", weight, {2: "[V, D]"})
+    sizes = (weight.shape[0], hidden.shape[-1])
+    check_tensor(op, "weight", weight, "[V, D]", sizes, device=hidden.device)
+    if weight.shape[0] == 0:
+        raise argument_error(op, "weight", "have at least one row", list(weight.shape))
+    if bias is not None:
+        check_tensor(op, "bias", bias, "[V]", sizes[:1], device=hidden.device)
+
+
+def check_values(
+    op: str, argument: str, x: Tensor, low: int, high: int | Tensor, remedy: str
+) -> None:
+    """Integers of a CPU tensor lie in [low, high); `high` may be a tensor that broadcasts."""
+    if x.device.type != "cpu" or x.numel() == 0:
+        return
+    bad = (x < low) | (x >= high)
+    if bad.any():
+        bound = high if isinstance(high, int) else "its sequence's length"
+        raise argument_error(op, argument, f"lie in [{low}, {bound})", x[bad][0].item(), remedy)
+
+
+def check_choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise argument_error(op, argument, f"be one of {_quoted(choices)}", repr(value))
+
+
+def check_flag(op: str, argument: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise argument_error(op, argument, "be True or False", repr(value))
+
+
+def check_divergence(op: str, divergence: Any, beta: Any) -> None:
+    check_choice(op, "divergence", divergence, DIVERGENCES)
+    if not _is_number(beta) or not 0.0 < beta < 1.0:
+        remedy = 'for a pure KL use divergence="forward_kl" or "reverse_kl"'
+        raise argument_error(op, "beta", "lie in (0, 1)", repr(beta), remedy)
+
+
+def check_positive(op: str, argument: str, value: Any, *, optional: bool = False) -> None:
+    """A finite number above 0; with `optional`, None as well."""
+    if optional and value is None:
+        return
+    if not _is_number(value) or not (math.isfinite(value) and value > 0):
+        remedy = "None switches it off" if optional else ""
+        raise argument_error(op, argument, "be a finite number above 0", repr(value), remedy)
+
+
+def check_count(op: str, argument: str, value: Any) -> None:
+    """None, or an integer of at least 1."""
+    if value is None:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        remedy = "None leaves it unset"
+        raise argument_error(op, argument, "be an integer of at least 1", repr(value), remedy)
+
+
+def choose(op: str, impl: Any, available: Mapping[str, _Op], names: Sequence[str]) -> _Op:
+    """The function behind `impl`; "auto" is the first of `available`, so order it by preference.
+
+    `names` are all the implementations that the op's documentation speaks of: one of them that is
+    absent from `available` is an error and never a silent fallback.
+    """
+    if impl == "auto":
+        return next(iter(available.values()))
+    if isinstance(impl, str) and impl in available:
+        return available[impl]
+    here = _quoted(["auto", *available])
+    if isinstance(impl, str) and impl in names:
+        remedy = f"{impl!r} is not available in this installation"
+        raise argument_error(op, "impl", f"be one of {here}", repr(impl), remedy)
+    raise argument_error(op, "impl", f"be one of {here}", repr(impl))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)

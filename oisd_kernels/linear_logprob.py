@@ -1,0 +1,85 @@
+"""Log-probability of each row's label under the unembedding, with entropy and logsumexp beside it.
+
+    z = cap(hidden @ weight.T + bias) / temperature
+    logsumexp = log sum_v exp(z_v),  logprob = z_label - logsumexp,  entropy = -<q, log q>,
+    q = softmax(z)
+
+cap(z) = c * tanh(z / c) where logit_softcap = c is given, else z.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from oisd_kernels import checks, reference
+from oisd_kernels.reference import LinearLogprob
+
+OP = "linear_logprob"
+NAMES = ("reference", "chunked", "tiled")
+# In order of preference: "auto" takes the first. Each takes every argument but `impl`.
+IMPLEMENTATIONS: dict[str, Callable[..., LinearLogprob]] = {"reference": reference.linear_logprob}
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    impl: str = "auto",
+    max_bytes: int | None = None,
+) -> LinearLogprob:
+    """Log-probability, entropy and logsumexp of `hidden @ weight.T`, per row.
+
+    Args:
+        hidden: [N, D]. Receives gradient through `logprob`, as `weight` and `bias` do.
+        weight: [V, D], the unembedding.
+        labels: [N] int64 in [0, V). Checked for CPU tensors only, since it would stall an
+            accelerator. There is no ignored label: leave such rows out, or weight them by 0.
+        bias: [V].
+        temperature: divides the logits, above 0.
+        logit_softcap: c of c * tanh(logits / c), above 0, applied before the temperature.
+        impl: "reference" (all logits in memory, plain autograd). "auto" takes it, as the only one
+            available. "chunked" and "tiled" are reserved names and an error until they exist.
+        max_bytes: workspace budget in bytes; "reference" does not chunk and so has no use for it.
+
+    Returns:
+        (logprob, entropy, logsumexp), each [N] in nats; float32, or float64 if hidden, weight or
+        bias is. `entropy` and `logsumexp` are detached: no gradient passes through them.
+
+    All float dtypes may be mixed; the computation is in the dtype of the result, autocast or not.
+
+    Raises:
+        ValueError: a shape, dtype, device or value is not as above.
+
+    Source: the log-probability in the policy ratio of GRPO (Shao et al., arXiv 2402.03300, eq. 3).
+    """
+    checks.check_dims(OP, "hidden", hidden, {2: "[N, D]"})
+    checks.check_tensor(OP, "hidden", hidden, "[N, D]", hidden.shape)
+    checks.check_head(OP, hidden, weight, bias)
+    checks.check_tensor(
+        OP,
+        "labels",
+        labels,
+        "[N]",
+        hidden.shape[:1],
+        dtypes=checks.INDEX_DTYPES,
+        device=hidden.device,
+    )
+    remedy = "leave rows without a label out, or weight them by 0"
+    checks.check_values(OP, "labels", labels, 0, weight.shape[0], remedy)
+    checks.check_positive(OP, "temperature", temperature)
+    checks.check_positive(OP, "logit_softcap", logit_softcap, optional=True)
+    checks.check_count(OP, "max_bytes", max_bytes)
+    run = checks.choose(OP, impl, IMPLEMENTATIONS, NAMES)
+    return run(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        max_bytes=max_bytes,
+    )

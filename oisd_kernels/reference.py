@@ -1,0 +1,310 @@
+"""Every op in plain PyTorch: the truth that the kernels are held to.
+
+Letters: S student layers, N tokens, D width, V vocabulary, B sequences, T queries, H query heads,
+J key/value heads, K head dimension, M sampled keys, R rows that are computed.
+
+Conventions. p is the teacher's distribution and never receives gradient, q the student's;
+lp, lq are their logarithms and D = lp - lq.
+
+    jsd         beta*KL(p||m) + (1-beta)*KL(q||m),  m = beta*p + (1-beta)*q
+    forward_kl  KL(p||q)
+    reverse_kl  KL(q||p)
+
+The functions assume checked arguments; the public functions of the same names do the checking.
+Inputs are raised to float32 before the matmul (to float64 where an input is float64), under a
+disabled autocast; call `backward()` outside autocast, as torch asks, or its matmuls are rounded.
+Matmuls obey `torch.set_float32_matmul_precision`. Rows of weight 0 are left out before any matmul,
+so that they cost nothing and a NaN in them reaches nothing.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+
+class LensStats(NamedTuple):
+    """What `logit_lens_divergence` saw, in nats at its temperature; no gradient, loss's dtype.
+
+    Rows that were dropped (weight 0) hold 0. With student hidden states [N, D], S is absent.
+    """
+
+    student_entropy: Tensor  # [S, N]
+    teacher_entropy: Tensor  # [N]; a token is dropped where every layer's weight is 0
+    top1_agreement: Tensor  # [S, N]: 1 where student and teacher share the likeliest token
+    divergence: Tensor  # [S, N], not multiplied by the weight
+
+
+class LinearLogprob(NamedTuple):
+    """Per row, in nats; only `logprob` carries gradient."""
+
+    logprob: Tensor  # [N]
+    entropy: Tensor  # [N]
+    logsumexp: Tensor  # [N]
+
+
+def logit_lens_divergence(
+    hidden: Tensor,  # [S, N, D] or [N, D]
+    teacher_hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    *,
+    bias: Tensor | None = None,  # [V]
+    token_weight: Tensor | None = None,  # [S, N] or [N]
+    divergence: str = "jsd",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    reduction: str = "none",
+    grad_weight: bool = False,
+    return_stats: bool = False,
+    max_bytes: int | None = None,
+) -> Tensor | tuple[Tensor, LensStats]:
+    """`oisd_kernels.logit_lens_divergence` with all logits in memory, whatever `max_bytes` says."""
+    del max_bytes
+    with torch.autocast(hidden.device.type, enabled=False):
+        dtype = _compute_dtype(hidden, teacher_hidden, weight, bias)
+        rows = hidden.shape[:-1]  # (S, N) or (N,)
+        row_weight = _row_weight(token_weight, rows, dtype, hidden.device)
+        keep = row_weight != 0
+        token_keep = keep if keep.dim() == 1 else keep.any(0)  # [N]
+
+        with torch.no_grad():
+            teacher_logits = _logits(
+                teacher_hidden[token_keep], weight, bias, temperature, logit_softcap, dtype
+            )
+            lp_token = _log_softmax(teacher_logits)
+            # Layers share the teacher: kept token n is row `slot[n]` of lp_token.
+            slot = token_keep.cumsum(0) - 1
+            lp = lp_token[slot.expand(rows)[keep]]  # [R, V]
+
+        if not grad_weight:
+            weight = weight.detach()
+            bias = None if bias is None else bias.detach()
+        lq = _log_softmax(_logits(hidden[keep], weight, bias, temperature, logit_softcap, dtype))
+
+        row_divergence = _divergence(lp, lq, divergence, beta)  # [R]
+        loss = _reduce(row_weight, _put_back(row_divergence, keep), reduction)
+        if not return_stats:
+            return loss
+        with torch.no_grad():
+            agreement = (lq.argmax(-1) == lp.argmax(-1)).to(dtype)
+            stats = LensStats(
+                student_entropy=_put_back(_entropy(lq), keep),
+                teacher_entropy=_put_back(_entropy(lp_token), token_keep),
+                top1_agreement=_put_back(agreement, keep),
+                divergence=_put_back(row_divergence.detach(), keep),
+            )
+        return loss, stats
+
+
+def linear_logprob(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    labels: Tensor,  # [N]
+    *,
+    bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    max_bytes: int | None = None,
+) -> LinearLogprob:
+    """`oisd_kernels.linear_logprob` with all logits in memory, whatever `max_bytes` says."""
+    del max_bytes
+    with torch.autocast(hidden.device.type, enabled=False):
+        dtype = _compute_dtype(hidden, weight, bias)
+        logits = _logits(hidden, weight, bias, temperature, logit_softcap, dtype)  # [N, V]
+        lq = _log_softmax(logits)
+        logprob = lq.gather(-1, labels[:, None])[:, 0]
+        return LinearLogprob(logprob, _entropy(lq.detach()), logits.detach().logsumexp(-1))
+
+
+def attention_divergence(
+    q: Tensor,  # [B, T, H, K] or [N, H, K]
+    k: Tensor,  # [B, T, J, K] or [N, J, K]
+    q_teacher: Tensor,  # as q, K may differ
+    k_teacher: Tensor,  # as k, J and K may differ
+    *,
+    token_weight: Tensor | None = None,  # [B, T] or [N]
+    cu_seqlens: Tensor | None = None,  # [B + 1], packed form only
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    scale_teacher: float | None = None,
+    divergence: str = "jsd",
+    beta: float = 0.5,
+    key_index: Tensor | None = None,  # [B, T, M] or [N, M]
+    lse: Tensor | None = None,
+    lse_teacher: Tensor | None = None,
+    reduction: str = "none",
+) -> Tensor:
+    """`oisd_kernels.attention_divergence` with the maps [B, H, T, T] in memory.
+
+    `lse` and `lse_teacher` save kernels a pass over the keys; nothing here needs them.
+    """
+    del lse, lse_teacher
+    with torch.autocast(q.device.type, enabled=False):
+        dtype = _compute_dtype(q, k, q_teacher, k_teacher)
+        rows = q.shape[:-2]  # (B, T) or (N,)
+        row_weight = _row_weight(token_weight, rows, dtype, q.device)
+
+        # Both forms become indices [B, T] into flat tokens; past a sequence's end they are invalid.
+        index, valid = _sequence_index(rows, cu_seqlens, q.device)
+        keep = valid & (row_weight.flatten()[index] != 0)
+        live = keep.any(1)  # sequences without a kept row are left out
+        index, valid, keep = index[live], valid[live], keep[live]
+
+        visible = _visible_keys(valid, causal, window)  # [B, T, T]
+        if key_index is not None:
+            visible &= _sampled_keys(key_index.flatten(0, -2)[index], index.shape[1])
+        keep &= visible.any(2)
+        # A key that no kept row sees is cleared: in the backward its zero weight would multiply it,
+        # and 0 * NaN is NaN.
+        seen = (visible & keep[:, :, None]).any(1)  # [B, T]
+
+        def log_attention(queries: Tensor, keys: Tensor, factor: float | None) -> Tensor:
+            queries = _take(queries.flatten(0, -3), index, keep).to(dtype)  # [B, T, H, K]
+            keys = _take(keys.flatten(0, -3), index, seen).to(dtype)  # [B, T, J, K]
+            grouped = queries.unflatten(2, (keys.shape[2], -1))  # head h reads key head h // (H/J)
+            scores = torch.einsum("bqjgk,bcjk->bjgqc", grouped, keys).flatten(1, 2)
+            scores = scores * (keys.shape[-1] ** -0.5 if factor is None else factor)
+            return _log_softmax(_softcap(scores, softcap), visible[:, None])  # [B, H, T, T]
+
+        with torch.no_grad():
+            scale_teacher = scale if scale_teacher is None else scale_teacher
+            lp = log_attention(q_teacher, k_teacher, scale_teacher)
+        lq = log_attention(q, k, scale)
+
+        row_divergence = _divergence(lp, lq, divergence, beta).mean(1)  # [B, T]
+        per_row = torch.zeros(row_weight.numel(), dtype=dtype, device=q.device)
+        per_row = per_row.index_put((index[keep],), row_divergence[keep])
+        return _reduce(row_weight, per_row.view(rows), reduction)
+
+
+def _divergence(lp: Tensor, lq: Tensor, divergence: str, beta: float) -> Tensor:
+    """Divergence of each row, [..., V] -> [...], in a form whose autograd keeps its digits.
+
+    The sums of p and of q are constants, so multiples of them may enter without changing the loss
+    or its gradient. They are chosen such that near p = q the rounding of log-softmax cancels to
+    first order, and such that where p and q are disjoint no large constant joins the gradient,
+    which is minute there.
+    """
+    p, q = lp.exp(), lq.exp()
+    D = lp - lq
+    if divergence == "forward_kl":
+        return (p * D - p + q).sum(-1)
+    if divergence == "reverse_kl":
+        return (-q * D - q + p).sum(-1)
+    # beta*p/m = sigmoid(x) and (1-beta)*q/m = sigmoid(-x): no mixture is formed, none underflows.
+    x = D + math.log(beta / (1 - beta))
+    teacher = p * (logsigmoid(x) - math.log(beta))  # p * log(p/m)
+    student = q * logsigmoid(-x) - q.detach() * math.log1p(-beta)  # q * log(q/m)
+    return (beta * teacher + (1 - beta) * student).sum(-1)
+
+
+def _log_softmax(scores: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Log-softmax whose masked entries are the lowest finite number instead of -inf.
+
+    Their probability is exactly 0 and differences stay finite, so they add 0 to loss and gradient.
+    A row that sees nothing is uniform: finite, for the caller to drop. Written out, because on CPUs
+    torch's log_softmax adds a row up one by one: 8e-6 off in float32 at a vocabulary of 150,000,
+    where the pairwise sum of logsumexp is 4e-7 off.
+    """
+    if scores.numel() == 0:
+        return scores  # amax refuses rows without entries
+    lowest = torch.finfo(scores.dtype).min
+    if visible is not None:
+        scores = scores.masked_fill(~visible, lowest)
+    scores = scores - scores.detach().amax(-1, keepdim=True)
+    return (scores - scores.logsumexp(-1, keepdim=True)).clamp_min(lowest)
+
+
+def _entropy(lq: Tensor) -> Tensor:
+    return -(lq.exp() * lq).sum(-1)
+
+
+def _logits(
+    hidden: Tensor,  # [R, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> Tensor:  # [R, V]
+    logits = hidden.to(dtype) @ weight.to(dtype).T
+    if bias is not None:
+        logits = logits + bias.to(dtype)
+    return _softcap(logits, softcap) / temperature
+
+
+def _softcap(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if wide else torch.float32
+
+
+def _row_weight(
+    token_weight: Tensor | None, rows: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if token_weight is None:
+        return torch.ones(rows, dtype=dtype, device=device)
+    return token_weight.detach().to(dtype).expand(rows)
+
+
+def _put_back(values: Tensor, keep: Tensor) -> Tensor:
+    """The kept rows at their places, 0 elsewhere."""
+    zeros = torch.zeros(keep.shape, dtype=values.dtype, device=values.device)
+    return zeros.index_put((keep,), values)
+
+
+def _reduce(row_weight: Tensor, per_row: Tensor, reduction: str) -> Tensor:
+    loss = row_weight * per_row
+    if reduction == "none":
+        return loss
+    if reduction == "sum":
+        return loss.sum()
+    return loss.sum() / (row_weight != 0).sum().clamp_min(1)
+
+
+def _sequence_index(
+    rows: torch.Size, cu_seqlens: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Flat index of every (sequence, position), [B, T], and which of them exist, [B, T]."""
+    if len(rows) == 2:
+        index = torch.arange(rows.numel(), device=device).view(rows)
+        return index, torch.ones_like(index, dtype=torch.bool)
+    tokens = rows[0]
+    if cu_seqlens is None:
+        cu_seqlens = torch.tensor([0, tokens], device=device)
+    start, length = cu_seqlens[:-1].long(), cu_seqlens.diff()
+    position = torch.arange(max(length.tolist(), default=0), device=device)
+    index = start[:, None] + position
+    return index.clamp_max(max(tokens - 1, 0)), position < length[:, None]
+
+
+def _visible_keys(valid: Tensor, causal: bool, window: int | None) -> Tensor:
+    """[B, T] existing positions -> [B, T, T], True where a query (dim 1) sees a key (dim 2)."""
+    position = torch.arange(valid.shape[1], device=valid.device)
+    ahead = position[None, :] - position[:, None]  # [T, T], key minus query
+    mask = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
+    if window is not None:
+        mask = mask & (ahead.abs() < window)
+    return mask & valid[:, None, :]
+
+
+def _sampled_keys(key_index: Tensor, keys: int) -> Tensor:
+    """[B, T, M] key positions, -1 = empty slot -> [B, T, keys], True where a key is sampled."""
+    mask = key_index.new_zeros((*key_index.shape[:2], keys + 1), dtype=torch.bool)
+    # Empty slots, and the rows of padding, fall into a spare column.
+    slot = torch.where((key_index < 0) | (key_index >= keys), keys, key_index)
+    return mask.scatter(2, slot, True)[..., :keys]
+
+
+def _take(x: Tensor, index: Tensor, keep: Tensor) -> Tensor:
+    """Rows of x [N, H, K] in the order of `index` [B, T], 0 where not kept -> [B, T, H, K]."""
+    taken = x.index_select(0, index.flatten()).view(*index.shape, *x.shape[1:])
+    return taken.masked_fill(~keep[:, :, None, None], 0)
