@@ -112,8 +112,8 @@ def arithmetic_model(seed: int = 0, **size: Any) -> Qwen3ForCausalLM:
             "head_dim": 24,
             "max_position_embeddings": 64,
             "tie_word_embeddings": False,
-            # Five times the usual width of a model a hundred times wider: learns in half the steps.
-            "initializer_range": 0.1,
+            # Wider than the usual 0.02, for so narrow a model: it learns in half the steps.
+            "initializer_range": 0.15,
             "bos_token_id": None,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,

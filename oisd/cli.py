@@ -78,8 +78,11 @@ def parse_train(arguments: Sequence[str]) -> TrainConfig:
 
 def _train(arguments: Sequence[str]) -> int:
     config = parse_train(arguments)
+    from transformers.utils.logging import disable_progress_bar
+
     from oisd.trainer import Trainer  # torch and transformers: seconds that --help need not wait
 
+    disable_progress_bar()  # one for each checkpoint would tear ours apart
     summary = Trainer(config).train()
     if summary:
         _print_table(f"oisd train: {config.run.output_dir}", _train_rows(summary))

@@ -176,6 +176,9 @@ def _read(source: str, split: str, subset: str | None) -> Any:
     except Exception as error:
         # `datasets` wraps the line that says what is wrong with a file in one that does not.
         reason = error.__cause__ or error
+        # It has no error of its own for a file, a saved set or a split that is empty.
+        if isinstance(reason, (StopIteration, IndexError)) or "to no data" in str(reason):
+            raise DataError(f"{source}: split {split!r} has no rows") from error
         raise DataError(
             f"{source}: cannot read split {split!r}: {type(reason).__name__}: {reason}"
         ) from error

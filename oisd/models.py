@@ -127,9 +127,7 @@ def _attention_function(module: nn.Module, implementation: str) -> Callable[...,
             if implementation == "eager":
                 return source.eager_attention_forward  # pyright: ignore
             return source.ALL_ATTENTION_FUNCTIONS[implementation]  # pyright: ignore
-    raise UnsupportedModelError(
-        f"Taps: {type(module).__name__} has no table of attention functions"
-    )
+    raise UnsupportedModelError(f"Taps: {type(module).__name__} has no attention functions")
 
 
 @contextmanager
@@ -163,9 +161,7 @@ def _unwrap(model: nn.Module) -> PreTrainedModel:
     while not isinstance(model, PreTrainedModel):
         adapters = getattr(model, "peft_config", {})
         if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
-            raise UnsupportedModelError(
-                "Taps: prompt-learning adapters prepend positions; use LoRA"
-            )
+            raise UnsupportedModelError("Taps: prompt learning prepends positions; use LoRA")
         if hasattr(model, "get_base_model"):
             inner = model.get_base_model()  # pyright: ignore
         else:
@@ -284,13 +280,9 @@ def _find_layout(model: Any) -> _Layout:
     if head not in seen or lists[0][-1] not in seen:
         raise refuse("its forward does not call its decoder, last layer and output embeddings")
     last, final = seen[lists[0][-1]].output, seen[decoder].output
-    norms = [
-        child
-        for child in decoder.children()
-        if child in seen
-        and torch.equal(seen[child].input, last)
-        and torch.equal(seen[child].output, final)
-    ]
+    called = [child for child in decoder.children() if child in seen]
+    norms = [child for child in called if torch.equal(seen[child].input, last)]
+    norms = [child for child in norms if torch.equal(seen[child].output, final)]
     if len(norms) != 1:
         raise refuse(
             f"one child of the decoder must be the final norm, which turns the last layer's output "
@@ -474,9 +466,7 @@ class Taps:
             self.clear()
         self._capturing, self._wants_grad = self.enabled, torch.is_grad_enabled()
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._capturing and output is None:  # the forward raised
-            self.clear()
+    def _end(self, *_: Any) -> None:
         self._capturing = False
 
     def _keep_hidden(self, layer: int) -> Callable[..., None]:
@@ -518,16 +508,19 @@ class Taps:
             weight, bias if bias is None else self._scaled(bias), self._layout.softcap
         )
 
-    def final_hidden(self) -> Tensor:
-        """What the head reads, times the model's logit scale, with graph: [B, T, D].
-
-        Raises RuntimeError before a forward.
-        """
+    def _require_captures(self) -> None:
         if self.num_layers not in self._hidden:
             raise RuntimeError(
                 "Taps: nothing captured; run the model inside the context (with enabled = True) "
                 "and read before leaving it"
             )
+
+    def final_hidden(self) -> Tensor:
+        """What the head reads, times the model's logit scale, with graph: [B, T, D].
+
+        Raises RuntimeError before a forward.
+        """
+        self._require_captures()
         return self._scaled(self._hidden[self.num_layers])
 
     def student_hidden(self) -> Tensor:
@@ -536,7 +529,7 @@ class Taps:
         After the final norm if lens_norm is "final"; times the model's logit scale, if it has one.
         Raises RuntimeError before a forward and without student layers.
         """
-        self.final_hidden()
+        self._require_captures()
         if not self.student_layers:
             raise RuntimeError("Taps: student_layers is empty, so there is no student_hidden")
         hidden = [self._hidden[layer] for layer in self.student_layers]
@@ -555,7 +548,7 @@ class Taps:
         Raises RuntimeError before a forward, with attention=False, and where there are more keys
         than queries because the forward continued a KV cache.
         """
-        self.final_hidden()
+        self._require_captures()
         if not self._attention:
             raise RuntimeError("Taps: made with attention=False, so there is no attention")
         for call in self._calls.values():

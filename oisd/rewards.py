@@ -37,7 +37,7 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-MAX_BOX_CHARACTERS = 2000  # a longer box earns 0.0 unread: no answer is that long, sympy is slow
+MAX_BOX_CHARACTERS = 2000  # a box as long as this earns 0.0 unread: no answer is, sympy is slow
 MATH_WORKER_BYTES = 4 << 30  # address space of a grading worker, which idles at 0.1 GiB
 IMPORT_TIMEOUT_S = 60.0  # for the user's module, which may well import torch
 
@@ -143,12 +143,17 @@ def _parse(answer: str) -> list[Any]:
     return parse(boxed, [config], "no_fallback", parsing_timeout=None)  # type: ignore[arg-type]
 
 
-def _verify(answer: str, gold: str) -> bool | None:
+def _verify(answer: str, gold: str, timeout_s: float) -> bool | None:
     """Verdict of math-verify; None: the gold answer parses to nothing."""
     from math_verify import verify
 
+    if hasattr(signal, "setitimer"):  # ends the worker should the parent not live to kill it
+        signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 10)
     wanted = _parse(gold)
-    return verify(wanted, _parse(answer), timeout_seconds=None) if wanted else None
+    verdict = verify(wanted, _parse(answer), timeout_seconds=None) if wanted else None
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return verdict
 
 
 def _start_user_worker(directory: str) -> None:
@@ -285,6 +290,9 @@ class _Workers:
                     future.cancel()
                 if not isinstance(error, RuntimeError) or pool.active:
                     raise
+                with self._lock:
+                    if self._finalizer is None or not self._finalizer.alive:
+                        raise RewardError(self._name, "closed while at work") from None
         raise RewardError(self._name, "its workers died twice, see their output above")
 
     def close(self) -> None:
@@ -343,13 +351,17 @@ class MathReward(RewardFunction):
         count = workers or min(8, max(2, (os.cpu_count() or 1) // 2))
         self._workers = _Workers("math", count, _start_math_worker)
 
+    def _verify(self, pairs: list[tuple[str, str]]) -> list[Any]:
+        tasks = [(answer, gold, self.timeout_s) for answer, gold in pairs]
+        return self._workers.run(_verify, tasks, self.timeout_s) if tasks else []
+
     def __call__(self, completions: list[str], answers: list[str]) -> list[float]:
         _check_batch("math_reward", completions, answers)
         rewards = [0.0] * len(completions)
         undecided: dict[tuple[str, str], list[int]] = {}
         for i, (completion, answer) in enumerate(zip(completions, answers, strict=True)):
             box = last_boxed(completion)
-            if box is None or len(box) > MAX_BOX_CHARACTERS:
+            if box is None or len(box) >= MAX_BOX_CHARACTERS:
                 continue
             pair = _clean(box), _clean(answer)
             verdict = _compare_strings(*pair)
@@ -357,7 +369,7 @@ class MathReward(RewardFunction):
                 undecided.setdefault(pair, []).append(i)
             else:
                 rewards[i] = float(verdict)
-        verdicts = self._workers.run(_verify, list(undecided), self.timeout_s) if undecided else []
+        verdicts = self._verify(list(undecided))
         for ((_, gold), where), verdict in zip(undecided.items(), verdicts, strict=True):
             if isinstance(verdict, TimeoutError | ProcessExpired):
                 self.timeouts += len(where)
@@ -374,18 +386,15 @@ class MathReward(RewardFunction):
         first: dict[str, int] = {}
         for i, answer in enumerate(answers):
             first.setdefault(_clean(answer), i)
-        plain = re.compile(
-            f"{_WORD.pattern}|{_INTEGER.pattern}|.{{{MAX_BOX_CHARACTERS + 1},}}", re.S
-        )
-        tasks = [(gold, gold) for gold in first if gold and not plain.fullmatch(_key(gold))]
-        verdicts = self._workers.run(_verify, tasks, self.timeout_s) if tasks else []
-        graded = {gold: verdict for (gold, _), verdict in zip(tasks, verdicts, strict=True)}
+        plain = re.compile(f"{_WORD.pattern}|{_INTEGER.pattern}|.{{{MAX_BOX_CHARACTERS},}}", re.S)
+        pairs = [(gold, gold) for gold in first if gold and not plain.fullmatch(_key(gold))]
+        graded = dict(zip(pairs, self._verify(pairs), strict=True))
         problems: list[str] = []
         for gold, i in first.items():
-            verdict = graded.get(gold, True)
+            verdict = graded.get((gold, gold), True)
             if not _key(gold):
                 problems.append(f"answers[{i}]: gold answer {answers[i]!r} is empty")
-            elif len(gold) > MAX_BOX_CHARACTERS:
+            elif len(gold) >= MAX_BOX_CHARACTERS:
                 problems.append(f"answers[{i}]: gold answer {gold[:40]!r}... is too long")
             elif verdict is None:
                 problems.append(f"answers[{i}]: {_unparsable(gold)}")
@@ -436,7 +445,9 @@ class UserReward(RewardFunction):
 
     def __call__(self, completions: list[str], answers: list[str]) -> list[float]:
         _check_batch(self.name, completions, answers)
-        self._run(_check_user, IMPORT_TIMEOUT_S, self.name)  # for a worker that replaces a dead one
+        # Instant, but in the replacement of a dead worker: imports have a deadline of their own.
+        if problem := self._run(_check_user, IMPORT_TIMEOUT_S, self.name):
+            raise RewardError(self.name, problem)
         batch = self.name, list(completions), list(answers)
         try:
             rewards, problem, index = self._run(_call_user, self.timeout_s, *batch)
@@ -463,7 +474,7 @@ def _shared_math() -> MathReward:
 def math_reward(completions: list[str], answers: list[str]) -> list[float]:
     r"""1.0 where the last `\boxed{}` of a completion equals the gold answer, else 0.0.
 
-    completions: texts of any length; no box, or one of more than 2,000 characters, earns 0.0.
+    completions: texts of any length; no box, or one of 2,000 characters or more, earns 0.0.
     answers: one gold answer each, without `\boxed{}`; one that cannot be parsed warns, see
         `check_answers`.
 

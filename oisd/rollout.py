@@ -132,7 +132,7 @@ class GumbelSampler(LogitsProcessor):
             self.warpers.append(TopPLogitsWarper(float(top_p)))
         self.logprobs: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
         logprobs = self.warpers(input_ids, scores.float()).log_softmax(dim=-1)
         choice = logprobs
         if not self.greedy:

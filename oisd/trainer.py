@@ -147,14 +147,14 @@ class Trainer:
         config = self.config
         clock = Stopwatch()
         torch.manual_seed(_seed_of(config.run.seed, self.step, self.processes.rank))
-        progress.phase("sampling")
-        minibatches, metrics, table = self._roll_out(clock)
-        progress.phase("learning")
-        with clock("update"):
-            try:
+        try:
+            progress.phase("sampling")
+            minibatches, metrics, table = self._roll_out(clock)
+            progress.phase("learning")
+            with clock("update"):
                 losses, norms = self.learner.learn(minibatches, self.step)
-            except NonFiniteError as error:
-                raise self._report(error) from None
+        except NonFiniteError as error:
+            raise self._report(error) from None
         metrics = self._reduce(add_metrics(metrics, losses))
         row: dict[str, Any] = {"step": self.step + 1}
         row |= {name: mean.item() for name, mean in metrics.items()}
@@ -215,6 +215,14 @@ class Trainer:
             for i in range(min(len(texts), 64))
         ]
         batch = assemble(prompts, completions, advantages, rows, self.policy.pad_token_id)
+        broken = ~batch.rollout_logprobs.isfinite().all(dim=1)
+        if broken.any():
+            part = batch.select(broken.nonzero().flatten())
+            raise NonFiniteError(
+                "the model's logits are not finite in the rollout (completions "
+                f"{part.rows.tolist()})",
+                part,
+            )
         slots = torch.tensor([slot for slot in mine for _ in range(size)])
         return self._minibatches(batch, slots), metrics, table
 

@@ -192,7 +192,7 @@ BAD_ROWS = {
     "empty": ([GOOD, {"question": "", "answer": "1"}], {}, r"row 1: field 'question' is empty"),
     "blank": ([GOOD, {"question": " ", "answer": "1"}], {}, r"row 1: field 'question' must be"),
     "list for an answer": ([{"question": "q", "answer": ["1"]}], {}, r"text or a number, got \['1"),
-    "list of texts for a prompt": (
+    "list of texts": (
         [{"question": ["q"], "answer": "1"}],
         {},
         r"row 0: each message",
@@ -233,9 +233,14 @@ def test_bad_requests(options, message):
 def test_data_sets_without_rows(tmp_path, write):
     with pytest.raises(DataError, match="empty"):
         load_examples(write())
-    datasets.Dataset.from_dict({"question": [], "answer": []}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(DataError, match="no rows"):
-        load_examples(str(tmp_path / "saved"))
+    none = datasets.Dataset.from_list(ROWS).select([])
+    none.to_parquet(tmp_path / "rows.parquet")
+    none.save_to_disk(tmp_path / "saved")
+    for name in ("rows.parquet", "saved"):
+        with pytest.raises(DataError, match=f"{name}: split 'train' has no rows"):
+            load_examples(str(tmp_path / name))
+    with pytest.raises(DataError, match="has no rows"):
+        load_examples(write(*ROWS), split="train[:0]")
 
 
 def test_broken_file_and_unknown_split(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from tiny_models import LAYERS, TINY, VOCAB, WINDOW, tiny_model
@@ -113,6 +115,17 @@ def test_attention_equals_output_attentions(name):
     assert (windows[1] == WINDOW) == (name in ("mistral", "phi3", "gemma2", "gemma3"))
     assert (windows[2] == WINDOW) == (name in ("mistral", "phi3"))
     assert (pairs[0].softcap == 2.0) == (name == "gemma2")
+
+
+def test_pair_has_the_smaller_of_two_windows():
+    model = tiny_model("mistral")
+    for layer, window in ((1, 4), (3, None)):
+        attention = model.model.layers[layer - 1].self_attn
+        attention.config = copy.copy(attention.config)
+        attention.config.sliding_window = window
+    with Taps(model, [1, 2, 3]) as taps:
+        model(input_ids=tokens(), use_cache=False)
+        assert [pair.window for pair in taps.attention()] == [4, WINDOW, WINDOW]
 
 
 @architectures
@@ -235,7 +248,7 @@ def test_freeze_norm(freeze_norm):
 
 
 @pytest.mark.parametrize("kwargs", [{"use_reentrant": True}, {}], ids=["reentrant", "default"])
-@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint")
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint", "ignore:None of the inputs")
 def test_reentrant_checkpointing_is_refused(kwargs):
     model = tiny_model("qwen3")
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
@@ -607,7 +620,7 @@ def test_prompt_learning_is_refused():
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = peft.get_peft_model(tiny_model("qwen3"), config)
-    with pytest.raises(UnsupportedModelError, match="prompt-learning"):
+    with pytest.raises(UnsupportedModelError, match="prompt learning"):
         Taps(model, STUDENTS)
 
 
