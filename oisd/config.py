@@ -47,11 +47,20 @@ class WarmupConfig:
     """Supervised steps before reinforcement learning; for the arithmetic task's blank model."""
 
     steps: int = 0
+    """At most so many; 0 for no warm-up."""
+    stop_at: float | None = None
+    """Stop when the model gives the right answers this probability, on average."""
     batch_size: int = 64
     learning_rate: float = 3e-3
 
     def __post_init__(self) -> None:
         _require(self.steps >= 0, "warmup.steps", "at least 0", self.steps)
+        _require(
+            self.stop_at is None or 0 < self.stop_at < 1,
+            "warmup.stop_at",
+            "in (0, 1)",
+            self.stop_at,
+        )
         _require(self.batch_size > 0, "warmup.batch_size", "at least 1", self.batch_size)
         _require(self.learning_rate > 0, "warmup.learning_rate", "above 0", self.learning_rate)
 

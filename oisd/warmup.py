@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
 
 from oisd.arithmetic import supervised_batch
 from oisd.config import WarmupConfig
 from oisd.data import Example, prompt_indices
 from oisd.policy import Policy
+
+# Batches that the probability of the right answers is averaged over.
+_RECENT = 8
 
 
 def warm_up(
@@ -21,24 +27,44 @@ def warm_up(
     seed: int,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Train on (prompt, answer) pairs by cross-entropy, in place; a function of `seed` alone."""
+    """Train on (prompt, answer) pairs by cross-entropy, in place; a function of `seed` alone.
+
+    Ends after `config.steps`, or once the recent batches' answers had the mean probability
+    `config.stop_at`. That is the expected accuracy of sampling at temperature 1.
+    """
     model = policy.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
+    )
     schedule = get_scheduler(
-        "cosine",
+        "linear",
         optimizer,
-        num_warmup_steps=config.steps // 20,
+        num_warmup_steps=config.steps // 10,
         num_training_steps=config.steps,
     )
+    recent: deque[float] = deque(maxlen=_RECENT)
     model.train()
     for step in range(config.steps):
         indices = prompt_indices(step, config.batch_size, len(examples), seed)
         batch = supervised_batch(examples, policy.tokenizer, indices)
+        batch = {name: tensor.to(policy.device) for name, tensor in batch.items()}
+        labels = batch.pop("labels")
         with policy.autocast():
-            loss = model(**{name: tensor.to(policy.device) for name, tensor in batch.items()}).loss
+            logits = model(**batch).logits
+        loss, probability = _loss(logits.float(), labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         on_step(step, loss.item())
+        recent.append(probability.item())
+        if config.stop_at and len(recent) == _RECENT and sum(recent) / _RECENT >= config.stop_at:
+            break
+
+
+def _loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the labelled tokens, and mean probability of the whole answers."""
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    tokens = cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    return tokens.sum() / (labels != -100).sum(), (-tokens.detach().sum(dim=1)).exp().mean()

@@ -21,7 +21,7 @@ TINY = {
     "reward": {"function": "tests_reward:first_digit"},
     "oisd": {"student_layers": [2, 4]},
     "optimizer": {"learning_rate": 1e-3},
-    "warmup": {"steps": 40, "batch_size": 32},
+    "warmup": {"steps": 20, "batch_size": 16},
     "eval": {"source": "arithmetic", "limit": 8, "samples": 4, "every": 2},
     "run": {
         "steps": 4,
@@ -137,16 +137,15 @@ def test_same_seed_same_run_and_another_seed_another(whole_run, tmp_path):
     train(tmp_path / "again")
     assert_same_run(tmp_path / "again", whole_run)
     train(tmp_path / "other", run={"seed": 1, "steps": 1})
-    assert metrics(tmp_path / "other")[1]["reward"] != metrics(whole_run)[1]["reward"] or (
-        metrics(tmp_path / "other")[1]["loss/grpo"] != metrics(whole_run)[1]["loss/grpo"]
-    )
+    ours, theirs = metrics(tmp_path / "other")[1], metrics(whole_run)[1]
+    assert ours["entropy/policy"] != theirs["entropy/policy"]
 
 
 KILLS = {
     "in the warm-up": (
         "import oisd.warmup",
         "step = oisd.warmup.prompt_indices",
-        "oisd.warmup.prompt_indices = lambda i, *rest: die() if i == 20 else step(i, *rest)",
+        "oisd.warmup.prompt_indices = lambda i, *rest: die() if i == 10 else step(i, *rest)",
     ),
     "in a step": (
         "learn = oisd.trainer.Learner.learn",
@@ -245,9 +244,11 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_variants_run_and_resume(changes, tmp_path):
+def test_variants_run_and_resume(changes, tmp_path, monkeypatch):
+    monkeypatch.setattr("oisd.trainer.plot_training", lambda *_: [])
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    changes = {**changes, "run": {"steps": 2, "save_every": 1}}
+    # Without an evaluation, which the shorter run would do after its own last step.
+    changes = {**changes, "run": {"steps": 2, "save_every": 1}, "eval": {"source": "none"}}
     train(whole, **changes)
     assert all(row["grad_norm"] > 0 for row in metrics(whole)[1:])
     train(parts, **{**changes, "run": {"steps": 1}})

@@ -1,0 +1,144 @@
+"""Who may import what, read from the syntax of the sources."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterable, Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STANDARD_LIBRARY = sys.stdlib_module_names
+
+# Imports inside a function that close a cycle: the arithmetic task is one of the data sources.
+DEFERRED = {("oisd.data", "oisd.arithmetic")}
+
+# The files of `oisd` that may import transformers, and no other.
+USE_TRANSFORMERS = {
+    "oisd/models.py",
+    "oisd/policy.py",
+    "oisd/rollout.py",
+    "oisd/arithmetic.py",
+    "oisd/learner.py",
+    "oisd/warmup.py",
+    "oisd/cli.py",
+}
+
+
+def sources(folder: str) -> list[str]:
+    found = sorted(str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py"))
+    assert found
+    return found
+
+
+OISD, KERNELS = sources("oisd"), sources("oisd_kernels")
+
+
+def imports(file: str, nodes: Iterable[ast.AST] | None = None) -> Iterator[str]:
+    """Dotted names that a file imports when it runs, wherever in it; not `if TYPE_CHECKING`."""
+    for node in syntax(file).body if nodes is None else nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = Path(file).parent.parts
+                parents = package[: len(package) - node.level + 1]
+                base = ".".join([*parents, base]).rstrip(".")
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and _is_type_checking(node.test):
+            yield from imports(file, node.orelse)
+        else:
+            yield from imports(file, ast.iter_child_nodes(node))
+
+
+def syntax(file: str) -> ast.Module:
+    return ast.parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+def _is_type_checking(test: ast.expr) -> bool:
+    return ast.unparse(test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def packages(file: str) -> set[str]:
+    return {name.split(".")[0] for name in imports(file)}
+
+
+def module(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+@pytest.mark.parametrize("file", KERNELS)
+def test_kernels_import_torch_and_triton_alone(file):
+    assert packages(file) <= {"torch", "triton", "oisd_kernels", *STANDARD_LIBRARY}
+
+
+def test_reference_never_imports_triton():
+    assert "triton" not in packages("oisd_kernels/reference.py")
+
+
+def test_config_imports_the_standard_library_alone():
+    assert packages("oisd/config.py") <= STANDARD_LIBRARY
+
+
+@pytest.mark.parametrize("file", OISD)
+def test_transformers_are_known_where_they_may_be(file):
+    inside_integrations = file.startswith("oisd/integrations/")
+    if "transformers" in packages(file):
+        assert file in USE_TRANSFORMERS or inside_integrations
+
+
+def test_losses_know_no_transformers_at_all():
+    assert packages("oisd/losses.py") <= {"torch", "oisd", "oisd_kernels", *STANDARD_LIBRARY}
+    own = {name for name in imports("oisd/losses.py") if name.startswith("oisd.")}
+    assert {name.split(".")[1] for name in own} == {"config"}
+
+
+@pytest.mark.parametrize("file", OISD)
+def test_only_the_command_line_imports_tyro(file):
+    assert file == "oisd/cli.py" or "tyro" not in packages(file)
+
+
+@pytest.mark.parametrize("file", OISD)
+def test_only_integrations_import_other_trainers(file):
+    if not file.startswith("oisd/integrations/"):
+        assert not packages(file) & {"trl", "verl"}
+
+
+@pytest.mark.parametrize("file", [*OISD, *KERNELS])
+def test_every_module_has_a_name_that_says_what_it_is(file):
+    assert not set(module(file).split(".")) & {"utils", "util", "helpers", "common", "misc"}
+
+
+def test_no_module_imports_itself_by_a_detour():
+    modules = {module(file): file for file in [*OISD, *KERNELS]}
+    graph = {
+        name: {
+            other
+            for other in imports(file)
+            if other in modules
+            # `from package import module` runs the package first, which is no detour.
+            and not f"{name}.".startswith(f"{other}.")
+            and (name, other) not in DEFERRED
+        }
+        for name, file in modules.items()
+    }
+    assert "oisd.losses" in graph["oisd.learner"]  # the graph is there
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_the_reader_of_imports_sees_all_forms():
+    code = (
+        "import a.b\nfrom c import d\nfrom . import e\n"
+        "if TYPE_CHECKING:\n    import f\nelse:\n    import g\n"
+        "def h():\n    import i\n"
+    )
+    found = set(imports("oisd/x.py", ast.parse(code).body))
+    assert found == {"a.b", "c", "c.d", "oisd", "oisd.e", "g", "i"}
