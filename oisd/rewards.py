@@ -17,25 +17,20 @@ name it `module:function`, see `load_reward`.
 import importlib
 import logging
 import math
-import multiprocessing
-import multiprocessing.context
 import os
 import re
 import reprlib
 import signal
 import sys
-import threading
 import traceback
-import types
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence, Set
-from concurrent.futures import wait
-from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from typing import Any
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble import ProcessExpired
+
+from oisd.workers import Workers, WorkersError
 
 MAX_BOX_CHARACTERS = 2000  # a box as long as this earns 0.0 unread: no answer is, sympy is slow
 MATH_WORKER_BYTES = 4 << 30  # address space of a grading worker, which idles at 0.1 GiB
@@ -209,97 +204,6 @@ def _call_user(
     return rewards, None, None
 
 
-# ---- the pool --------------------------------------------------------------------------------
-
-_main_hidden = threading.Lock()
-
-
-class _WorkerProcess(multiprocessing.context.SpawnProcess):
-    """Spawned process that does not import the parent's main module.
-
-    Workers need nothing from it, it would bring torch along, and a script without the
-    `if __name__ == "__main__"` guard would run again in every worker.
-    """
-
-    @staticmethod
-    def _Popen(process_obj: Any) -> Any:
-        with _main_hidden:
-            main = sys.modules["__main__"]
-            sys.modules["__main__"] = types.ModuleType("__main__")
-            try:
-                return multiprocessing.context.SpawnProcess._Popen(process_obj)
-            finally:
-                sys.modules["__main__"] = main
-
-
-class _WorkerContext(multiprocessing.context.SpawnContext):
-    Process = _WorkerProcess
-
-
-def _stop(pool: ProcessPool) -> None:
-    pool.stop()
-    pool.join()
-
-
-class _Workers:
-    """Processes that start with the first task, are replaced when they die, and stop at exit."""
-
-    def __init__(self, name: str, count: int, initializer: Callable[[], None]) -> None:
-        self._name = name
-        self._new_pool = partial(
-            ProcessPool, max_workers=count, initializer=initializer, context=_WorkerContext()
-        )
-        self._pool: ProcessPool | None = None
-        self._finalizer: weakref.finalize | None = None
-        self._lock = threading.Lock()
-
-    def _open(self) -> ProcessPool:
-        with self._lock:
-            if self._pool is None or not self._pool.active:
-                self.close()
-                self._pool = self._new_pool()
-                self._finalizer = weakref.finalize(self, _stop, self._pool)
-            return self._pool
-
-    def run(
-        self, function: Callable[..., Any], tasks: Sequence[tuple], timeout_s: float
-    ) -> list[Any]:
-        """Result of `function(*task)` for each task, or its TimeoutError or ProcessExpired.
-
-        The pool as a whole breaks when a worker dies idle; the tasks that this lost run once more.
-        """
-        results: dict[int, Any] = {}
-        for _ in range(2):
-            pool = self._open()
-            futures: dict[int, ProcessFuture] = {}
-            try:
-                for i in range(len(tasks)):
-                    if i not in results:
-                        futures[i] = pool.schedule(function, args=tasks[i], timeout=timeout_s)
-                for i, future in futures.items():
-                    while not wait([future], timeout=1.0).done:
-                        if not pool.active:
-                            raise BrokenProcessPool
-                    try:
-                        results[i] = future.result()
-                    except (TimeoutError, ProcessExpired) as lost:
-                        results[i] = lost
-                return [results[i] for i in range(len(tasks))]
-            except BaseException as error:
-                for future in futures.values():
-                    future.cancel()
-                if not isinstance(error, RuntimeError) or pool.active:
-                    raise
-                with self._lock:
-                    if self._finalizer is None or not self._finalizer.alive:
-                        raise RewardError(self._name, "closed while at work") from None
-        raise RewardError(self._name, "its workers died twice, see their output above")
-
-    def close(self) -> None:
-        if self._finalizer is not None:
-            self._finalizer()  # once: a second call does nothing
-
-
 # ---- reward functions ------------------------------------------------------------------------
 
 
@@ -349,11 +253,14 @@ class MathReward(RewardFunction):
         super().__init__()
         self.timeout_s = timeout_s
         count = workers or min(8, max(2, (os.cpu_count() or 1) // 2))
-        self._workers = _Workers("math", count, _start_math_worker)
+        self._workers = Workers(count, _start_math_worker)
 
     def _verify(self, pairs: list[tuple[str, str]]) -> list[Any]:
         tasks = [(answer, gold, self.timeout_s) for answer, gold in pairs]
-        return self._workers.run(_verify, tasks, self.timeout_s) if tasks else []
+        try:
+            return self._workers.run(_verify, tasks, self.timeout_s) if tasks else []
+        except WorkersError as error:
+            raise RewardError(self.name, str(error)) from None
 
     def __call__(self, completions: list[str], answers: list[str]) -> list[float]:
         _check_batch("math_reward", completions, answers)
@@ -426,7 +333,7 @@ class UserReward(RewardFunction):
         super().__init__()
         self.name = name
         self.timeout_s = timeout_s
-        self._workers = _Workers(name, 1, partial(_start_user_worker, os.getcwd()))
+        self._workers = Workers(1, partial(_start_user_worker, os.getcwd()))
         try:
             problem = self._run(_check_user, IMPORT_TIMEOUT_S, name)
         except RewardError as error:
@@ -436,7 +343,10 @@ class UserReward(RewardFunction):
             raise ValueError(f'load_reward: wanted "module:function", got {name!r}: {problem}')
 
     def _run(self, function: Callable[..., Any], timeout_s: float, *args: Any) -> Any:
-        (result,) = self._workers.run(function, [args], timeout_s)
+        try:
+            (result,) = self._workers.run(function, [args], timeout_s)
+        except WorkersError as error:
+            raise RewardError(self.name, str(error)) from None
         if isinstance(result, TimeoutError):
             raise RewardError(self.name, f"took more than {timeout_s:g} s and was killed")
         if isinstance(result, ProcessExpired):

@@ -19,6 +19,7 @@ DEFERRED = {("oisd.data", "oisd.arithmetic")}
 # The files of `oisd` that may import transformers, and no other.
 USE_TRANSFORMERS = {
     "oisd/models.py",
+    "oisd/layout.py",
     "oisd/policy.py",
     "oisd/rollout.py",
     "oisd/arithmetic.py",

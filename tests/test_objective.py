@@ -87,10 +87,12 @@ class Unmoved(Learner):
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         super().__init__(Objective(policy, config), config, Processes("cpu"))
         self.gradients: list[torch.Tensor] = []
-        self.optimizer.step = self._keep
+        self.optimizer.register_step_pre_hook(self._keep)
 
-    def _keep(self):
+    def _keep(self, *_):
         self.gradients.append(torch.cat([p.grad.flatten().clone() for p in self.parameters]))
+        for parameter in self.parameters:
+            parameter.grad.zero_()  # AdamW without a gradient and without a past does not move
 
 
 def gradient_of(policy, config, minibatches, step=0):
@@ -338,9 +340,9 @@ def learner_of(policy, config=None) -> Learner:
 
 
 def poisoned(batch: Batch, row: int) -> Batch:
-    rollout = batch.old_logprobs.clone()
-    rollout[row] = math.nan
-    return replace(batch, old_logprobs=rollout)
+    old = batch.old_logprobs.clone()
+    old[row] = math.nan
+    return replace(batch, old_logprobs=old)
 
 
 def test_a_loss_that_is_not_finite_is_named_with_its_rows(own_policy, batch):
@@ -355,9 +357,10 @@ def test_a_loss_that_is_not_finite_is_named_with_its_rows(own_policy, batch):
 
 @pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "lm_head.weight"])
 def test_a_parameter_that_is_not_finite_stops_the_step(own_policy, batch, name):
+    learner = learner_of(own_policy)
     with torch.no_grad():
         own_policy.model.get_parameter(name)[0, 0] = math.nan
-    learner, before = learner_of(own_policy), snapshot(own_policy.model)
+    before = snapshot(own_policy.model)
     with learner.objective.tapped(), pytest.raises(NonFiniteError, match="loss/grpo is nan"):
         learner.learn([(batch, totals_of(batch))], 0)
     assert_untouched(own_policy.model, before)

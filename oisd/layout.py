@@ -1,0 +1,341 @@
+"""Where a causal language model keeps what Taps needs: found by a probe, not by its name.
+
+* A forward of four tokens finds the layout. The final norm is the child of the decoder that turns
+  the last layer's output into `last_hidden_state`; the head's output must be
+  `last_hidden_state @ weight.T + bias`; what the model does to logits afterwards (scale, softcap)
+  is read from its answer to a known ramp put in place of the head's output. A model that does
+  anything else is refused.
+* Queries and keys are taken where attention modules hand them to transformers' AttentionInterface.
+  A tapped module sees its config through a proxy whose attention implementation is "oisd"; that
+  function hands the call on to the implementation that the config itself names. The config is not
+  touched: masks are built as always (a model-wide switch needs a mask function of its own, or
+  padding is ignored), other layers, and models that share the config, do not notice, and any
+  implementation can be behind it, also FlashAttention's, which looks up its name in the config.
+
+B batch, T positions, D width, V vocabulary, H query heads, J key heads, K head dimension.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+IMPLEMENTATION = "oisd"
+
+# Where configs keep the factor of the logits; whether it multiplies or divides, the probe tells.
+_SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
+_SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap")
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose layout Taps does not understand; says what was not found or what differed."""
+
+
+class AttentionCall(NamedTuple):
+    """What one attention module handed to the attention interface, and what came back."""
+
+    implementation: str
+    q: Tensor  # [B, H, T, K]
+    k: Tensor  # [B, J, T, K]
+    v: Any  # [B, J, T, K], for the probe alone
+    out: Any  # [B, T, H, K], for the probe alone
+    scale: float
+    softcap: float | None
+    window: int | None
+    sinks: bool
+
+
+class _TappedConfig:
+    """An attention module's config, but for its attention implementation, which is ours."""
+
+    _attn_implementation = IMPLEMENTATION
+
+    def __init__(self, original: Any, record: Callable[[AttentionCall], None]):
+        self.original, self.record = original, record
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "original" or name.startswith("__"):  # not yet there while being copied
+            raise AttributeError(name)
+        return getattr(self.original, name)
+
+
+def _tapped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """The attention function of tapped modules: what the config asks for, and a record of it."""
+    proxy = module.config
+    # The implementation may read its own name from the config.
+    module.config = proxy.original
+    try:
+        implementation = proxy.original._attn_implementation or "eager"
+        attend = _attention_function(module, implementation)
+        out, weights = attend(module, query, key, value, attention_mask, **kwargs)
+    finally:
+        module.config = proxy
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    softcap, window = kwargs.get("softcap"), kwargs.get("sliding_window")
+    sinks = kwargs.get("s_aux") is not None
+    proxy.record(
+        AttentionCall(implementation, query, key, value, out, scale, softcap, window, sinks)
+    )
+    return out, weights
+
+
+AttentionInterface.register(IMPLEMENTATION, _tapped_attention)
+
+
+def _attention_function(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """The function `module` itself would have called; some model files have their own table."""
+    for cls in type(module).__mro__:  # FSDP2 puts classes of its own in front
+        source = sys.modules.get(cls.__module__)
+        if hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
+            if implementation == "eager":
+                return source.eager_attention_forward  # pyright: ignore
+            return source.ALL_ATTENTION_FUNCTIONS[implementation]  # pyright: ignore
+    raise UnsupportedModelError(f"Taps: {type(module).__name__} has no attention functions")
+
+
+@contextmanager
+def tapped(layer: nn.Module, record: Callable[[AttentionCall], None]) -> Iterator[None]:
+    """Records each call of the attention interface from a module inside `layer`."""
+    modules = [m for m in layer.modules() if hasattr(vars(m).get("config"), "_attn_implementation")]
+    originals = [m.config for m in modules]
+    for module in modules:
+        module.config = _TappedConfig(module.config, record)  # pyright: ignore
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.config = original
+
+
+class Layout(NamedTuple):
+    model: Any
+    decoder: Any
+    layers: nn.ModuleList
+    norm: nn.Module
+    scale: float
+    softcap: float | None
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside the wrappers of PEFT, DDP and torch.compile."""
+    while not isinstance(model, PreTrainedModel):
+        adapters = getattr(model, "peft_config", {})
+        if any(getattr(adapter, "is_prompt_learning", False) for adapter in adapters.values()):
+            raise UnsupportedModelError("Taps: prompt learning prepends positions; use LoRA")
+        if hasattr(model, "get_base_model"):
+            inner = model.get_base_model()  # pyright: ignore
+        else:
+            inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise UnsupportedModelError(
+                f"Taps: model must be a transformers PreTrainedModel or a wrapper of one, "
+                f"got {type(model).__name__}"
+            )
+        model = inner
+    return model
+
+
+def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
+    """The head's weight [V, D] and bias; refuses an adapter, whose share `weight` does not hold."""
+    head = model.get_output_embeddings()
+    # PEFT's modules_to_save trains a copy of the whole head; `weight` is then the active copy's.
+    whole = getattr(head, "modules_to_save", None)
+    plain = list(whole.values()) if isinstance(whole, nn.ModuleDict) else [head]
+    weight = getattr(head, "weight", None)
+    if any(True for module in plain for _ in module.children()) or not isinstance(weight, Tensor):
+        raise UnsupportedModelError(
+            f"Taps: the output embeddings must be one linear layer without adapters, got "
+            f"{type(head).__name__}; leave the head out of the adapter's target modules, or list "
+            f"it in modules_to_save"
+        )
+    return weight, getattr(head, "bias", None)
+
+
+def _softcap(logits: Tensor, cap: float | None) -> Tensor:
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _close(x: Tensor, ref: Tensor, slack: float = 0) -> bool:
+    """Equal to a few roundings of the coarser dtype, at the scale of the largest element."""
+    bound = 16 * max(torch.finfo(x.dtype).eps, torch.finfo(ref.dtype).eps) + slack
+    x, ref = x.float(), ref.to(x.device).float()
+    return x.shape == ref.shape and bool((x - ref).abs().max() <= bound * ref.abs().max())
+
+
+def first_tensor(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _ramp(like: Tensor) -> Tensor:
+    return torch.linspace(-64, 64, like.shape[-1]).to(like).expand_as(like)
+
+
+class _Seen(NamedTuple):
+    input: Tensor
+    output: Tensor
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout: neither the result nor the random state may depend on a probe."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _probe_ids(model: Any) -> Tensor:
+    return torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
+
+
+@torch.no_grad()
+def _probe(model: Any) -> dict[nn.Module, _Seen]:
+    """What each watched module got and gave in one forward of four tokens.
+
+    Watched are the decoder, its children, its layers and the head. The head's `input` is what its
+    output should be; the model's own `output` is its logits for a ramp in place of the head's.
+    """
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    seen: dict[nn.Module, _Seen] = {}
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+        out, given = first_tensor(out), next(iter([*args, *kwargs.values()]), None)
+        if module is not head:
+            seen[module] = _Seen(given if isinstance(given, Tensor) else torch.empty(0), out)
+        elif decoder in seen:
+            # Here and not later: under FSDP2 the weight is whole only while the model runs.
+            weight, bias = head_parameters(model)
+            final = seen[decoder].output.to(weight.dtype)
+            seen[head] = _Seen(F.linear(final, weight, bias), out)
+            return _ramp(out)
+
+    ids = _probe_ids(model)
+    layers = [m for child in decoder.children() if isinstance(child, nn.ModuleList) for m in child]
+    with _eval_mode(model), ExitStack() as stack:
+        for module in {decoder, *decoder.children(), *layers, head}:
+            stack.callback(module.register_forward_hook(watch, with_kwargs=True).remove)
+        seen[model] = _Seen(ids, model(input_ids=ids, use_cache=False, return_dict=True).logits)
+    return seen
+
+
+def find_layout(model: Any) -> Layout:
+    """The parts of `model` between its last layer and its logits, each verified by the probe."""
+
+    def refuse(what: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"Taps: {type(model).__name__} is not understood: {what}")
+
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    if model.config.is_encoder_decoder or decoder is model or not isinstance(head, nn.Module):
+        raise refuse("it must have a decoder (get_decoder) and a head (get_output_embeddings)")
+    head_parameters(model)
+    depth = decoder.config.get_text_config().num_hidden_layers
+    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(lists) != 1:
+        raise refuse(f"the decoder must have one ModuleList of {depth} layers, got {len(lists)}")
+
+    seen = _probe(model)
+    if head not in seen or lists[0][-1] not in seen:
+        raise refuse("its forward does not call its decoder, last layer and output embeddings")
+    last, final = seen[lists[0][-1]].output, seen[decoder].output
+    called = [child for child in decoder.children() if child in seen]
+    norms = [child for child in called if torch.equal(seen[child].input, last)]
+    norms = [child for child in norms if torch.equal(seen[child].output, final)]
+    if len(norms) != 1:
+        raise refuse(
+            f"one child of the decoder must be the final norm, which turns the last layer's output "
+            f"into last_hidden_state; found {len(norms)}"
+        )
+    if not _close(seen[head].output, seen[head].input):
+        raise refuse("the head's output is not last_hidden_state @ weight.T + bias")
+
+    logits, ramp = seen[model].output, _ramp(seen[head].output).float()
+    if logits.shape != ramp.shape:
+        raise refuse(f"the logits have shape {[*logits.shape]}, the head's output {[*ramp.shape]}")
+    config = model.config.get_text_config()
+    named = [getattr(config, name, None) for name in _SCALE_NAMES]
+    scales = [float(value) for value in named if isinstance(value, (int, float)) and value]
+    scales += [1.0, *(1 / value for value in scales)]
+    caps = [*(getattr(config, name, None) or None for name in _SOFTCAP_NAMES), None]
+    scale, cap = min(
+        itertools.product(scales, caps),
+        key=lambda c: float((_softcap(c[0] * ramp, c[1]) - logits).abs().max()),
+    )
+    if not _close(logits, _softcap(scale * ramp, cap)):
+        raise refuse(
+            f"it turns the head's output {ramp[0, 0, -1]:.4g} into the logit "
+            f"{logits[0, 0, -1]:.4g}, which no scale or softcap of its config explains"
+        )
+    return Layout(model, decoder, lists[0], norms[0], scale, cap)
+
+
+def refuse_variants(layer: int, call: AttentionCall) -> None:
+    """Raises if the call is not a softmax over the keys alone, as its arguments describe it."""
+    if call.sinks:
+        raise UnsupportedModelError(
+            f"Taps: layer {layer} attends to a learned sink beside its keys; use attention=False"
+        )
+    if call.softcap is not None and "sdpa" in call.implementation:
+        raise UnsupportedModelError(
+            f"Taps: SDPA ignores the softcap {call.softcap} of layer {layer}'s attention scores; "
+            f'call model.set_attn_implementation("eager"), or use attention=False'
+        )
+
+
+def _is_causal_softmax(call: AttentionCall) -> bool:
+    """Whether `out` is causal softmax attention by the call's own q, k, v and arguments."""
+    group = call.q.shape[1] // call.k.shape[1]
+    k, v = (x.float().repeat_interleave(group, dim=1) for x in (call.k, call.v))
+    scores = _softcap(call.scale * call.q.float() @ k.mT, call.softcap)
+    distance = torch.arange(scores.shape[-1], device=k.device)
+    distance = distance[:, None] - distance
+    keep = (distance >= 0) & (distance < (call.window or len(distance)))
+    out = (scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+    # Eager attention rounds its scores, be it to TF32, which shifts them by up to eps * |score|.
+    eps = max(torch.finfo(call.out.dtype).eps, 2**-11)
+    return _close(call.out, out, slack=min(2 * eps * float(scores.abs().max()), 8.0))
+
+
+def check_attention(layout: Layout, layers: Sequence[int]) -> None:
+    """Raises unless each of these layers, the teacher first, attends by one causal softmax."""
+    model = layout.model
+    calls: dict[int, list[AttentionCall]] = {layer: [] for layer in layers}
+    with torch.no_grad(), _eval_mode(model), ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(tapped(layout.layers[layer - 1], calls[layer].append))
+        model(input_ids=_probe_ids(model), use_cache=False)
+
+    kinds = getattr(layout.decoder.config.get_text_config(), "layer_types", None)
+    for layer in layers:
+        kind = kinds[layer - 1] if kinds else "full_attention"
+        if len(calls[layer]) != 1 or kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedModelError(
+                f"Taps: layer {layer} must attend once through transformers' AttentionInterface "
+                f"over all or a window of keys, got {len(calls[layer])} calls, {kind}"
+            )
+        call, teacher = calls[layer][0], calls[layers[0]][0]
+        refuse_variants(layer, call)
+        if kind == "sliding_attention" and call.window is None:
+            raise UnsupportedModelError(f"Taps: layer {layer} does not say how wide its window is")
+        if not _is_causal_softmax(call):
+            raise UnsupportedModelError(
+                f"Taps: layer {layer}'s attention ({call.implementation}) is not the causal "
+                f"softmax of its queries and keys; use attention=False"
+            )
+        if call.q.shape[1] != teacher.q.shape[1] or call.softcap != teacher.softcap:
+            raise UnsupportedModelError(
+                f"Taps: layer {layer} must have the last layer's number of heads and softcap, "
+                f"got {call.q.shape[1]}, {call.softcap} and {teacher.q.shape[1]}, {teacher.softcap}"
+            )
