@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
-from oisd.config import ModelConfig
+from oisd.config import ConfigError, ModelConfig
 from oisd.data import check_vocabulary
 from oisd.rollout import Completions, sample
 
@@ -80,30 +80,32 @@ def load_policy(
 ) -> Policy:
     """Load `config.path`, or the weights of a checkpoint of it, with float32 parameters.
 
-    Weights are read from safetensors alone. Raises ValueError when the model has no end-of-sequence
-    token, and DataError when the tokenizer has tokens that the model does not.
+    Weights are read from safetensors alone. Raises ConfigError when the model cannot be loaded or
+    has no end-of-sequence token, and DataError when the tokenizer has tokens that the model has not.
     """
     if config.path == "arithmetic" and checkpoint is None:
         model: Any = arithmetic_model(seed)
         tokenizer: Any = arithmetic_tokenizer()
     else:
         source = checkpoint or config.path
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=torch.float32,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=config.trust_remote_code
-        )
+        trust = config.trust_remote_code
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=torch.float32,
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=trust,
+                use_safetensors=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+        except OSError as error:
+            raise ConfigError(f"model.path {str(source)!r} cannot be loaded: {error}") from error
     check_vocabulary(tokenizer, model.config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(model.to(device), tokenizer, getattr(torch, config.dtype))
     if not policy.eos_token_ids:
-        raise ValueError(
+        raise ConfigError(
             f"model.path {config.path!r} has no end-of-sequence token, in its generation config or "
             "its tokenizer; completions would never end"
         )

@@ -89,3 +89,14 @@ def test_micro_batches_waste_little_on_padding():
     assert padded < 1.1 * int(batch.lengths.sum())
     shuffled = int(batch.lengths.max()) * len(batch)
     assert shuffled > 1.5 * int(batch.lengths.sum())  # which sorting has to beat
+
+
+@pytest.mark.xfail(strict=True, reason="torch.tensor([]) is float32")
+def test_assemble_nothing_keeps_the_dtypes():
+    empty = torch.zeros((0, 0))
+    lengths = torch.zeros(0, dtype=torch.int64)
+    batch = assemble([], Completions(empty.long(), empty, lengths, lengths.bool()), empty, [], PAD)
+    full = batch_of()
+    assert len(batch) == 0
+    for name in ("input_ids", "attention_mask", "predicts", "rollout_logprobs", "rows"):
+        assert getattr(batch, name).dtype == getattr(full, name).dtype, name

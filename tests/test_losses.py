@@ -316,6 +316,22 @@ def test_grpo_does_not_see_what_padding_holds(poison):
     assert metrics == clean_metrics
 
 
+@pytest.mark.xfail(strict=True, reason="0 * inf: the ratio overflows before it is bounded")
+@pytest.mark.parametrize("advantage", [1.0, -1.0, 0.0], ids=["pull", "push", "zero"])
+def test_grpo_bounds_a_ratio_that_overflows(advantage):
+    logprobs = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    mask, old = torch.ones(1, 2, dtype=torch.bool), torch.tensor([[-95.0, -1.0]])
+    loss, metrics = grpo_loss(
+        logprobs, torch.tensor([advantage]), mask, GRPOConfig(), old_logprobs=old
+    )
+    loss.backward()
+    bounded = {1.0: -1.2, -1.0: 10.0, 0.0: 0.0}[advantage]
+    assert loss.item() == pytest.approx((bounded - advantage) / 2)
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == [[0.0, -advantage / 2]]
+    assert math.isfinite(metrics["kl/old"].item())
+
+
 def test_grpo_micro_batches_add_up():
     tokens, config = Tokens(), GRPOConfig(aggregation="sequence-mean")
     total = int(tokens.mask.sum())

@@ -1,0 +1,104 @@
+"""The command line as a user meets it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from oisd.cli import main, parse_train
+from oisd.config import load_recipe
+
+RUN = [
+    "train",
+    *("--warmup.steps", "30", "--run.steps", "2", "--eval.limit", "6", "--eval.samples", "2"),
+    *("--rollout.prompts-per-step", "2"),
+]
+EVAL = ["--data", "arithmetic", "--reward", "exact", "--limit", "9", "--samples", "4"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert main([*RUN, "--run.output-dir", str(folder)]) == 0
+    return folder
+
+
+def test_no_arguments_and_help(capsys):
+    assert main([]) == 2
+    assert "oisd train" in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    assert "oisd eval MODEL" in capsys.readouterr().out
+    assert main(["trane"]) == 2
+
+
+def test_help_comes_without_torch():
+    code = (
+        "import sys\nfrom oisd.cli import main\n"
+        "try: main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "--oisd.think-weight" in done.stdout and "lambda_think" in done.stdout
+
+
+def test_overrides_go_over_the_recipe():
+    config = parse_train(["arithmetic", "--oisd.student-layers", "2", "4", "--run.seed", "7"])
+    assert config.oisd.student_layers == (2, 4) and config.run.seed == 7
+    assert config.model.path == "arithmetic"
+    assert parse_train([]).rollout.max_completion_tokens == 6
+    assert parse_train(["--grpo.dual-clip", "None"]).grpo.dual_clip is None
+
+
+def test_grpo_twin_differs_in_nothing_but_the_weights_and_the_folder():
+    from oisd.config import differences
+
+    found = differences(parse_train([]), parse_train(["arithmetic-grpo"]))
+    assert {d.split(":")[0] for d in found} == {
+        "oisd.think_weight", "oisd.attention_weight", "run.output_dir"
+    }  # fmt: skip
+
+
+def test_train_prints_a_summary_and_again_only_reports(trained, capsys):
+    before = (trained / "metrics.jsonl").read_bytes()
+    assert main([*RUN, "--run.output-dir", str(trained)]) == 0
+    printed = capsys.readouterr().out
+    for words in ("reward, first to last", "evaluation, before to after", "plots", "step-2"):
+        assert words in printed
+    assert (trained / "metrics.jsonl").read_bytes() == before
+    assert load_recipe(trained / "config.toml").run.steps == 2
+
+
+def test_eval_of_a_checkpoint(trained, tmp_path, capsys):
+    out = tmp_path / "eval"
+    command = ["eval", str(trained / "checkpoints" / "step-2"), *EVAL, "--output-dir", str(out)]
+    command += ["--max-completion-tokens", "6", "--device", "cpu"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "Avg@4" in printed and "Pass@4" in printed
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["problems"] == 9 and summary["samples"] == 4
+    low, high = summary["avg_at_k_interval"]
+    assert low <= summary["avg_at_k"] <= high
+    (dump,) = out.glob("problems-*.jsonl")
+    rows = [json.loads(line) for line in dump.read_text().splitlines()]
+    assert len(rows) == 9 and all(len(row["completions"]) == 4 for row in rows)
+    mean = sum(sum(row["rewards"]) for row in rows) / 36
+    assert summary["avg_at_k"] == pytest.approx(mean)
+    assert (out / "pass_at_k.png").stat().st_size > 0
+
+    # A second call takes what is there, and mends a line that was cut short.
+    whole = dump.read_text()
+    dump.write_text(whole[: len(whole) // 2])
+    assert main(command) == 0
+    again = {json.loads(line)["id"]: line for line in dump.read_text().splitlines()}
+    assert again == {json.loads(line)["id"]: line for line in whole.splitlines()}
+
+    assert main([*command, "--temperature", "0.5"]) == 2
+    assert "temperature: 1.0 != 0.5" in capsys.readouterr().err
+
+
+def test_eval_without_model(capsys):
+    assert main(["eval"]) == 2
+    assert "MODEL is missing" in capsys.readouterr().err
