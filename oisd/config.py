@@ -156,6 +156,8 @@ class GRPOConfig:
     """Cap of the truncated importance weight between training and rollout log-probs."""
     minibatches: int = 1
     """Optimizer steps per rollout batch."""
+    skip_zero_advantage: bool = True
+    """Leave completions of advantage 0 out of the update; their gradient is 0 without a KL term."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.clip_low < 1, "grpo.clip_low", "in [0, 1)", self.clip_low)

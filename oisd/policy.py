@@ -81,7 +81,7 @@ def load_policy(
     """Load `config.path`, or the weights of a checkpoint of it, with float32 parameters.
 
     Weights are read from safetensors alone. Raises ConfigError when the model cannot be loaded or
-    has no end-of-sequence token, and DataError when the tokenizer has tokens that the model has not.
+    has no end-of-sequence token, DataError when the tokenizer has tokens that the model has not.
     """
     if config.path == "arithmetic" and checkpoint is None:
         model: Any = arithmetic_model(seed)

@@ -2,8 +2,8 @@
 
 Everything random is a function of (seed, step), so a run that is killed and started again goes on
 from its newest checkpoint and ends with the same numbers, bit for bit on a CPU. Rows whose
-advantage is 0 carry no gradient and are left out of the forward pass (unless a KL term needs them);
-the denominators of the losses still count them.
+advantage is 0 carry no gradient and are left out of the update (unless a KL term needs them); the
+denominators of the losses still count them.
 
 Left out on purpose: sharding and inference engines. For models that outgrow one device there are
 adapters to trainers that have them.
@@ -237,7 +237,7 @@ class Trainer:
         ).to(batch.input_ids.device)  # fmt: skip
         self.processes.sum_([totals])
         live = torch.ones(len(batch), dtype=torch.bool)
-        if not grpo.kl_coef:
+        if grpo.skip_zero_advantage and not grpo.kl_coef:
             live = (batch.advantages != 0).cpu()
         if self.reference is not None:
             with self.reference.tapped():

@@ -54,25 +54,37 @@ def test_logprobs_are_those_of_a_full_forward(model, temperature):
         assert (found - wanted).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_first_tokens_follow_the_softmax(model, temperature):
-    count = 6000
-    sampled = run(
-        model,
-        [PROMPTS[0]] * count,
-        max_completion_tokens=1,
-        temperature=temperature,
-        batch_size=count,
-        seed=3,
-    )
-    wanted = logprobs_by_forward(model, PROMPTS[0], [0], temperature)[0].exp() * count
-    found = torch.bincount(sampled.ids[:, 0], minlength=VOCABULARY).double()
+def assert_drawn_from(probabilities, tokens):
+    """Pearson's test of tokens against probabilities; the rare ones are counted as one."""
+    wanted = probabilities * len(tokens)
+    found = torch.bincount(tokens, minlength=VOCABULARY).double()
     common = wanted >= 5
     assert common.sum() >= 5
     found = torch.cat([found[common], found[~common].sum()[None]])
     wanted = torch.cat([wanted[common], wanted[~common].sum()[None]])
     chi_square = ((found - wanted) ** 2 / wanted.clamp(min=1)).sum()
     assert chi_square < 40  # 13 degrees of freedom at most: p = 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_tokens_follow_the_softmax(model, temperature):
+    """The first ones do, and the second ones whatever the first was: each has its own noise."""
+    prompt, count = PROMPTS[0], 6000
+    sampled = run(
+        model,
+        [prompt] * count,
+        max_completion_tokens=2,
+        temperature=temperature,
+        batch_size=count,
+        seed=3,
+    )
+    first = sampled.ids[:, 0]
+    assert_drawn_from(logprobs_by_forward(model, prompt, [0], temperature)[0].exp(), first)
+    mode = int(first[first != EOS].mode().values)
+    second = sampled.ids[first == mode, 1]
+    assert len(second) > 500
+    wanted = logprobs_by_forward(model, prompt, [mode, 0], temperature)[1].exp()
+    assert_drawn_from(wanted, second)
 
 
 def test_temperature_zero_is_greedy(model):
