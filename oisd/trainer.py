@@ -160,7 +160,7 @@ class Trainer:
         row |= {name: mean.item() for name, mean in metrics.items()}
         row |= norms
         row["learning_rate"] = self.learner.schedule.get_last_lr()[0]
-        row["reward_timeouts"] = float(getattr(self.reward, "timeouts", 0))
+        row["reward_timeouts"] = float(self.reward.timeouts)
         row |= clock.times()
         if config.run.completions_every and self.step % config.run.completions_every == 0:
             if self.processes.is_first:
