@@ -44,6 +44,10 @@ class Batch:
         """[B, T] the token that each position predicts; meaningful where `predicts` is true."""
         return self.input_ids.roll(-1, dims=1)
 
+    def predicting_rows(self) -> Tensor:
+        """[N] where `predicts` is true, in the flat order of [B * T]; synchronises once."""
+        return self.predicts.flatten().nonzero().flatten()
+
     def select(self, index: Tensor) -> Batch:
         """The rows of `index`, without the padding that they do not need."""
         longest = int(self.lengths[index].max()) if index.numel() else 0
@@ -85,17 +89,18 @@ def assemble(
     longest = max((len(row) for row in ids), default=0)
     padded = [row + [pad_token_id] * (longest - len(row)) for row in ids]
     position = torch.arange(longest, device=device)
-    length = torch.tensor([len(row) for row in ids], device=device)[:, None]
-    prompt_length = torch.tensor([len(p) for p in prompts], device=device)[:, None]
+    length = torch.tensor([len(row) for row in ids], dtype=torch.int64, device=device)[:, None]
+    prompt_length = torch.tensor([len(p) for p in prompts], dtype=torch.int64, device=device)
+    prompt_length = prompt_length[:, None]
     predicts = (position >= prompt_length - 1) & (position < length - 1)
     logprobs = completions.logprobs
     return Batch(
-        input_ids=torch.tensor(padded, device=device).view(len(ids), longest),
+        input_ids=torch.tensor(padded, dtype=torch.int64, device=device).view(len(ids), longest),
         attention_mask=(position < length).long(),
         predicts=predicts,
         rollout_logprobs=logprobs.new_zeros(predicts.shape).masked_scatter(
             predicts, logprobs[completions.mask()]
         ),
         advantages=advantages.to(device),
-        rows=torch.tensor(list(rows), device=device),
+        rows=torch.tensor(list(rows), dtype=torch.int64, device=device),
     )

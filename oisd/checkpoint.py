@@ -76,7 +76,12 @@ class RunFolder:
             ) from error
 
     def _refuse_other_run(self, theirs: TrainConfig, ours: TrainConfig) -> None:
-        changed = [d for d in differences(theirs, ours) if not _MAY_CHANGE.match(d)]
+        found = differences(theirs, ours)
+        # A cosine ends with the run: another length is another learning rate at every step.
+        cosine = ours.optimizer.schedule == "cosine"
+        changed = [
+            d for d in found if not _MAY_CHANGE.match(d) or (cosine and d.startswith("run.steps"))
+        ]
         if changed:
             raise RunFolderError(
                 f"{self.path} holds a run with other settings (there != here):\n  "
@@ -157,8 +162,9 @@ class RunFolder:
         """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
         if not self.metrics_file.exists():
             return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        content = self.metrics_file.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        return [json.loads(line) for line in whole.split(b"\n") if line]
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl; what is not finite is written as null."""

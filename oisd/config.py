@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import tomllib
 import typing
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ class ConfigError(ValueError):
 
 
 def _require(ok: bool, key: str, wanted: str, got: object) -> None:
-    if not ok:
+    if not ok or (isinstance(got, float) and not math.isfinite(got)):
         raise ConfigError(f"{key} must be {wanted}, got {got!r}")
 
 
@@ -275,6 +277,8 @@ class OptimizerConfig:
             list(self.betas),
         )
         _require(self.warmup_steps >= 0, "optimizer.warmup_steps", "at least 0", self.warmup_steps)
+        _require(self.eps > 0, "optimizer.eps", "above 0", self.eps)
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", "at least 0", self.weight_decay)
         _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", "above 0", self.max_grad_norm)
 
 
@@ -331,6 +335,12 @@ class RunConfig:
             _require(getattr(self, name) >= 0, f"run.{name}", "at least 0", getattr(self, name))
         for name in ("tokens_per_microbatch", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"run.{name}", "at least 1", getattr(self, name))
+        _require(
+            bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)),
+            "run.device",
+            '"auto", "cpu", "cuda" or "cuda:N"',
+            self.device,
+        )
         _require(0 <= self.seed < 2**63, "run.seed", "in [0, 2^63)", self.seed)
         _require(self.threads is None or self.threads > 0, "run.threads", "above 0", self.threads)
 

@@ -192,11 +192,13 @@ def read_problems(dump: Path) -> list[Problem]:
     """The problems in a dump; a line that a kill cut short is dropped from the file as well."""
     if not dump.exists():
         return []
-    lines = dump.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        del lines[-1]
-        dump.write_text("".join(lines), encoding="utf-8")
-    return [Problem(**json.loads(line)) for line in lines]
+    # In bytes: text has more line ends than JSON knows, and a cut can be inside a character.
+    content = dump.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with dump.open("r+b") as file:
+            file.truncate(len(whole))
+    return [Problem(**json.loads(line)) for line in whole.split(b"\n") if line]
 
 
 def in_order(parts: Iterable[Sequence[Problem]], examples: Sequence[Example]) -> Evaluation:

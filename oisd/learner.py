@@ -18,7 +18,7 @@ from oisd.processes import Processes
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient is NaN or infinite; raised before the parameters are touched.
+    """A loss or gradient is NaN or infinite; raised before an optimizer step is taken with it.
 
     `found` says which, and `batch` holds the rows that had it.
     """
@@ -72,7 +72,8 @@ class Learner:
         Raises NonFiniteError on all processes when any of them has a loss that is not finite.
         """
         separately = bool(self.grad_norm_every) and step % self.grad_norm_every == 0
-        sums = {name: torch.zeros(()) for name in self.objective.coefficients}
+        device = self.parameters[0].device
+        sums = {name: torch.zeros((), device=device) for name in self.objective.coefficients}
         norms: dict[str, list[float]] = defaultdict(list)
         metrics: Metrics = {}
         for batch, totals in minibatches:
@@ -97,9 +98,11 @@ class Learner:
                 norms[f"grad_norm/{name}"].append(total.item())
             for found in losses:
                 for name, loss in found.items():
-                    sums[name] += loss.cpu()
+                    sums[name] += loss
         # Each loss is a sum over the processes' parts, so it is counted on one of them alone.
-        count = torch.tensor(float(len(minibatches) if self.processes.is_first else 0))
+        count = torch.tensor(
+            float(len(minibatches) if self.processes.is_first else 0), device=device
+        )
         metrics |= {f"loss/{name}": Mean(total, count) for name, total in sums.items()}
         return metrics, {name: sum(values) / len(values) for name, values in norms.items()}
 
@@ -143,6 +146,8 @@ class Learner:
         self.processes.sum_([bad])
         if bad == 0:
             return
+        broken = self._broken_gradient()
+        self.optimizer.zero_grad()
         for number, (index, found) in enumerate(zip(parts, losses, strict=True)):
             names = [name for name, loss in found.items() if not loss.isfinite()]
             if names:
@@ -152,9 +157,14 @@ class Learner:
                     f"{len(parts)} (completions {part.rows.tolist()})",
                     part,
                 )
+        if broken:
+            raise NonFiniteError(
+                f"the gradient of {broken} is not finite, though the losses here are", batch
+            )
+        raise NonFiniteError("a loss of another process is not finite", batch)
+
+    def _broken_gradient(self) -> str | None:
         for name, parameter in zip(self.names, self.parameters, strict=True):
             if parameter.grad is not None and not parameter.grad.isfinite().all():
-                raise NonFiniteError(
-                    f"the gradient of {name} is not finite, though the losses here are", batch
-                )
-        raise NonFiniteError("a loss of another process is not finite", batch)
+                return name
+        return None

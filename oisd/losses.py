@@ -197,7 +197,9 @@ def grpo_loss(
     logprobs = torch.where(mask, logprobs, 0.0)
     old = logprobs.detach() if old_logprobs is None else torch.where(mask, old_logprobs, 0.0)
     advantage = advantages.to(logprobs.dtype)[:, None]
-    log_ratio = logprobs - old
+    # e^20 is far outside every clip range; a ratio that overflows would make the gradient NaN even
+    # where it is clipped.
+    log_ratio = (logprobs - old).clamp(-20, 20)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     surrogate = torch.maximum(-ratio * advantage, -clipped * advantage)
@@ -217,7 +219,7 @@ def grpo_loss(
         metrics["tis/weight"] = Mean.over(importance, mask)
         surrogate = surrogate * importance
     if config.kl_coef and ref_logprobs is not None:
-        log_ref = torch.where(mask, ref_logprobs, 0.0) - logprobs
+        log_ref = (torch.where(mask, ref_logprobs, 0.0) - logprobs).clamp(-20, 20)
         k3 = log_ref.exp() - 1 - log_ref  # unbiased and never negative (Schulman, 2020)
         metrics["kl/ref"] = Mean.over(k3, mask)
         surrogate = surrogate + config.kl_coef * k3
@@ -310,7 +312,9 @@ def attention_loss(
     config = config or AlignmentConfig()
     if advantages.dim() < token_weight.dim():
         advantages = advantages[:, None]
+    # Where the weight is 0 the advantage may be anything, as at padding.
     signed = clip_advantages(advantages, config).float() * token_weight
+    signed = torch.where(token_weight == 0, 0.0, signed)
     total = signed.new_zeros(())
     metrics: Metrics = {}
     # The unweighted divergence is the metric; dividing the weight out of the weighted one is exact

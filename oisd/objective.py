@@ -70,8 +70,8 @@ class Objective:
         finally:
             self.taps.enabled = True
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Log-probs and entropy of the final layer's prediction, flat over `batch.predicts`."""
+    def _forward(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the flat positions `rows` [N]: the head's input [N, D], log-probs [N], entropy [N]."""
         with self.policy.autocast():
             self.policy.model(
                 input_ids=batch.input_ids,
@@ -80,30 +80,33 @@ class Objective:
                 logits_to_keep=1,  # the losses project the rows that they need themselves
             )
         head = self.taps.unembedding
+        final = self.taps.final_hidden().flatten(0, 1)[rows]
         logprobs, entropy, _ = linear_logprob(
-            self.taps.final_hidden()[batch.predicts],
+            final,
             head.weight,
-            batch.labels[batch.predicts],
+            batch.labels.flatten()[rows],
             bias=head.bias,
             temperature=self.config.rollout.temperature,
             logit_softcap=head.logit_softcap,
         )
-        return logprobs, entropy
+        return final, logprobs, entropy
 
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] log-probs of the completions under the policy as it is now."""
-        return _scatter(self._forward(batch)[0], batch.predicts)
+        rows = batch.predicting_rows()
+        return _scatter(self._forward(batch, rows)[1], rows, batch.predicts)
 
     def __call__(
         self, batch: Batch, totals: Totals, step: int
     ) -> tuple[dict[str, Tensor], Metrics]:
         """The losses by name, unweighted, and their metrics; `step` draws the sampled queries."""
         config, align = self.config, self.config.oisd
-        flat, entropy = self._forward(batch)
+        rows = batch.predicting_rows()
+        final, logprobs, entropy = self._forward(batch, rows)
         computed: dict[str, Tensor] = {}
         computed["grpo"], metrics = losses.grpo_loss(
-            _scatter(flat, batch.predicts),
+            _scatter(logprobs, rows, batch.predicts),
             batch.advantages,
             batch.predicts,
             config.grpo,
@@ -119,17 +122,17 @@ class Objective:
             ),
         )
         metrics["entropy/policy"] = Mean.over(entropy, torch.ones_like(entropy, dtype=torch.bool))
-        rollouts = {"num_sequences": totals.sequences}
+        sequences = totals.sequences
         if align.think_weight:
-            weight = losses.token_weights(batch.predicts, "sequence-mean", **rollouts)
+            weight = losses.token_weights(batch.predicts, "sequence-mean", num_sequences=sequences)
             head = self.taps.unembedding
             computed["think"], more = losses.think_loss(
-                self.taps.student_hidden()[:, batch.predicts],
-                self.taps.final_hidden()[batch.predicts],
+                self.taps.student_hidden().flatten(1, 2)[:, rows],
+                final,
                 head.weight,
-                batch.advantages[:, None].expand_as(weight)[batch.predicts],
+                batch.advantages[rows // batch.predicts.shape[1]],
                 align,
-                token_weight=weight[batch.predicts],
+                token_weight=weight.flatten()[rows],
                 bias=head.bias,
                 logit_softcap=head.logit_softcap,
             )
@@ -140,7 +143,7 @@ class Objective:
                 batch.advantages,
                 align,
                 token_weight=losses.token_weights(
-                    self._attention_steps(batch, step), "sequence-mean", **rollouts
+                    self._attention_steps(batch, step), "sequence-mean", num_sequences=sequences
                 ),
                 key_index=self._attention_keys(batch),
             )
@@ -167,6 +170,6 @@ class Objective:
         return losses.sampled_keys(b, t, align.key_window, align.key_stride, batch.input_ids.device)
 
 
-def _scatter(flat: Tensor, where: Tensor) -> Tensor:
-    """`flat` [N] at the N true positions of `where` [B, T], 0 elsewhere; differentiable."""
-    return flat.new_zeros(where.shape).masked_scatter(where, flat)
+def _scatter(flat: Tensor, rows: Tensor, like: Tensor) -> Tensor:
+    """`flat` [N] at the flat positions `rows` [N] of a [B, T] tensor of zeros; differentiable."""
+    return flat.new_zeros(like.numel()).index_copy(0, rows, flat).view(like.shape)

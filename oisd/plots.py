@@ -241,11 +241,16 @@ def _read_rows(path: Path) -> list[Row]:
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a metric, without the rows that have none."""
+    """Steps and values of a metric, without the rows that have none.
+
+    A step whose groups all had equal rewards has a gradient of 0, which no logarithmic axis shows.
+    """
     values: dict[float, float] = {}
     for row in rows:
         step, value = row.get("step"), row.get(key)
-        if step is not None and value is not None and math.isfinite(value):
+        if step is None or value is None or not math.isfinite(value):
+            continue
+        if value or not key.startswith("grad_norm"):
             values[step] = value
     steps = sorted(values)
     return steps, [values[step] for step in steps]

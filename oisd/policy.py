@@ -68,7 +68,8 @@ class Policy:
         """The completions' texts, without special tokens."""
         lengths = completions.lengths.tolist()
         ids = [row[:n] for row, n in zip(completions.ids.tolist(), lengths, strict=True)]
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        # The tokenizer takes no rows for one empty row.
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
 
 
 def load_policy(
@@ -85,6 +86,7 @@ def load_policy(
     """
     if config.path == "arithmetic" and checkpoint is None:
         model: Any = arithmetic_model(seed)
+        model.set_attn_implementation(config.attn_implementation)
         tokenizer: Any = arithmetic_tokenizer()
     else:
         source = checkpoint or config.path

@@ -2,9 +2,10 @@
 
 Sampling is the Gumbel-max trick with counter-based noise: the token is argmax(log p + g), and g is
 a function of (seed, step, completion, position, token) alone. A completion so does not depend on
-how completions are split into batches or over processes, and a resumed run needs no generator's
-state. The log-probability of each sampled token, under the distribution that it was sampled from,
-comes along for free.
+how completions are split into batches or over processes (but for the rounding of the model's own
+arithmetic, which in bfloat16 does turn a token now and then), and a resumed run needs no
+generator's state. The log-probability of each sampled token, under the distribution that it was
+sampled from, comes along for free.
 
 Shape letters: B completions, T completion tokens, V vocabulary.
 """
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+_NOISE_AT_ONCE = 1 << 22
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -136,8 +138,12 @@ class GumbelSampler(LogitsProcessor):
         logprobs = self.warpers(input_ids, scores.float()).log_softmax(dim=-1)
         choice = logprobs
         if not self.greedy:
-            noise = uniform(self.key, len(self.logprobs), scores.shape[-1])
-            choice = logprobs - (-noise.log()).log()
+            choice = logprobs.double()
+            # In slices, since noise of many rows over a large vocabulary is gigabytes.
+            rows = max(1, _NOISE_AT_ONCE // scores.shape[-1])
+            for part, key in zip(choice.split(rows), self.key.split(rows), strict=True):
+                noise = uniform(key, len(self.logprobs), scores.shape[-1])
+                part -= (-noise.log()).log()
         token = choice.argmax(dim=-1, keepdim=True)
         self.logprobs.append(logprobs.gather(1, token).squeeze(1))
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
@@ -172,14 +178,16 @@ def left_pad(
 @contextmanager
 def _as_for_inference(model: Any, settings: GenerationConfig) -> Iterator[None]:
     """Dropout off; the sampling settings that a checkpoint ships (top_k = 20, say) set aside."""
-    training, shipped = model.training, model.generation_config
+    training = [module for module in model.modules() if module.training]
+    shipped = model.generation_config
     model.eval()
     model.generation_config = settings
     try:
         yield
     finally:
         model.generation_config = shipped
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def _mix_int(x: int) -> int:

@@ -70,7 +70,7 @@ class Trainer:
         )
         self.policy.model.train()
         num_bytes = sum(p.numel() * p.element_size() for p in self.policy.model.parameters())
-        if self.processes.is_first:
+        if self.processes.is_first and checkpoint is None:
             # Weights and AdamW's two moments, and one checkpoint that is being written.
             self.folder.require_space(3 * num_bytes * (config.run.keep_checkpoints + 1))
         drop = config.data.overlong_prompts == "drop"
@@ -146,6 +146,7 @@ class Trainer:
     def _train_step(self, progress: Progress) -> dict[str, Any]:
         config = self.config
         clock = Stopwatch()
+        learning_rate = self.learner.schedule.get_last_lr()[0]
         torch.manual_seed(_seed_of(config.run.seed, self.step, self.processes.rank))
         try:
             progress.phase("sampling")
@@ -159,8 +160,7 @@ class Trainer:
         row: dict[str, Any] = {"step": self.step + 1}
         row |= {name: mean.item() for name, mean in metrics.items()}
         row |= norms
-        row["learning_rate"] = self.learner.schedule.get_last_lr()[0]
-        row["reward_timeouts"] = float(self.reward.timeouts)
+        row["learning_rate"] = learning_rate
         row |= clock.times()
         if config.run.completions_every and self.step % config.run.completions_every == 0:
             if self.processes.is_first:
@@ -202,6 +202,10 @@ class Trainer:
             "frac_zero_std": frac_zero_std(rewards, size),
             "completion_length": Mean.over(completions.lengths.cpu(), everything),
             "frac_finished": Mean.over(completions.finished.cpu(), everything),
+            "reward_timeouts": Mean(
+                torch.tensor(float(self.reward.timeouts)),
+                torch.tensor(float(self.processes.is_first)),
+            ),
         }
         table = [
             {
@@ -215,16 +219,21 @@ class Trainer:
             for i in range(min(len(texts), 64))
         ]
         batch = assemble(prompts, completions, advantages, rows, self.policy.pad_token_id)
-        broken = ~batch.rollout_logprobs.isfinite().all(dim=1)
-        if broken.any():
-            part = batch.select(broken.nonzero().flatten())
-            raise NonFiniteError(
-                "the model's logits are not finite in the rollout (completions "
-                f"{part.rows.tolist()})",
-                part,
-            )
+        self._require_finite(batch)
         slots = torch.tensor([slot for slot in mine for _ in range(size)])
         return self._minibatches(batch, slots), metrics, table
+
+    def _require_finite(self, batch: Batch) -> None:
+        """Raise NonFiniteError, on all processes, if one sampled from logits not finite."""
+        broken = ~batch.rollout_logprobs.isfinite().all(dim=1)
+        count = broken.sum()
+        self.processes.sum_([count])
+        if count:
+            part = batch.select(broken.nonzero().flatten())
+            rows = part.rows.tolist()
+            raise NonFiniteError(
+                f"the model's logits are not finite in the rollout (completions {rows})", part
+            )
 
     def _minibatches(self, batch: Batch, slots: Tensor) -> list[tuple[Batch, Totals]]:
         """Split by prompt, leave out what carries no gradient, count what the losses divide by."""
@@ -270,8 +279,8 @@ class Trainer:
         report = {"step": self.step + 1, "found": error.found, "completions": rows}
         (self.folder.path / name).write_text(json.dumps(report, indent=1), encoding="utf-8")
         return NonFiniteError(
-            f"step {self.step + 1}: {error.found}. The parameters were not touched; the last good "
-            f"checkpoint is {self.folder.latest() or 'the initial model'}; the batch is in "
+            f"step {self.step + 1}: {error.found}. No optimizer step was taken with it; the last "
+            f"good checkpoint is {self.folder.latest() or 'the initial model'}; the batch is in "
             f"{self.folder.path / name}. A lower optimizer.learning_rate may help.",
             batch,
         )

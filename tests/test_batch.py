@@ -91,7 +91,6 @@ def test_micro_batches_waste_little_on_padding():
     assert shuffled > 1.5 * int(batch.lengths.sum())  # which sorting has to beat
 
 
-@pytest.mark.xfail(strict=True, reason="torch.tensor([]) is float32")
 def test_assemble_nothing_keeps_the_dtypes():
     empty = torch.zeros((0, 0))
     lengths = torch.zeros(0, dtype=torch.int64)

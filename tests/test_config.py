@@ -70,6 +70,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "kl_coef": 0.01,
         "tis_cap": 2.0,
         "minibatches": 4,
+        "skip_zero_advantage": False,
     },
     "oisd": {
         "student_layers": (3, 5),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from oisd.checkpoint import RunFolderError
 from oisd.config import from_tables, to_tables
 from oisd.learner import NonFiniteError
 from oisd.trainer import Trainer
@@ -236,9 +237,9 @@ VARIANTS = {
     },
     "plain-grpo": {"oisd": {"think_weight": 0.0, "attention_weight": 0.0}},
     "bupo-lens": {"oisd": {"lens_norm": "none", "attention_weight": 0.0, "advantage_clip": 1.0}},
-    "cosine-eager": {
-        "optimizer": {"schedule": "cosine", "warmup_steps": 1},
+    "eager-all-rows": {
         "model": {"attn_implementation": "eager"},
+        "grpo": {"skip_zero_advantage": False},
     },
 }
 
@@ -253,8 +254,26 @@ def test_variants_run_and_resume(changes, tmp_path, monkeypatch):
     assert all(row["grad_norm"] > 0 for row in metrics(whole)[1:])
     train(parts, **{**changes, "run": {"steps": 1}})
     train(parts, **changes)
-    if "schedule" not in changes.get("optimizer", {}):  # a cosine depends on the number of steps
-        assert_same_run(parts, whole, step=2)
+    assert_same_run(parts, whole, step=2)
+
+
+def test_cosine_ends_with_the_run_and_so_cannot_be_prolonged(tmp_path, monkeypatch):
+    monkeypatch.setattr("oisd.trainer.plot_training", lambda *_: [])
+    optimizer = {"schedule": "cosine", "warmup_steps": 1, "learning_rate": 1e-3}
+    changes = {"optimizer": optimizer, "eval": {"source": "none"}}
+    train(tmp_path / "run", **changes, run={"steps": 3})
+    rates = [row["learning_rate"] for row in metrics(tmp_path / "run")]
+    assert rates == pytest.approx([0.0, 1e-3, 5e-4])  # linear to the peak, then half a cosine
+    with pytest.raises(RunFolderError, match="run.steps: 3 != 4"):
+        train(tmp_path / "run", **changes, run={"steps": 4})
+
+
+def test_more_processes_than_prompts(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2")
+    small = {"rollout": {"prompts_per_step": 1}, "run": {"steps": 1}, "eval": {"limit": 1}}
+    done = launch(tmp_path / "run", launcher=launcher, **small)
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "run")[1]["reward"] is not None
 
 
 def test_nan_names_step_and_batch_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
