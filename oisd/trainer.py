@@ -220,8 +220,9 @@ class Trainer:
         ]
         batch = assemble(prompts, completions, advantages, rows, self.policy.pad_token_id)
         self._require_finite(batch)
-        slots = torch.tensor([slot for slot in mine for _ in range(size)])
-        return self._minibatches(batch, slots), metrics, table
+        slots = torch.tensor([slot for slot in mine for _ in range(size)], dtype=torch.int64)
+        with clock("logprobs"):
+            return self._minibatches(batch, slots), metrics, table
 
     def _require_finite(self, batch: Batch) -> None:
         """Raise NonFiniteError, on all processes, if one sampled from logits not finite."""
@@ -237,30 +238,26 @@ class Trainer:
 
     def _minibatches(self, batch: Batch, slots: Tensor) -> list[tuple[Batch, Totals]]:
         """Split by prompt, leave out what carries no gradient, count what the losses divide by."""
-        grpo = self.config.grpo
+        grpo, device = self.config.grpo, batch.input_ids.device
         part = slots * grpo.minibatches // self.config.rollout.prompts_per_step
         tokens = batch.predicts.sum(dim=1).cpu()
-        totals = torch.stack(
-            [torch.stack([(part == m).sum(), tokens[part == m].sum()])
-             for m in range(grpo.minibatches)]
-        ).to(batch.input_ids.device)  # fmt: skip
+        sizes = [[(part == m).sum(), tokens[part == m].sum()] for m in range(grpo.minibatches)]
+        totals = torch.tensor(sizes, device=device)
         self.processes.sum_([totals])
         live = torch.ones(len(batch), dtype=torch.bool)
         if grpo.skip_zero_advantage and not grpo.kl_coef:
             live = (batch.advantages != 0).cpu()
-        if self.reference is not None:
-            with self.reference.tapped():
-                batch = replace(batch, ref_logprobs=self._logprobs(self.reference, batch))
-        if grpo.minibatches > 1:
-            batch = replace(batch, old_logprobs=self._logprobs(self.objective, batch))
-        device = batch.input_ids.device
-        return [
-            (
-                batch.select(torch.nonzero((part == m) & live).flatten().to(device)),
-                Totals(*(int(n) for n in totals[m].tolist())),
-            )
-            for m in range(grpo.minibatches)
-        ]
+        minibatches = []
+        for m, (sequences, num_tokens) in enumerate(totals.tolist()):
+            own = batch.select(((part == m) & live).nonzero().flatten().to(device))
+            if self.reference is not None:
+                with self.reference.tapped():
+                    own = replace(own, ref_logprobs=self._logprobs(self.reference, own))
+            # The first step is taken from the policy that sampled: its ratios are 1 by definition.
+            if m > 0:
+                own = replace(own, old_logprobs=self._logprobs(self.objective, own))
+            minibatches.append((own, Totals(sequences, num_tokens)))
+        return minibatches
 
     def _logprobs(self, objective: Objective, batch: Batch) -> Tensor:
         """[B, T] log-probs without gradient, by micro-batches; 0 where no token is predicted."""
