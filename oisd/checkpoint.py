@@ -56,8 +56,8 @@ class RunFolder:
     def prepare(self, config: TrainConfig) -> None:
         """Make the folder, or find that it holds this very run.
 
-        Raises RunFolderError where nothing can be written, and where the folder holds a run with
-        other settings (names them).
+        Raises RunFolderError where nothing can be written, and where the folder holds the metrics
+        or checkpoints of a run with other settings (names them).
         """
         try:
             if config.run.restart and (self.path / "config.toml").exists():
@@ -67,7 +67,8 @@ class RunFolder:
             for leftover in self.checkpoints.glob(".writing-*"):
                 shutil.rmtree(leftover)
             config_file = self.path / "config.toml"
-            if config_file.exists():
+            # A start that failed before it had anything to show binds nobody to its settings.
+            if config_file.exists() and (self._steps() or self.metrics()):
                 self._refuse_other_run(load_recipe(config_file), config)
             _write_atomically(config_file, tomli_w.dumps(to_tables(config)))
         except OSError as error:

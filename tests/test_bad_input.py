@@ -146,6 +146,11 @@ def test_folder_of_another_run_is_refused_by_the_settings_that_differ(in_tmp_pat
     assert main([*SMALL, "--optimizer.learning-rate", "1e-3", "--run.restart", "True"]) == 0
 
 
+def test_failed_start_does_not_bind_the_folder_to_its_settings(in_tmp_path):
+    assert main([*SMALL, "--oisd.student-layers", "6"]) == 2
+    assert main([*SMALL, "--oisd.student-layers", "5"]) == 0
+
+
 def test_full_disk_keeps_the_checkpoint_before(in_tmp_path, monkeypatch, capsys):
     import torch
 
