@@ -1,8 +1,9 @@
 """Rollouts as training batches: right-padded rows, and their split by a token budget.
 
-Position i of a row predicts token i + 1, so a completion of n tokens after a prompt of m is
-predicted by the positions m - 1 ... m + n - 2: there `predicts` is true, and whatever belongs to a
-completion's token (log-probs, divergences) stands at the position that predicts it.
+Position i of a row holds token i and predicts token i + 1, its label. A completion of n tokens
+after a prompt of m is predicted by the positions m - 1 ... m + n - 2: there `predicts` is true, and
+whatever belongs to a completion's token (log-probs, divergences) stands at the position that
+predicts it. The last token predicts nothing and is a label alone.
 
 Shape letters: B rows, T positions.
 """
@@ -23,6 +24,7 @@ class Batch:
     """Prompts with their completions; all tensors on the same device."""
 
     input_ids: Tensor  # [B, T]
+    labels: Tensor  # [B, T]
     attention_mask: Tensor  # [B, T]
     predicts: Tensor  # [B, T] bool
     rollout_logprobs: Tensor  # [B, T]
@@ -36,13 +38,15 @@ class Batch:
 
     @property
     def lengths(self) -> Tensor:
-        """[B] tokens of each row, prompt and completion."""
+        """[B] positions of each row that are not padding."""
         return self.attention_mask.sum(dim=1)
 
-    @property
-    def labels(self) -> Tensor:
-        """[B, T] the token that each position predicts; meaningful where `predicts` is true."""
-        return self.input_ids.roll(-1, dims=1)
+    def token_ids(self) -> list[list[int]]:
+        """Each row's prompt and completion."""
+        rows = zip(
+            self.input_ids.tolist(), self.labels.tolist(), self.lengths.tolist(), strict=True
+        )
+        return [[ids[0], *labels[:n]] for ids, labels, n in rows]
 
     def predicting_rows(self) -> Tensor:
         """[N] where `predicts` is true, in the flat order of [B * T]; synchronises once."""
@@ -83,20 +87,24 @@ def assemble(
 ) -> Batch:
     """Put each prompt [B lists of token ids] and its completion into one right-padded row."""
     device = completions.ids.device
-    ids = [[*p, *c[:n]] for p, c, n in zip(
-        prompts, completions.ids.tolist(), completions.lengths.tolist(), strict=True
-    )]  # fmt: skip
-    longest = max((len(row) for row in ids), default=0)
-    padded = [row + [pad_token_id] * (longest - len(row)) for row in ids]
+    chosen = zip(prompts, completions.ids.tolist(), completions.lengths.tolist(), strict=True)
+    tokens = [[*prompt, *ids[:n]] for prompt, ids, n in chosen]
+    longest = max((len(row) - 1 for row in tokens), default=0)
+    padded = torch.tensor(
+        [row + [pad_token_id] * (longest + 1 - len(row)) for row in tokens],
+        dtype=torch.int64,
+        device=device,
+    ).view(len(tokens), longest + 1)
     position = torch.arange(longest, device=device)
-    length = torch.tensor([len(row) for row in ids], dtype=torch.int64, device=device)[:, None]
-    prompt_length = torch.tensor([len(p) for p in prompts], dtype=torch.int64, device=device)
-    prompt_length = prompt_length[:, None]
-    predicts = (position >= prompt_length - 1) & (position < length - 1)
+    sizes = [[len(prompt) - 1, len(row) - 1] for prompt, row in zip(prompts, tokens, strict=True)]
+    bounds = torch.tensor(sizes, dtype=torch.int64, device=device).view(-1, 2)
+    inside = position < bounds[:, 1:]
+    predicts = inside & (position >= bounds[:, :1])
     logprobs = completions.logprobs
     return Batch(
-        input_ids=torch.tensor(padded, dtype=torch.int64, device=device).view(len(ids), longest),
-        attention_mask=(position < length).long(),
+        input_ids=padded[:, :-1],
+        labels=padded[:, 1:],
+        attention_mask=inside.long(),
         predicts=predicts,
         rollout_logprobs=logprobs.new_zeros(predicts.shape).masked_scatter(
             predicts, logprobs[completions.mask()]

@@ -270,16 +270,15 @@ class Trainer:
     def _report(self, error: NonFiniteError) -> NonFiniteError:
         """Write down the batch in which a loss was not finite; say what is left to go on from."""
         name = f"nonfinite-step-{self.step + 1}-rank-{self.processes.rank}.json"
-        batch, decode = error.batch, self.policy.tokenizer.decode
-        texts = [decode(ids[:n]) for ids, n in zip(batch.input_ids, batch.lengths, strict=True)]
-        rows = dict(zip(batch.rows.tolist(), texts, strict=True))
+        texts = [self.policy.tokenizer.decode(ids) for ids in error.batch.token_ids()]
+        rows = dict(zip(error.batch.rows.tolist(), texts, strict=True))
         report = {"step": self.step + 1, "found": error.found, "completions": rows}
         (self.folder.path / name).write_text(json.dumps(report, indent=1), encoding="utf-8")
         return NonFiniteError(
             f"step {self.step + 1}: {error.found}. No optimizer step was taken with it; the last "
             f"good checkpoint is {self.folder.latest() or 'the initial model'}; the batch is in "
             f"{self.folder.path / name}. A lower optimizer.learning_rate may help.",
-            batch,
+            error.batch,
         )
 
     def _reduce(self, metrics: Metrics) -> Metrics:

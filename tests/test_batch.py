@@ -25,12 +25,16 @@ def batch_of(prompts=PROMPTS, completions=COMPLETIONS):
 
 def test_assemble_puts_each_token_where_it_is_predicted():
     batch = batch_of()
-    width = max(len(p) + len(c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True))
+    width = max(len(p) + len(c) - 1 for p, c in zip(PROMPTS, COMPLETIONS, strict=True))
     assert batch.input_ids.shape == (4, width)
     for row, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
         whole = prompt + completion
-        assert batch.input_ids[row].tolist() == whole + [PAD] * (width - len(whole))
-        assert batch.attention_mask[row].tolist() == [1] * len(whole) + [0] * (width - len(whole))
+        size = len(whole) - 1  # the last token is a label alone
+        padding = [PAD] * (width - size)
+        # The pad that stands in for the last token of a shorter row may differ from it: masked.
+        assert batch.input_ids[row, :size].tolist() == whole[:-1]
+        assert batch.labels[row].tolist() == whole[1:] + padding
+        assert batch.attention_mask[row].tolist() == [1] * size + [0] * (width - size)
         predicted, logprobs = [], []
         for t in range(width):
             if batch.predicts[row, t]:
@@ -40,7 +44,8 @@ def test_assemble_puts_each_token_where_it_is_predicted():
                 assert batch.rollout_logprobs[row, t] == 0
         assert predicted == [(len(prompt) - 1 + i, token) for i, token in enumerate(completion)]
         assert logprobs == [-float(token) for token in completion]
-    assert batch.lengths.tolist() == [5, 4, 3, 4]
+    assert batch.lengths.tolist() == [4, 3, 2, 3]
+    assert batch.token_ids() == [p + c for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     assert batch.rows.tolist() == [7, 8, 9, 10]
     assert batch.advantages.tolist() == [0, 1, 2, 3]
 
@@ -48,9 +53,10 @@ def test_assemble_puts_each_token_where_it_is_predicted():
 def test_select_cuts_the_padding_off():
     batch = batch_of().select(torch.tensor([2, 1]))
     assert len(batch) == 2
-    assert batch.input_ids.tolist() == [[5, 6, 16, PAD], [4, 13, 14, 15]]
-    assert batch.predicts.tolist() == [[False, True, False, False], [True, True, True, False]]
-    assert batch.rollout_logprobs.tolist() == [[0, -16, 0, 0], [-13, -14, -15, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch.labels.tolist() == [[6, 16, PAD], [13, 14, 15]]
+    assert batch.predicts.tolist() == [[False, True, False], [True, True, True]]
+    assert batch.rollout_logprobs.tolist() == [[0, -16, 0], [-13, -14, -15]]
     assert batch.rows.tolist() == [9, 8] and batch.advantages.tolist() == [2, 1]
     assert batch.old_logprobs is None
 
@@ -97,5 +103,5 @@ def test_assemble_nothing_keeps_the_dtypes():
     batch = assemble([], Completions(empty.long(), empty, lengths, lengths.bool()), empty, [], PAD)
     full = batch_of()
     assert len(batch) == 0
-    for name in ("input_ids", "attention_mask", "predicts", "rollout_logprobs", "rows"):
+    for name in ("input_ids", "labels", "attention_mask", "predicts", "rollout_logprobs", "rows"):
         assert getattr(batch, name).dtype == getattr(full, name).dtype, name

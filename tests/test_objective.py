@@ -147,7 +147,7 @@ def by_hand(model, batch, config):
 
         logprobs = (out.logits[0] / config.rollout.temperature).log_softmax(-1)
         for t in where.tolist():
-            new = logprobs[t, ids[t + 1]]
+            new = logprobs[t, batch.labels[row, t]]
             old = batch.old_logprobs[row, t].item()
             ratio = (new - old).exp()
             value = torch.maximum(-ratio * advantage, -ratio.clamp(0.8, 1.2) * advantage)
