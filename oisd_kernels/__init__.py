@@ -1,4 +1,4 @@
-"""Fused losses for self-distillation inside a language model; depends on torch alone.
+"""Fused losses for self-distillation inside a language model; depends on torch and triton alone.
 
 Each op has a readable twin in `oisd_kernels.reference`, reached with `impl="reference"`.
 """
@@ -6,12 +6,15 @@ Each op has a readable twin in `oisd_kernels.reference`, reached with `impl="ref
 from oisd_kernels.attention_divergence import attention_divergence
 from oisd_kernels.linear_logprob import linear_logprob
 from oisd_kernels.logit_lens import logit_lens_divergence
+from oisd_kernels.policy_head import PolicyHead, policy_head
 from oisd_kernels.reference import LensStats, LinearLogprob
 
 __all__ = [
     "LensStats",
     "LinearLogprob",
+    "PolicyHead",
     "attention_divergence",
     "linear_logprob",
     "logit_lens_divergence",
+    "policy_head",
 ]

@@ -9,15 +9,67 @@ cap(z) = c * tanh(z / c) where logit_softcap = c is given, else z.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from oisd_kernels import checks, reference
+from oisd_kernels import checks, chunks, reference
+from oisd_kernels.head_pass import HeadPass, compute_dtype, head_pass
 from oisd_kernels.reference import LinearLogprob
 
 OP = "linear_logprob"
 NAMES = ("reference", "chunked", "tiled")
+
+
+def _chunked(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    logit_softcap: float | None,
+    max_bytes: int | None,
+) -> LinearLogprob:
+    compute = compute_dtype(hidden, weight, bias)
+    vocabulary, width = weight.shape
+    capacity = chunks.row_capacity(
+        OP, max_bytes, hidden.device, vocabulary, width, compute.itemsize, 1
+    )
+    recording = torch.is_grad_enabled()
+    to_weight = recording and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    out = HeadPass(
+        *head_pass(
+            hidden.detach()[None, :][:0],  # no student layers
+            hidden,
+            weight,
+            bias,
+            labels=labels,
+            factor=None,
+            final_factor=None,
+            divergence="jsd",
+            beta=0.5,
+            temperature=float(temperature),
+            softcap=None if logit_softcap is None else float(logit_softcap),
+            capacity=capacity,
+            drop=False,
+            reduce=False,
+            hidden_grad=False,
+            final_grad=recording and hidden.requires_grad and not to_weight,
+            hidden_weight_grad=False,
+            final_weight_grad=False,
+            hidden_later=False,
+            final_later=to_weight,
+            stats=True,
+        )
+    )
+    return LinearLogprob(out.logprob, out.final_entropy, out.logsumexp)
+
+
 # In order of preference: "auto" takes the first. Each takes every argument but `impl`.
-IMPLEMENTATIONS: dict[str, Callable[..., LinearLogprob]] = {"reference": reference.linear_logprob}
+IMPLEMENTATIONS: dict[str, Callable[..., LinearLogprob]] = {
+    "chunked": _chunked,
+    "reference": reference.linear_logprob,
+}
 
 
 def linear_logprob(
@@ -41,9 +93,12 @@ def linear_logprob(
         bias: [V].
         temperature: divides the logits, above 0.
         logit_softcap: c of c * tanh(logits / c), above 0, applied before the temperature.
-        impl: "reference" (all logits in memory, plain autograd). "auto" takes it, as the only one
-            available. "chunked" and "tiled" are reserved names and an error until they exist.
-        max_bytes: workspace budget in bytes; "reference" does not chunk and so has no use for it.
+        impl: "chunked", which "auto" takes: a chunk of tokens at a time, 2 matmuls of 2*N*D*V with
+            gradient to `hidden`, 4 with gradient to `weight` or `bias`, whose backward computes the
+            logits again. Its gradient cannot be differentiated. "reference": all logits in memory,
+            plain autograd. "tiled" is a reserved name and an error until it exists.
+        max_bytes: workspace budget of "chunked" in bytes, beside inputs, outputs and their
+            gradients; default 1.25 GiB on CUDA, 96 MiB on a CPU, or one token where that is more.
 
     Returns:
         (logprob, entropy, logsumexp), each [N] in nats; float32, or float64 if hidden, weight or

@@ -12,15 +12,101 @@ its eq. 6.
 from collections.abc import Callable
 from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
 
-from oisd_kernels import checks, reference
+from oisd_kernels import checks, chunks, reference
+from oisd_kernels.head_pass import HeadPass, compute_dtype, head_pass
 from oisd_kernels.reference import LensStats
 
 OP = "logit_lens_divergence"
 NAMES = ("reference", "chunked", "tiled")
+
+
+def _chunked(
+    hidden: Tensor,
+    teacher_hidden: Tensor,
+    weight: Tensor,
+    *,
+    bias: Tensor | None,
+    token_weight: Tensor | None,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    logit_softcap: float | None,
+    reduction: str,
+    grad_weight: bool,
+    return_stats: bool,
+    max_bytes: int | None,
+) -> Tensor | tuple[Tensor, LensStats]:
+    compute = compute_dtype(hidden, teacher_hidden, weight, bias)
+    vocabulary, width = weight.shape
+    capacity = chunks.row_capacity(
+        OP, max_bytes, hidden.device, vocabulary, width, compute.itemsize, 2
+    )
+    rows = hidden.shape[:-1]
+    layers = hidden if hidden.dim() == 3 else hidden[None]
+    factor = None
+    if token_weight is not None:
+        factor = token_weight.detach().to(compute).expand(layers.shape[:-1])
+    if not grad_weight:
+        weight, bias = weight.detach(), None if bias is None else bias.detach()
+
+    recording = torch.is_grad_enabled()
+    to_weight = recording and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    reduce = reduction != "none"
+    later = to_weight and not reduce
+    out = HeadPass(
+        *head_pass(
+            layers,
+            teacher_hidden.detach(),
+            weight,
+            bias,
+            labels=None,
+            factor=factor,
+            final_factor=None,
+            divergence=divergence,
+            beta=float(beta),
+            temperature=float(temperature),
+            softcap=None if logit_softcap is None else float(logit_softcap),
+            capacity=capacity,
+            drop=factor is not None,
+            reduce=reduce,
+            hidden_grad=recording and hidden.requires_grad and not later,
+            final_grad=False,
+            hidden_weight_grad=to_weight and not later,
+            final_weight_grad=False,
+            hidden_later=later,
+            final_later=False,
+            stats=return_stats,
+        )
+    )
+    loss = out.loss if reduce else out.loss.view(rows)
+    if reduction == "mean":
+        count = max(rows.numel(), 1) if factor is None else (factor != 0).sum().clamp_min(1)
+        loss = loss / count
+    if not return_stats:
+        return loss
+    return loss, LensStats(
+        out.student_entropy.view(rows),
+        out.final_entropy,
+        out.agreement.view(rows),
+        out.divergence.view(rows),
+    )
+
+
+def _tiled(*inputs: Tensor, **options: Any) -> Tensor | tuple[Tensor, LensStats]:
+    from oisd_kernels.tiled import lens_divergence_tiled  # triton is not to be had on every CPU
+
+    return lens_divergence_tiled(*inputs, **options)
+
+
 # In order of preference: "auto" takes the first. Each takes every argument but `impl`.
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"reference": reference.logit_lens_divergence}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "chunked": _chunked,
+    "reference": reference.logit_lens_divergence,
+    "tiled": _tiled,
+}
 
 
 @overload
@@ -98,9 +184,14 @@ def logit_lens_divergence(
             (the result is 0 if there is none).
         grad_weight: let the student branch pass gradient to `weight` and `bias`.
         return_stats: also return `LensStats`.
-        impl: "reference" (all logits in memory, plain autograd). "auto" takes it, as the only one
-            available. "chunked" and "tiled" are reserved names and an error until they exist.
-        max_bytes: workspace budget in bytes; "reference" does not chunk and so has no use for it.
+        impl: "chunked", which "auto" takes: a chunk of tokens at a time, 2S+1 matmuls of 2*N*D*V
+            with gradient to `hidden`, 3S+1 with `grad_weight`, but 4S+2 for reduction="none" with
+            `grad_weight`, whose backward runs again. Its gradient cannot be differentiated. Waits
+            once for the device where there is a `token_weight`. "reference": all logits in memory,
+            plain autograd. "tiled": projection and divergence in one Triton kernel, no logits in
+            memory, values alone: an error where a gradient is wanted, and on a CPU.
+        max_bytes: workspace budget of "chunked" in bytes, beside inputs, outputs and their
+            gradients; default 1.25 GiB on CUDA, 96 MiB on a CPU, or one token where that is more.
 
     Returns:
         token_weight * divergence in nats, [S, N] (or [N], as `hidden`), or a scalar. float32;

@@ -71,8 +71,7 @@ LENS = {
         ("return_stats", None, "None"),
         ("max_bytes", 0, "0"),
         ("max_bytes", 1e9, "1000000000.0"),
-        ("impl", "chunked", "'chunked'"),
-        ("impl", "tiled", "'tiled'"),
+        ("max_bytes", 100, "100"),
         ("impl", "fast", "'fast'"),
         ("impl", None, "None"),
     ],
@@ -105,7 +104,8 @@ LOGPROB = {"hidden": X(4, 8), "weight": X(11, 8), "labels": longs(0, 1, 2, 10), 
         ("temperature", 0, "0"),
         ("logit_softcap", -3.0, "-3.0"),
         ("max_bytes", -1, "-1"),
-        ("impl", "chunked", "'chunked'"),
+        ("max_bytes", 100, "100"),
+        ("impl", "tiled", "'tiled'"),
         ("impl", "cuda", "'cuda'"),
     ],
 )
@@ -205,24 +205,35 @@ def test_attention_rejects_logsumexp_beside_sampled_keys(name):
     rejects(attention_divergence, arguments, name, "a tensor")
 
 
+def test_tiled_lens_is_refused_on_a_cpu():
+    with pytest.raises(ValueError, match='hidden must be on a GPU with impl="tiled", got cpu'):
+        logit_lens_divergence(**LENS, impl="tiled")
+
+
 OPS = [
-    pytest.param(logit_lens_divergence, LENS, "chunked", id="lens"),
     pytest.param(linear_logprob, LOGPROB, "tiled", id="logprob"),
     pytest.param(attention_divergence, DENSE, "triton", id="attention-dense"),
     pytest.param(attention_divergence, PACKED, "cuda", id="attention-packed"),
 ]
 
 
-@pytest.mark.parametrize("op, arguments, missing", OPS)
-def test_auto_is_the_reference(op, arguments, missing):
-    auto, explicit = op(**arguments), op(**arguments, impl="reference")
+@pytest.mark.parametrize(
+    "op, arguments, first",
+    [
+        pytest.param(logit_lens_divergence, LENS, "chunked", id="lens"),
+        pytest.param(linear_logprob, LOGPROB, "chunked", id="logprob"),
+        pytest.param(attention_divergence, DENSE, "reference", id="attention"),
+    ],
+)
+def test_auto_is_the_first(op, arguments, first):
+    auto, explicit = op(**arguments), op(**arguments, impl=first)
     for a, b in zip(auto, explicit, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("op, arguments, missing", OPS)
 def test_missing_implementation_says_what_there_is(op, arguments, missing):
-    wanted = f"\"auto\", \"reference\", got '{missing}'; '{missing}' is not available"
+    wanted = f"\"reference\", got '{missing}'; '{missing}' is not available"
     with pytest.raises(ValueError, match=re.escape(wanted)):
         op(**arguments, impl=missing)
 

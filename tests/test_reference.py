@@ -1,6 +1,6 @@
-"""The reference ops against direct definitions in float64, gradcheck and the stated bounds.
+"""Ops, reference and chunked, against direct definitions in float64, gradcheck, stated bounds.
 
-The oracle shares no formula with the reference: losses come from probabilities with the 0*log(0)
+The oracle shares no formula with either: losses come from probabilities with the 0*log(0)
 terms left out, gradients from the closed forms of the row gradients, chained by hand.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn.functional import cross_entropy, softplus
 
-from oisd_kernels import linear_logprob, logit_lens_divergence
+import oisd_kernels
 
 DIVERGENCES = [
     pytest.param("jsd", 0.1, id="jsd-0.1"),
@@ -25,6 +25,24 @@ DIVERGENCES = [
 SOFTCAPS = [pytest.param(None, id="uncapped"), pytest.param(3.0, id="softcap3")]
 LOSS_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-4, torch.float64: 1e-11}
 GRADIENT_BOUND = {torch.float32: 1e-4, torch.bfloat16: 5e-3, torch.float64: 1e-11}
+
+
+@pytest.fixture(params=["reference", "chunked"], autouse=True)
+def impl(request, monkeypatch):
+    """What the two ops below run."""
+    monkeypatch.setitem(RUNNING, "impl", request.param)
+    return request.param
+
+
+RUNNING = {"impl": "reference"}
+
+
+def logit_lens_divergence(*inputs, **options):
+    return oisd_kernels.logit_lens_divergence(*inputs, **options, **RUNNING)
+
+
+def linear_logprob(*inputs, **options):
+    return oisd_kernels.linear_logprob(*inputs, **options, **RUNNING)
 
 
 # The oracle

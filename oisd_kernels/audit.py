@@ -1,0 +1,275 @@
+"""Compiles every Triton kernel for GPUs that are not here, and says what came out.
+
+    python -m oisd_kernels.audit [--arch sm_80 sm_90 sm_100] [--kernel NAME ...] [--full] [--json]
+
+What is compiled is what the launchers pick: the cases of `oisd_kernels.audit_cases` call them with
+tensors without storage (device "meta"), and their launches are recorded instead of run, down to
+the divisibility of each argument, which decides over spills. Kernels are found by their name,
+which ends in `_kernel`; one that no case launches is a failure, as are spills, stack, shared memory
+beyond the architecture's limit, a kernel with `tl.dot` but without tensor-core instructions, and an
+empty binary, which is what Triton makes of a tile that is too large for sm_100. Without --full,
+cases that resemble another one are left out.
+
+Must run without TRITON_INTERPRET, which replaces the compiler.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import math
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction
+
+import oisd_kernels
+from oisd_kernels.audit_cases import CASES
+
+
+class Limits(NamedTuple):
+    shared: int  # bytes a block may have
+    shared_sm: int  # bytes of a multiprocessor
+    threads_sm: int
+
+
+KIB = 1024
+ARCHITECTURES = {
+    "sm_80": Limits(163 * KIB, 164 * KIB, 2048),
+    "sm_86": Limits(99 * KIB, 100 * KIB, 1536),
+    "sm_89": Limits(99 * KIB, 100 * KIB, 1536),
+    "sm_90": Limits(227 * KIB, 228 * KIB, 2048),
+    "sm_100": Limits(227 * KIB, 228 * KIB, 2048),
+    "sm_120": Limits(99 * KIB, 100 * KIB, 1536),
+}
+DEFAULT = ("sm_80", "sm_90", "sm_100")
+REGISTERS_SM, BLOCKS_SM = 65536, 32
+RESERVED_SHARED = KIB  # a block's share that the driver takes
+EMPTY_REGISTERS = 8  # a kernel that computes anything has more
+SPILL = re.compile(r"\b(?:STL|LDL)\b")
+TENSOR_CORE = re.compile(r"\b(?:[HQIDO]MMA|[HQI]GMMA|UTC[A-Z]*MMA)\b")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher asked Triton to compile."""
+
+    case: str
+    kernel: JITFunction
+    signature: dict[str, Any]
+    constexprs: dict[Any, Any]
+    attrs: dict[Any, Any]
+    options: dict[str, Any]  # num_warps, num_stages
+
+    def key(self) -> str:
+        return repr(
+            (self.kernel.__name__, self.signature, self.constexprs, self.attrs, self.options)
+        )
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel takes."""
+
+    kernel: str
+    case: str
+    arch: str
+    warps: int
+    stages: int
+    registers: int  # of a thread
+    spills: int  # instructions that store to or load from local memory
+    stack: int  # bytes of a thread
+    shared: int  # bytes of a block
+    matrix: bool  # holds a tl.dot
+    tensor_core: dict[str, int]  # instructions by name
+    occupancy: int  # blocks that a multiprocessor holds, by registers, shared memory and threads
+
+    def problems(self) -> list[str]:
+        limit = ARCHITECTURES[self.arch].shared
+        found = {
+            f"{self.spills} spills": self.spills > 0,
+            f"{self.stack} bytes of stack": self.stack > 0,
+            f"{self.shared} bytes of shared memory, limit {limit}": self.shared > limit,
+            "no tensor-core instruction": self.matrix and not self.tensor_core,
+            "empty binary": self.registers <= EMPTY_REGISTERS,
+        }
+        return [text for text, bad in found.items() if bad]
+
+
+def kernels() -> dict[str, JITFunction]:
+    """Every kernel of the package, by name."""
+    found = {}
+    for info in pkgutil.walk_packages(oisd_kernels.__path__, "oisd_kernels."):
+        if info.name.rpartition(".")[2] == "__main__":
+            continue
+        for name, value in vars(importlib.import_module(info.name)).items():
+            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                found[name] = value
+    return found
+
+
+@contextmanager
+def recording(arch: str) -> Iterator[list[tuple[JITFunction, tuple[Any, ...]]]]:
+    """Launches are kept in the list that is yielded, with what Triton makes of their arguments."""
+    from triton.runtime.jit import create_function_from_signature
+
+    backend = make_backend(target(arch))
+    launches: list[tuple[JITFunction, tuple[Any, ...]]] = []
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        del grid, warmup
+        bind = create_function_from_signature(self.signature, self.params, backend)
+        bound, specialization, options = bind(*args, **kwargs)
+        packed = self._pack_args(backend, kwargs, bound, specialization, options)
+        launches.append((self, (*packed[1:], options)))
+
+    run, JITFunction.run = JITFunction.run, record
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def launches(arch: str, full: bool = False) -> list[Launch]:
+    """Every different launch that the cases make on `arch`."""
+    capability = int(arch.removeprefix("sm_"))
+    found: dict[str, Launch] = {}
+    for case in (case for cases in CASES for case in cases(capability)):
+        if case.full and not full:
+            continue
+        with recording(arch) as recorded:
+            case.launch()
+        for kernel, (signature, constexprs, attrs, options) in recorded:
+            launch = Launch(case.name, kernel, signature, constexprs, attrs, options)
+            found.setdefault(launch.key(), launch)
+    return list(found.values())
+
+
+def target(arch: str) -> GPUTarget:
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+
+
+def audit(launch: Launch, arch: str) -> Usage:
+    """Compiles one launch and reads its binary."""
+    source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
+    compiled = triton.compile(source, target=target(arch), options=launch.options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        sass = _cuobjdump(cubin)
+    usage = dict(re.findall(r"\b(REG|STACK|SHARED):(\d+)", sass))
+    tensor_core = TENSOR_CORE.findall(sass)
+    threads = int(re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])[1])  # pyright: ignore[reportOptionalSubscript]
+    registers = int(usage["REG"])
+    shared = max(compiled.metadata.shared, int(usage["SHARED"]) - RESERVED_SHARED)
+    return Usage(
+        kernel=launch.kernel.__name__,
+        case=launch.case,
+        arch=arch,
+        warps=threads // 32,
+        stages=compiled.metadata.num_stages,
+        registers=registers,
+        spills=len(SPILL.findall(sass)),
+        stack=int(usage["STACK"]),
+        shared=shared,
+        matrix="tt.dot" in compiled.asm["ttir"],
+        tensor_core={name: tensor_core.count(name) for name in sorted(set(tensor_core))},
+        occupancy=occupancy(ARCHITECTURES[arch], threads, registers, shared),
+    )
+
+
+def occupancy(limits: Limits, threads: int, registers: int, shared: int) -> int:
+    """Blocks that a multiprocessor holds."""
+    warps = math.ceil(threads / 32)
+    registers_warp = math.ceil(registers * 32 / 256) * 256
+    return min(
+        BLOCKS_SM,
+        limits.threads_sm // threads,
+        REGISTERS_SM // registers_warp // warps,
+        limits.shared_sm // (shared + RESERVED_SHARED),
+    )
+
+
+def unregistered(recorded: Iterable[Launch]) -> list[str]:
+    """Kernels that no case launches."""
+    return sorted(kernels().keys() - {launch.kernel.__name__ for launch in recorded})
+
+
+def _cuobjdump(cubin: Path) -> str:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    environment = os.environ | {"PATH": f"{tools}{os.pathsep}{os.environ.get('PATH', '')}"}
+    command = [str(tools / "cuobjdump"), "-res-usage", "-sass", str(cubin)]
+    return subprocess.run(
+        command, check=True, capture_output=True, text=True, env=environment
+    ).stdout
+
+
+COLUMNS = "{:<28} {:<44} {:<7} {:>5} {:>6} {:>5} {:>6} {:>6} {:>9} {:>5}  {}"
+
+
+def _row(usage: Usage) -> str:
+    tensor_core = " ".join(f"{name}:{count}" for name, count in usage.tensor_core.items()) or "-"
+    problems = "".join(f"  FAILED: {text}" for text in usage.problems())
+    return COLUMNS.format(
+        usage.kernel, usage.case, usage.arch, usage.warps, usage.stages, usage.registers,
+        usage.spills, usage.stack, f"{usage.shared / KIB:.1f} KiB", usage.occupancy,
+        tensor_core + problems,
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "oisd_kernels.audit", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=DEFAULT)
+    parser.add_argument("--kernel", nargs="+", help="these kernels alone")
+    parser.add_argument("--full", action="store_true", help="every combination of options")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
+
+    usages, missing = [], set()
+    if not options.json:
+        print(COLUMNS.format("kernel", "case", "arch", "warps", "stages", "regs", "spills",
+                             "stack", "shared", "occ.", "tensor core"))  # fmt: skip
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        for arch in options.arch:
+            todo = launches(arch, options.full)
+            missing.update(unregistered(todo))
+            for launch in todo:
+                if options.kernel and launch.kernel.__name__ not in options.kernel:
+                    continue
+                usages.append(audit(launch, arch))
+                if not options.json:
+                    print(_row(usages[-1]), flush=True)
+    failed = [usage for usage in usages if usage.problems()]
+    if options.json:
+        rows = [dataclasses.asdict(usage) | {"problems": usage.problems()} for usage in usages]
+        json.dump(
+            {"triton": triton.__version__, "unregistered": sorted(missing), "kernels": rows},
+            sys.stdout,
+            indent=1,
+        )
+    else:
+        print(f"{len(usages)} compiled with triton {triton.__version__}, {len(failed)} failed")
+        for name in sorted(missing):
+            print(f"FAILED: {name} is launched by no case of oisd_kernels.audit_cases")
+    return 1 if failed or missing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""Everything that OISD needs of the unembedding, in one pass over it.
+
+    z = cap(hidden_final @ weight.T + bias) / temperature,  p = softmax(z)
+    logprob = log p_label, entropy, logsumexp       as `linear_logprob` of hidden_final
+    divergence                                      as `logit_lens_divergence` of student_hidden,
+                                                    with p, detached, as the teacher
+
+The final logits are computed once for both. With G = one 2*N*D*V matmul: 1 + S G for values,
+2 + 2S G with gradients to both hidden states, 4 + 2S G where `weight` receives gradient through the
+log-probability (its backward computes the final logits again, the upstream gradient being known).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from oisd_kernels import checks, chunks, reference
+from oisd_kernels.head_pass import HeadPass, compute_dtype, head_pass
+from oisd_kernels.reference import LensStats
+
+OP = "policy_head"
+NAMES = ("reference", "chunked")
+
+
+class PolicyHead(NamedTuple):
+    """In nats; gradient passes through `logprob` and `divergence` alone."""
+
+    logprob: Tensor  # [N]
+    entropy: Tensor  # [N]
+    logsumexp: Tensor  # [N]
+    divergence: Tensor  # [S, N], multiplied by the weight
+    stats: LensStats
+
+
+def policy_head(
+    hidden_final: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    student_hidden: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    divergence: str = "jsd",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    logit_softcap: float | None = None,
+    grad_weight: bool = False,
+    impl: str = "auto",
+    max_bytes: int | None = None,
+) -> PolicyHead:
+    """`linear_logprob` and `logit_lens_divergence` in one, the final layer's logits computed once.
+
+    Args:
+        hidden_final: [N, D], final hidden state after the final norm. Receives gradient through
+            `logprob`, none through the divergence, whose teacher it is.
+        weight: [V, D], the unembedding. Receives gradient through `logprob`; through the divergence
+            with `grad_weight`.
+        labels: [N] int64 in [0, V), checked for CPU tensors only.
+        student_hidden: [S, N, D] or [N, D], after the final norm; None for the log-probability
+            alone, with S = 0 in the results.
+        bias: [V].
+        token_weight: [N] or [S, N], weight of the divergence; its zero rows are dropped before any
+            matmul. The log-probability is computed for every token.
+        divergence, beta, logit_softcap, grad_weight: of `logit_lens_divergence`.
+        temperature: of log-probability and divergence alike.
+        impl: "chunked", which "auto" takes, or "reference" (all logits in memory).
+        max_bytes: workspace budget of "chunked" in bytes.
+
+    Returns:
+        `PolicyHead`; float32, or float64 if an input is. In `stats`, `teacher_entropy` holds every
+        token's entropy with "chunked" and 0 for tokens without a student row with "reference".
+
+    Raises:
+        ValueError: a shape, dtype, device or value is not as above.
+
+    Source: arXiv 2605.29089, eq. 6 and 7; arXiv 2402.03300, eq. 3.
+    """
+    checks.check_dims(OP, "hidden_final", hidden_final, {2: "[N, D]"})
+    checks.check_tensor(OP, "hidden_final", hidden_final, "[N, D]", hidden_final.shape)
+    tokens, width = hidden_final.shape
+    device = hidden_final.device
+    checks.check_head(OP, hidden_final, weight, bias)
+    integer = checks.INDEX_DTYPES
+    checks.check_tensor(OP, "labels", labels, "[N]", (tokens,), dtypes=integer, device=device)
+    remedy = "leave rows without a label out, or weight them by 0"
+    checks.check_values(OP, "labels", labels, 0, weight.shape[0], remedy)
+    if student_hidden is None:
+        student_hidden = hidden_final.detach().new_zeros(0, tokens, width)
+        token_weight = None
+    checks.check_dims(OP, "student_hidden", student_hidden, {2: "[N, D]", 3: "[S, N, D]"})
+    *layers, _, _ = student_hidden.shape
+    layout = "[S, N, D]" if layers else "[N, D]"
+    sizes = (*layers, tokens, width)
+    checks.check_tensor(OP, "student_hidden", student_hidden, layout, sizes, device=device)
+    if token_weight is not None:
+        checks.check_dims(OP, "token_weight", token_weight, {1: "[N]", 2: "[S, N]"})
+        per_layer = bool(layers) and token_weight.dim() == 2
+        layout, sizes = ("[S, N]", (*layers, tokens)) if per_layer else ("[N]", (tokens,))
+        checks.check_tensor(OP, "token_weight", token_weight, layout, sizes, device=device)
+    checks.check_divergence(OP, divergence, beta)
+    checks.check_positive(OP, "temperature", temperature)
+    checks.check_positive(OP, "logit_softcap", logit_softcap, optional=True)
+    checks.check_flag(OP, "grad_weight", grad_weight)
+    checks.check_count(OP, "max_bytes", max_bytes)
+    run = checks.choose(OP, impl, IMPLEMENTATIONS, NAMES)
+    return run(
+        hidden_final,
+        weight,
+        labels,
+        student_hidden,
+        bias=bias,
+        token_weight=token_weight,
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        logit_softcap=logit_softcap,
+        grad_weight=grad_weight,
+        max_bytes=max_bytes,
+    )
+
+
+def _chunked(
+    hidden_final: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    student_hidden: Tensor,
+    *,
+    bias: Tensor | None,
+    token_weight: Tensor | None,
+    divergence: str,
+    beta: float,
+    temperature: float,
+    logit_softcap: float | None,
+    grad_weight: bool,
+    max_bytes: int | None,
+) -> PolicyHead:
+    compute = compute_dtype(hidden_final, student_hidden, weight, bias)
+    capacity = chunks.row_capacity(
+        OP, max_bytes, weight.device, *weight.shape, itemsize=compute.itemsize, least=2
+    )
+    rows = student_hidden.shape[:-1]
+    layers = student_hidden if student_hidden.dim() == 3 else student_hidden[None]
+    factor = None
+    if token_weight is not None and len(layers) > 0:
+        factor = token_weight.detach().to(compute).expand(layers.shape[:-1])
+    recording = torch.is_grad_enabled()
+    to_weight = recording and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    student_later = to_weight and grad_weight
+    out = HeadPass(
+        *head_pass(
+            layers,
+            hidden_final,
+            weight,
+            bias,
+            labels=labels,
+            factor=factor,
+            final_factor=None,
+            divergence=divergence,
+            beta=float(beta),
+            temperature=float(temperature),
+            softcap=None if logit_softcap is None else float(logit_softcap),
+            capacity=capacity,
+            drop=factor is not None,
+            reduce=False,
+            hidden_grad=recording and student_hidden.requires_grad and not student_later,
+            final_grad=recording and hidden_final.requires_grad and not to_weight,
+            hidden_weight_grad=False,
+            final_weight_grad=False,
+            hidden_later=student_later,
+            final_later=to_weight,
+            stats=True,
+        )
+    )
+    stats = LensStats(
+        out.student_entropy.view(rows),
+        out.final_entropy,
+        out.agreement.view(rows),
+        out.divergence.view(rows),
+    )
+    return PolicyHead(out.logprob, out.final_entropy, out.logsumexp, out.loss.view(rows), stats)
+
+
+def _reference(
+    hidden_final: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    student_hidden: Tensor,
+    *,
+    bias: Tensor | None,
+    temperature: float,
+    logit_softcap: float | None,
+    max_bytes: int | None,
+    **lens: Any,
+) -> PolicyHead:
+    del max_bytes
+    head: dict[str, Any] = {
+        "bias": bias,
+        "temperature": temperature,
+        "logit_softcap": logit_softcap,
+    }
+    policy = reference.linear_logprob(hidden_final, weight, labels, **head)
+    result = reference.logit_lens_divergence(
+        student_hidden,
+        hidden_final.detach(),
+        weight,
+        return_stats=True,
+        **head,
+        **lens,
+    )
+    assert isinstance(result, tuple)
+    return PolicyHead(*policy, *result)
+
+
+# In order of preference: "auto" takes the first.
+IMPLEMENTATIONS: dict[str, Callable[..., PolicyHead]] = {
+    "chunked": _chunked,
+    "reference": _reference,
+}

@@ -1,0 +1,199 @@
+"""Row arithmetic of a chunk in place, in torch: `rows_triton` for machines without a GPU.
+
+Rows are taken a few at a time, such that the scratch stays in the processor's cache. The formulas
+are those of `reference`, whose docstring names the letters; the gradient of the JSD is taken in its
+centred form, `-(1-beta) * q * (s - <q,s>)` with `s = softplus(D + log(beta/(1-beta)))`.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from oisd_kernels.chunks import SCRATCH_ROWS, TILE
+
+
+class RowMath(NamedTuple):
+    """What is done to a row, for `rows_triton` as well."""
+
+    divergence: str
+    beta: float
+    temperature: float
+    softcap: float | None
+
+
+class FinalRows(NamedTuple):
+    """Statistics of the final layer's rows, each [C]."""
+
+    logsumexp: Tensor
+    entropy: Tensor
+    top1: Tensor
+    logprob: Tensor  # of the labels; empty without them
+
+
+class StudentRows(NamedTuple):
+    divergence: Tensor  # [R]
+    entropy: Tensor  # [R]
+    agreement: Tensor  # [R]: 1 where the likeliest token is the teacher's
+    d_logits: Tensor | None  # [R, V], in the memory of the logits
+    scale: Tensor  # what d_logits is still to be multiplied by, [R]; empty for ones
+
+
+def final_rows(
+    z: Tensor,  # [C, V] logits; log-probabilities afterwards
+    bias: Tensor | None,  # [V]
+    labels: Tensor | None,  # [C]
+    math_: RowMath,
+    entropies: bool,
+    top1s: bool,
+) -> FinalRows:
+    logsumexp, entropy, logprob = (z.new_zeros(len(z)) for _ in range(3))
+    top1 = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    for tile, (e,) in _tiles(z, 1):
+        _scores(z[tile], bias, math_)
+        logsumexp[tile], sums = _log_softmax(z[tile], e)
+        if top1s:
+            top1[tile] = z[tile].argmax(-1)
+        if entropies:
+            entropy[tile] = -e.mul_(z[tile]).sum(-1) / sums
+    if labels is None:
+        return FinalRows(logsumexp, entropy, top1, z.new_zeros(0))
+    logprob = z.gather(-1, labels[:, None])[:, 0]
+    return FinalRows(logsumexp, entropy, top1, logprob)
+
+
+def final_gradient(
+    z: Tensor,  # [C, V] as `final_rows` left them; the gradient afterwards
+    final: FinalRows,
+    bias: Tensor | None,
+    labels: Tensor,  # [C]
+    factor: Tensor,  # [C]
+    math_: RowMath,
+    operand: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of sum(factor * logprob) to the logits, and what it is still to be multiplied by."""
+    del bias, operand
+    row_factor = (factor / math_.temperature)[:, None]
+    for tile, (slope,) in _tiles(z, 1):
+        tile_z = z[tile]
+        if math_.softcap is not None:
+            _slope(torch.add(tile_z, final.logsumexp[tile, None], out=slope), math_)
+        tile_z.exp_().mul_(-row_factor[tile])
+        tile_z.scatter_add_(1, labels[tile, None], row_factor[tile])
+        if math_.softcap is not None:
+            tile_z.mul_(slope)
+    return z, z.new_zeros(0)
+
+
+def student_rows(
+    z: Tensor,  # [R, V] logits; their gradient afterwards
+    z_final: Tensor,  # [C, V] as `final_rows` left them
+    final: FinalRows,
+    bias: Tensor | None,  # [V]
+    slot: Tensor,  # [R], into C
+    factor: Tensor,  # [R], folded into the gradient
+    math_: RowMath,
+    gradient: bool,
+    stats: bool,
+    operand: torch.dtype,
+) -> StudentRows:
+    del operand
+    divergence, entropy, agreement = (z.new_zeros(len(z)) for _ in range(3))
+    row_factor = (factor / math_.temperature)[:, None]
+    capped = gradient and math_.softcap is not None
+    for tile, (q, d, p, t, slope) in _tiles(z, SCRATCH_ROWS):
+        tile_z = z[tile]
+        _scores(tile_z, bias, math_)
+        if capped:
+            _slope(slope.copy_(tile_z), math_)
+        _log_softmax(tile_z, q)
+        torch.exp(tile_z, out=q)  # of the rounded logarithm: the terms of a KL rely on that
+        torch.index_select(z_final, 0, slot[tile], out=d)
+        torch.exp(d, out=p)
+        if stats:
+            agreement[tile] = (tile_z.argmax(-1) == final.top1[slot[tile]]).to(z.dtype)
+        d.sub_(tile_z)  # D
+        if stats:
+            entropy[tile] = -tile_z.mul_(q).sum(-1)
+        divergence[tile] = _ROW[math_.divergence](tile_z, q, d, p, t, math_.beta, gradient)
+        if gradient:
+            tile_z.mul_(row_factor[tile])
+            if capped:
+                tile_z.mul_(slope)
+    return StudentRows(divergence, entropy, agreement, z if gradient else None, z.new_zeros(0))
+
+
+def _jsd(
+    out: Tensor, q: Tensor, d: Tensor, p: Tensor, t: Tensor, beta: float, gradient: bool
+) -> Tensor:
+    x = d.add_(math.log(beta / (1 - beta))) if beta != 0.5 else d
+    l1p = torch.abs(x, out=out).neg_().exp_().log1p_()  # log(1 + e^-|x|)
+    # log(p/m) = min(x, 0) - l1p - log(beta); log(q/m) = -s - log(1-beta).
+    p.mul_(torch.clamp_max(x, 0, out=t).sub_(l1p).sub_(math.log(beta)))
+    loss = beta * p.sum(-1)
+    s = x.clamp_min_(0).add_(l1p)
+    torch.add(s, math.log1p(-beta), out=p).mul_(q)
+    loss -= (1 - beta) * p.sum(-1)
+    if gradient:
+        mean = torch.mul(s, q, out=p).sum(-1, keepdim=True)
+        torch.mul(s.sub_(mean), q, out=out).mul_(beta - 1)
+    return loss
+
+
+def _forward_kl(
+    out: Tensor, q: Tensor, d: Tensor, p: Tensor, t: Tensor, beta: float, gradient: bool
+) -> Tensor:
+    torch.sub(q, p, out=out)
+    return d.mul_(p).add_(out).sum(-1)
+
+
+def _reverse_kl(
+    out: Tensor, q: Tensor, d: Tensor, p: Tensor, t: Tensor, beta: float, gradient: bool
+) -> Tensor:
+    torch.mul(d, q, out=out)
+    mean = out.sum(-1, keepdim=True)  # <q, D>
+    loss = p.sub_(q).sub_(out).sum(-1)
+    if gradient:
+        torch.mul(d.sub_(mean), q, out=out).neg_()
+    return loss
+
+
+# Each overwrites its scratch, fills `out` with the gradient where it is wanted, returns the loss.
+_ROW = {"jsd": _jsd, "forward_kl": _forward_kl, "reverse_kl": _reverse_kl}
+
+
+def _tiles(z: Tensor, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Slices of rows, with scratch of their shape."""
+    rows, vocabulary = z.shape
+    step = max(TILE // max(vocabulary, 1), 1)
+    buffers = z.new_empty(scratch, min(step, max(rows, 1)), vocabulary)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        yield slice(start, stop), [buffer[: stop - start] for buffer in buffers]
+
+
+def _scores(z: Tensor, bias: Tensor | None, math_: RowMath) -> None:
+    """Raw logits to scores, in place."""
+    if bias is not None:
+        z.add_(bias)
+    if math_.softcap is not None:
+        z.div_(math_.softcap).tanh_().mul_(math_.softcap)
+    if math_.temperature != 1.0:
+        z.div_(math_.temperature)
+
+
+def _slope(z: Tensor, math_: RowMath) -> None:
+    """Scores to the derivative of the softcap, in place: 1 - tanh(logits / c)^2."""
+    assert math_.softcap is not None
+    z.mul_(math_.temperature / math_.softcap).square_().neg_().add_(1)
+
+
+def _log_softmax(z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores to log-probabilities, in place, and e = exp(scores - max) -> (logsumexp, sum of e)."""
+    largest = z.amax(-1, keepdim=True)
+    sums = torch.exp(z.sub_(largest), out=e).sum(-1, keepdim=True)
+    log_sums = sums.log()
+    z.sub_(log_sums).clamp_min_(torch.finfo(z.dtype).min)
+    return (largest + log_sums)[:, 0], sums[:, 0]
