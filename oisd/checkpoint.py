@@ -29,6 +29,7 @@ import tomli_w
 import torch
 
 from oisd.config import TrainConfig, differences, load_recipe, to_tables
+from oisd.jsonl import read_rows
 
 # Settings that may change between a run and its continuation: they tell how long and how often,
 # not what is computed.
@@ -161,11 +162,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
-        if not self.metrics_file.exists():
-            return []
-        content = self.metrics_file.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]
-        return [json.loads(line) for line in whole.split(b"\n") if line]
+        return read_rows(self.metrics_file)[0]
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl; what is not finite is written as null."""

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from oisd.data import Example
+from oisd.jsonl import read_rows
 from oisd.policy import Policy
 
 Reward = Callable[[list[str], list[str]], list[float]]
@@ -190,15 +191,11 @@ def evaluate(
 
 def read_problems(dump: Path) -> list[Problem]:
     """The problems in a dump; a line that a kill cut short is dropped from the file as well."""
-    if not dump.exists():
-        return []
-    # In bytes: text has more line ends than JSON knows, and a cut can be inside a character.
-    content = dump.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
+    rows, size = read_rows(dump)
+    if dump.exists() and dump.stat().st_size > size:
         with dump.open("r+b") as file:
-            file.truncate(len(whole))
-    return [Problem(**json.loads(line)) for line in whole.split(b"\n") if line]
+            file.truncate(size)
+    return [Problem(**row) for row in rows]
 
 
 def in_order(parts: Iterable[Sequence[Problem]], examples: Sequence[Example]) -> Evaluation:

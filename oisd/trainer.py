@@ -150,7 +150,7 @@ class Trainer:
         torch.manual_seed(_seed_of(config.run.seed, self.step, self.processes.rank))
         try:
             progress.phase("sampling")
-            minibatches, metrics, table = self._roll_out(clock)
+            minibatches, metrics = self._roll_out(clock)
             progress.phase("learning")
             with clock("update"):
                 losses, norms = self.learner.learn(minibatches, self.step)
@@ -162,17 +162,12 @@ class Trainer:
         row |= norms
         row["learning_rate"] = learning_rate
         row |= clock.times()
-        if config.run.completions_every and self.step % config.run.completions_every == 0:
-            if self.processes.is_first:
-                self.folder.write_completions(self.step + 1, table)
         return row
 
     # ------------------------------------------------------------------ rollouts
 
-    def _roll_out(
-        self, clock: Stopwatch
-    ) -> tuple[list[tuple[Batch, Totals]], Metrics, list[dict[str, Any]]]:
-        """Sample and grade this process's share; its minibatches, metrics and completions."""
+    def _roll_out(self, clock: Stopwatch) -> tuple[list[tuple[Batch, Totals]], Metrics]:
+        """Sample and grade this process's share; its minibatches and metrics."""
         config, rollout = self.config, self.config.rollout
         size, count = rollout.completions_per_prompt, rollout.prompts_per_step
         chosen = prompt_indices(self.step, count, len(self.examples), config.run.seed)
@@ -207,22 +202,25 @@ class Trainer:
                 torch.tensor(float(self.processes.is_first)),
             ),
         }
-        table = [
-            {
-                "prompt": self.policy.tokenizer.decode(prompts[i]),
-                "completion": texts[i],
-                "answer": self.examples[index[i]].answer,
-                "reward": graded[i],
-                "advantage": round(advantages[i].item(), 4),
-                "tokens": int(completions.lengths[i]),
-            }
-            for i in range(min(len(texts), 64))
-        ]
+        every = config.run.completions_every
+        if self.processes.is_first and every and self.step % every == 0:
+            table = [
+                {
+                    "prompt": self.policy.tokenizer.decode(prompts[i]),
+                    "completion": texts[i],
+                    "answer": self.examples[index[i]].answer,
+                    "reward": graded[i],
+                    "advantage": round(advantages[i].item(), 4),
+                    "tokens": int(completions.lengths[i]),
+                }
+                for i in range(min(len(texts), 64))
+            ]
+            self.folder.write_completions(self.step + 1, table)
         batch = assemble(prompts, completions, advantages, rows, self.policy.pad_token_id)
         self._require_finite(batch)
         slots = torch.tensor([slot for slot in mine for _ in range(size)], dtype=torch.int64)
         with clock("logprobs"):
-            return self._minibatches(batch, slots), metrics, table
+            return self._minibatches(batch, slots), metrics
 
     def _require_finite(self, batch: Batch) -> None:
         """Raise NonFiniteError, on all processes, if one sampled from logits not finite."""
