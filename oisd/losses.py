@@ -28,7 +28,14 @@ import torch
 from torch import Tensor
 
 from oisd.config import AlignmentConfig, GRPOConfig
-from oisd_kernels import attention_divergence, logit_lens_divergence
+from oisd_kernels import (
+    LensStats,
+    PolicyTerms,
+    attention_divergence,
+    logit_lens_divergence,
+    policy_head,
+)
+from oisd_kernels.policy_loss import PolicyLoss, policy_loss
 
 if TYPE_CHECKING:
     from oisd.models import AttentionPair
@@ -185,45 +192,72 @@ def grpo_loss(
             f"grpo_loss: advantages must be [B] = [{logprobs.shape[0]}], "
             f"got {list(advantages.shape)}"
         )
-    if config.kl_coef and ref_logprobs is None:
-        raise ValueError("grpo_loss: ref_logprobs is required with kl_coef > 0, got None")
-    if config.tis_cap is not None and rollout_logprobs is None:
-        raise ValueError("grpo_loss: rollout_logprobs is required with tis_cap, got None")
     if token_weight is None:
         token_weight = token_weights(mask, config.aggregation, max_tokens=max_tokens)
 
     # Padding may hold anything, infinities too: neutralised before the exponentials, because
     # 0 * inf in the backward would not be 0.
-    logprobs = torch.where(mask, logprobs, 0.0)
-    old = logprobs.detach() if old_logprobs is None else torch.where(mask, old_logprobs, 0.0)
-    advantage = advantages.to(logprobs.dtype)[:, None]
-    # e^20 is far outside every clip range; a ratio that overflows would make the gradient NaN even
-    # where it is clipped.
-    log_ratio = (logprobs - old).clamp(-20, 20)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    surrogate = torch.maximum(-ratio * advantage, -clipped * advantage)
+    def masked(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.where(mask, x, 0.0)
+
+    terms = policy_terms(
+        advantages.to(logprobs.dtype)[:, None].expand_as(logprobs),
+        token_weight,
+        config,
+        old_logprobs=masked(old_logprobs),
+        rollout_logprobs=masked(rollout_logprobs),
+        ref_logprobs=masked(ref_logprobs),
+    )
+    found = policy_loss(torch.where(mask, logprobs, 0.0), terms)
+    return found.loss.sum(), _policy_metrics(found, terms, mask)
+
+
+def policy_terms(
+    advantages: Tensor,
+    token_weight: Tensor,
+    config: GRPOConfig,
+    *,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+) -> PolicyTerms:
+    """The configuration and the batch as `oisd_kernels.policy_head` takes them: all of one shape.
+
+    Raises ValueError for log-probs that the configuration needs and that are None.
+    """
+    if config.kl_coef and ref_logprobs is None:
+        raise ValueError("grpo_loss: ref_logprobs is required with kl_coef > 0, got None")
+    if config.tis_cap is not None and rollout_logprobs is None:
+        raise ValueError("grpo_loss: rollout_logprobs is required with tis_cap, got None")
+    return PolicyTerms(
+        advantages,
+        token_weight,
+        old_logprobs,
+        None if config.tis_cap is None else rollout_logprobs,
+        ref_logprobs if config.kl_coef else None,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        dual_clip=config.dual_clip,
+        tis_cap=config.tis_cap or math.inf,
+        kl_coef=config.kl_coef,
+    )
+
+
+def _policy_metrics(found: PolicyLoss, terms: PolicyTerms, mask: Tensor) -> Metrics:
+    ratio, advantage = found.ratio, terms.advantage
     negative = (advantage < 0) & mask
     metrics = {
-        "clip_frac/low": Mean.over((ratio < 1 - config.clip_low) & negative, mask),
-        "clip_frac/high": Mean.over((ratio > 1 + config.clip_high) & (advantage > 0), mask),
-        "kl/old": Mean.over(ratio - 1 - log_ratio, mask),
+        "clip_frac/low": Mean.over((ratio < 1 - terms.clip_low) & negative, mask),
+        "clip_frac/high": Mean.over((ratio > 1 + terms.clip_high) & (advantage > 0), mask),
+        "kl/old": Mean.over(ratio - 1 - found.log_ratio, mask),
     }
-    if config.dual_clip is not None:
-        bound = -config.dual_clip * advantage
-        metrics["clip_frac/dual"] = Mean.over((surrogate > bound) & negative, mask)
-        surrogate = torch.where(advantage < 0, torch.minimum(surrogate, bound), surrogate)
-    if config.tis_cap is not None and rollout_logprobs is not None:
-        sampled = torch.where(mask, rollout_logprobs, 0.0)
-        importance = (old.detach() - sampled).exp().clamp(max=config.tis_cap)
-        metrics["tis/weight"] = Mean.over(importance, mask)
-        surrogate = surrogate * importance
-    if config.kl_coef and ref_logprobs is not None:
-        log_ref = (torch.where(mask, ref_logprobs, 0.0) - logprobs).clamp(-20, 20)
-        k3 = log_ref.exp() - 1 - log_ref  # unbiased and never negative (Schulman, 2020)
-        metrics["kl/ref"] = Mean.over(k3, mask)
-        surrogate = surrogate + config.kl_coef * k3
-    return (surrogate * token_weight).sum(), metrics
+    if terms.dual_clip is not None:
+        metrics["clip_frac/dual"] = Mean.over(found.dual_clipped & mask, mask)
+    if found.importance is not None:
+        metrics["tis/weight"] = Mean.over(found.importance, mask)
+    if found.k3 is not None:
+        metrics["kl/ref"] = Mean.over(found.k3, mask)
+    return metrics
 
 
 def clip_advantages(advantages: Tensor, config: AlignmentConfig) -> Tensor:
@@ -276,12 +310,97 @@ def think_loss(
         return_stats=True,
         impl=impl,
     )
+    return rows.sum() / student_hidden.shape[0], _think_metrics(stats, signed)
+
+
+def grpo_and_think_loss(
+    final_hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    student_hidden: Tensor,
+    advantages: Tensor,
+    grpo: GRPOConfig | None = None,
+    config: AlignmentConfig | None = None,
+    *,
+    grpo_weight: Tensor,
+    think_weight: Tensor,
+    old_logprobs: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    temperature: float = 1.0,
+    bias: Tensor | None = None,
+    logit_softcap: float | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Metrics]:
+    """`grpo_loss` and `think_loss` from one pass over the unembedding, over N rows (tokens).
+
+    The final logits are computed once, and all gradients in the forward: 3 + 2S matmuls of 2*N*D*V
+    with the unembedding's gradient, of which GRPO alone costs 3.
+
+    Args:
+        final_hidden: [N, D], what it reads for the final layer. Gradient of GRPO alone.
+        weight: [V, D], the unembedding. Gradient of GRPO alone.
+        labels: [N] int64, the sampled tokens.
+        student_hidden: [S, N, D], what it reads for each student layer; S may be 0.
+        advantages: [N], of the sequence that each row belongs to.
+        grpo, config: as `grpo_loss` and `think_loss` have them.
+        grpo_weight: [N], from `token_weights` with the aggregation of GRPO.
+        think_weight: [N], from `token_weights(mask, "sequence-mean")` for eq. 7 and 11.
+        old_logprobs, rollout_logprobs, ref_logprobs: [N], as in `grpo_loss`.
+        temperature: of the policy; that of the lens is in `config`.
+        bias, logit_softcap: of the unembedding, where the model has them.
+        impl: of `oisd_kernels.policy_head`.
+
+    Returns both losses, scalars, and their metrics with entropy/policy (nats) besides.
+    Raises ValueError as the two losses and `policy_head` do.
+    """
+    grpo, config = grpo or GRPOConfig(), config or AlignmentConfig()
+    given = {"advantages": advantages, "grpo_weight": grpo_weight, "think_weight": think_weight}
+    for name, x in given.items():
+        if x.shape != labels.shape:
+            raise ValueError(
+                f"grpo_and_think_loss: {name} must have the shape of labels {list(labels.shape)}, "
+                f"got {list(x.shape)}"
+            )
+    terms = policy_terms(
+        advantages,
+        grpo_weight,
+        grpo,
+        old_logprobs=old_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        ref_logprobs=ref_logprobs,
+    )
+    signed = clip_advantages(advantages, config).float() * think_weight
+    head = policy_head(
+        final_hidden,
+        weight,
+        labels,
+        student_hidden,
+        bias=bias,
+        token_weight=signed,
+        divergence=config.divergence,
+        beta=config.beta,
+        temperature=temperature,
+        lens_temperature=config.lens_temperature,
+        logit_softcap=logit_softcap,
+        policy=terms,
+        impl=impl,
+    )
+    everywhere = torch.ones_like(labels, dtype=torch.bool)
+    metrics = _policy_metrics(policy_loss(head.logprob, terms), terms, everywhere)
+    metrics["entropy/policy"] = Mean.over(head.entropy, everywhere)
+    if len(student_hidden) > 0:
+        metrics |= _think_metrics(head.stats, signed)
+    return head.policy_loss, head.divergence.sum() / max(len(student_hidden), 1), metrics
+
+
+def _think_metrics(stats: LensStats, signed: Tensor) -> Metrics:
     metrics = _by_sign("js/think", stats.divergence, signed)
     live = (signed != 0).expand_as(stats.divergence)
     metrics["entropy/student"] = Mean.over(stats.student_entropy, live)
     metrics["entropy/teacher"] = Mean.over(stats.teacher_entropy, signed != 0)
     metrics["agreement/top1"] = Mean.over(stats.top1_agreement, live)
-    return rows.sum() / student_hidden.shape[0], metrics
+    return metrics
 
 
 def attention_loss(

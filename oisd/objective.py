@@ -15,7 +15,7 @@ from torch import Tensor
 from oisd import losses
 from oisd.batch import Batch
 from oisd.config import TrainConfig
-from oisd.losses import Mean, Metrics
+from oisd.losses import Metrics
 from oisd.models import Taps
 from oisd.policy import Policy
 from oisd.rollout import row_keys, uniform
@@ -70,8 +70,7 @@ class Objective:
         finally:
             self.taps.enabled = True
 
-    def _forward(self, batch: Batch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the flat positions `rows` [N]: the head's input [N, D], log-probs [N], entropy [N]."""
+    def _forward(self, batch: Batch) -> None:
         with self.policy.autocast():
             self.policy.model(
                 input_ids=batch.input_ids,
@@ -79,23 +78,23 @@ class Objective:
                 use_cache=False,
                 logits_to_keep=1,  # the losses project the rows that they need themselves
             )
+
+    @torch.no_grad()
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[B, T] log-probs of the completions under the policy as it is now."""
+        rows = batch.predicting_rows()
+        self._forward(batch)
         head = self.taps.unembedding
-        final = self.taps.final_hidden().flatten(0, 1)[rows]
-        logprobs, entropy, _ = linear_logprob(
-            final,
+        logprobs, _, _ = linear_logprob(
+            self.taps.final_hidden().flatten(0, 1)[rows],
             head.weight,
             batch.labels.flatten()[rows],
             bias=head.bias,
             temperature=self.config.rollout.temperature,
             logit_softcap=head.logit_softcap,
         )
-        return final, logprobs, entropy
-
-    @torch.no_grad()
-    def logprobs(self, batch: Batch) -> Tensor:
-        """[B, T] log-probs of the completions under the policy as it is now."""
-        rows = batch.predicting_rows()
-        return _scatter(self._forward(batch, rows)[1], rows, batch.predicts)
+        like = batch.predicts
+        return logprobs.new_zeros(like.numel()).index_copy(0, rows, logprobs).view(like.shape)
 
     def __call__(
         self, batch: Batch, totals: Totals, step: int
@@ -103,40 +102,47 @@ class Objective:
         """The losses by name, unweighted, and their metrics; `step` draws the sampled queries."""
         config, align = self.config, self.config.oisd
         rows = batch.predicting_rows()
-        final, logprobs, entropy = self._forward(batch, rows)
-        computed: dict[str, Tensor] = {}
-        computed["grpo"], metrics = losses.grpo_loss(
-            _scatter(logprobs, rows, batch.predicts),
-            batch.advantages,
-            batch.predicts,
-            config.grpo,
-            old_logprobs=batch.old_logprobs,
-            rollout_logprobs=batch.rollout_logprobs,
-            ref_logprobs=batch.ref_logprobs,
-            token_weight=losses.token_weights(
-                batch.predicts,
-                config.grpo.aggregation,
-                num_sequences=totals.sequences,
-                num_tokens=totals.tokens,
-                max_tokens=config.rollout.max_completion_tokens,
-            ),
-        )
-        metrics["entropy/policy"] = Mean.over(entropy, torch.ones_like(entropy, dtype=torch.bool))
-        sequences = totals.sequences
+        self._forward(batch)
+        head, taps = self.taps.unembedding, self.taps
+        final = taps.final_hidden().flatten(0, 1)[rows]
+        students = final.detach().new_empty(0, *final.shape)
         if align.think_weight:
-            weight = losses.token_weights(batch.predicts, "sequence-mean", num_sequences=sequences)
-            head = self.taps.unembedding
-            computed["think"], more = losses.think_loss(
-                self.taps.student_hidden().flatten(1, 2)[:, rows],
-                final,
-                head.weight,
-                batch.advantages[rows // batch.predicts.shape[1]],
-                align,
-                token_weight=weight.flatten()[rows],
-                bias=head.bias,
-                logit_softcap=head.logit_softcap,
-            )
-            metrics |= more
+            students = taps.student_hidden().flatten(1, 2)[:, rows]
+
+        def of_rows(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.flatten()[rows]
+
+        sequences = totals.sequences
+        weight = losses.token_weights(
+            batch.predicts,
+            config.grpo.aggregation,
+            num_sequences=sequences,
+            num_tokens=totals.tokens,
+            max_tokens=config.rollout.max_completion_tokens,
+        )
+        per_sequence = losses.token_weights(
+            batch.predicts, "sequence-mean", num_sequences=sequences
+        )
+        computed: dict[str, Tensor] = {}
+        computed["grpo"], think, metrics = losses.grpo_and_think_loss(
+            final,
+            head.weight,
+            batch.labels.flatten()[rows],
+            students,
+            batch.advantages[rows // batch.predicts.shape[1]],
+            config.grpo,
+            align,
+            grpo_weight=weight.flatten()[rows],
+            think_weight=per_sequence.flatten()[rows],
+            old_logprobs=of_rows(batch.old_logprobs),
+            rollout_logprobs=of_rows(batch.rollout_logprobs),
+            ref_logprobs=of_rows(batch.ref_logprobs),
+            temperature=config.rollout.temperature,
+            bias=head.bias,
+            logit_softcap=head.logit_softcap,
+        )
+        if align.think_weight:
+            computed["think"] = think
         if align.attention_weight:
             computed["attention"], more = losses.attention_loss(
                 self.taps.attention(),
@@ -168,8 +174,3 @@ class Objective:
             return None
         b, t = batch.input_ids.shape
         return losses.sampled_keys(b, t, align.key_window, align.key_stride, batch.input_ids.device)
-
-
-def _scatter(flat: Tensor, rows: Tensor, like: Tensor) -> Tensor:
-    """`flat` [N] at the flat positions `rows` [N] of a [B, T] tensor of zeros; differentiable."""
-    return flat.new_zeros(like.numel()).index_copy(0, rows, flat).view(like.shape)

@@ -7,12 +7,14 @@ from oisd_kernels.attention_divergence import attention_divergence
 from oisd_kernels.linear_logprob import linear_logprob
 from oisd_kernels.logit_lens import logit_lens_divergence
 from oisd_kernels.policy_head import PolicyHead, policy_head
+from oisd_kernels.policy_loss import PolicyTerms
 from oisd_kernels.reference import LensStats, LinearLogprob
 
 __all__ = [
     "LensStats",
     "LinearLogprob",
     "PolicyHead",
+    "PolicyTerms",
     "attention_divergence",
     "linear_logprob",
     "logit_lens_divergence",

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from oisd_kernels import checks, chunks, reference
-from oisd_kernels.head_pass import HeadPass, compute_dtype, head_pass
+from oisd_kernels.head_loop import HeadPass, compute_dtype
+from oisd_kernels.head_pass import NO_POLICY, head_pass
 from oisd_kernels.reference import LinearLogprob
 
 OP = "linear_logprob"
@@ -46,9 +47,11 @@ def _chunked(
             labels=labels,
             factor=None,
             final_factor=None,
+            **NO_POLICY,
             divergence="jsd",
             beta=0.5,
             temperature=float(temperature),
+            final_temperature=float(temperature),
             softcap=None if logit_softcap is None else float(logit_softcap),
             capacity=capacity,
             drop=False,

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from oisd_kernels import checks, chunks, reference
-from oisd_kernels.head_pass import HeadPass, compute_dtype, head_pass
+from oisd_kernels.head_loop import HeadPass, compute_dtype
+from oisd_kernels.head_pass import NO_POLICY, head_pass
 from oisd_kernels.reference import LensStats
 
 OP = "logit_lens_divergence"
@@ -65,9 +66,11 @@ def _chunked(
             labels=None,
             factor=factor,
             final_factor=None,
+            **NO_POLICY,
             divergence=divergence,
             beta=float(beta),
             temperature=float(temperature),
+            final_temperature=float(temperature),
             softcap=None if logit_softcap is None else float(logit_softcap),
             capacity=capacity,
             drop=factor is not None,

@@ -5,11 +5,15 @@
     divergence                                      as `logit_lens_divergence` of student_hidden,
                                                     with p, detached, as the teacher
 
-The final logits are computed once for both. With G = one 2*N*D*V matmul: 1 + S G for values,
-2 + 2S G with gradients to both hidden states, 4 + 2S G where `weight` receives gradient through the
-log-probability (its backward computes the final logits again, the upstream gradient being known).
+    policy_loss = sum_n of `oisd_kernels.policy_loss`, where its terms are given
+
+The final logits are computed once for all. With G = one 2*N*D*V matmul: 1 + S G for values, 2 + 2S
+with gradients to both hidden states, 3 + 2S where `weight` receives the policy loss's gradient,
+4 + 2S where it receives a gradient through the log-probability that only the backward knows: then
+the final logits are computed again.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +21,9 @@ import torch
 from torch import Tensor
 
 from oisd_kernels import checks, chunks, reference
-from oisd_kernels.head_pass import HeadPass, compute_dtype, head_pass
+from oisd_kernels.head_loop import HeadPass, compute_dtype
+from oisd_kernels.head_pass import NO_POLICY, head_pass
+from oisd_kernels.policy_loss import PolicyTerms, policy_loss
 from oisd_kernels.reference import LensStats
 
 OP = "policy_head"
@@ -25,13 +31,15 @@ NAMES = ("reference", "chunked")
 
 
 class PolicyHead(NamedTuple):
-    """In nats; gradient passes through `logprob` and `divergence` alone."""
+    """In nats. Gradient passes through `divergence`, and through `policy_loss` where its terms are
+    given, else through `logprob`."""
 
     logprob: Tensor  # [N]
     entropy: Tensor  # [N]
     logsumexp: Tensor  # [N]
     divergence: Tensor  # [S, N], multiplied by the weight
     stats: LensStats
+    policy_loss: Tensor  # [], a sum over tokens; 0 without terms
 
 
 def policy_head(
@@ -45,18 +53,23 @@ def policy_head(
     divergence: str = "jsd",
     beta: float = 0.5,
     temperature: float = 1.0,
+    lens_temperature: float | None = None,
     logit_softcap: float | None = None,
     grad_weight: bool = False,
+    policy: PolicyTerms | None = None,
     impl: str = "auto",
     max_bytes: int | None = None,
 ) -> PolicyHead:
     """`linear_logprob` and `logit_lens_divergence` in one, the final layer's logits computed once.
 
+    With `policy` also the loss of GRPO, so that one forward computes the gradients of both losses,
+    the unembedding's among them.
+
     Args:
         hidden_final: [N, D], final hidden state after the final norm. Receives gradient through
-            `logprob`, none through the divergence, whose teacher it is.
-        weight: [V, D], the unembedding. Receives gradient through `logprob`; through the divergence
-            with `grad_weight`.
+            `logprob` or `policy_loss`, none through the divergence, whose teacher it is.
+        weight: [V, D], the unembedding. Receives gradient through `logprob` or `policy_loss`;
+            through the divergence with `grad_weight`.
         labels: [N] int64 in [0, V), checked for CPU tensors only.
         student_hidden: [S, N, D] or [N, D], after the final norm; None for the log-probability
             alone, with S = 0 in the results.
@@ -64,13 +77,16 @@ def policy_head(
         token_weight: [N] or [S, N], weight of the divergence; its zero rows are dropped before any
             matmul. The log-probability is computed for every token.
         divergence, beta, logit_softcap, grad_weight: of `logit_lens_divergence`.
-        temperature: of log-probability and divergence alike.
+        temperature: of the log-probability.
+        lens_temperature: of the divergence. None: as `temperature`.
+        policy: terms of the policy loss, [N] each; they receive no gradient.
         impl: "chunked", which "auto" takes, or "reference" (all logits in memory).
         max_bytes: workspace budget of "chunked" in bytes.
 
     Returns:
-        `PolicyHead`; float32, or float64 if an input is. In `stats`, `teacher_entropy` holds every
-        token's entropy with "chunked" and 0 for tokens without a student row with "reference".
+        `PolicyHead`; float32, or float64 if an input is. In `stats`, `teacher_entropy` is that of
+        tokens with a student row, at the divergence's temperature; what it holds for the others
+        depends on `impl`.
 
     Raises:
         ValueError: a shape, dtype, device or value is not as above.
@@ -101,6 +117,9 @@ def policy_head(
         checks.check_tensor(OP, "token_weight", token_weight, layout, sizes, device=device)
     checks.check_divergence(OP, divergence, beta)
     checks.check_positive(OP, "temperature", temperature)
+    checks.check_positive(OP, "lens_temperature", lens_temperature, optional=True)
+    if policy is not None:
+        _check_policy(policy, tokens, device)
     checks.check_positive(OP, "logit_softcap", logit_softcap, optional=True)
     checks.check_flag(OP, "grad_weight", grad_weight)
     checks.check_count(OP, "max_bytes", max_bytes)
@@ -115,10 +134,19 @@ def policy_head(
         divergence=divergence,
         beta=beta,
         temperature=temperature,
+        lens_temperature=temperature if lens_temperature is None else lens_temperature,
         logit_softcap=logit_softcap,
         grad_weight=grad_weight,
+        policy=policy,
         max_bytes=max_bytes,
     )
+
+
+def _check_policy(policy: PolicyTerms, tokens: int, device: torch.device) -> None:
+    for name, x in policy._asdict().items():
+        if isinstance(x, Tensor):
+            checks.check_tensor(OP, f"policy.{name}", x, "[N]", (tokens,), device=device)
+    checks.check_positive(OP, "policy.dual_clip", policy.dual_clip, optional=True)
 
 
 def _chunked(
@@ -132,8 +160,10 @@ def _chunked(
     divergence: str,
     beta: float,
     temperature: float,
+    lens_temperature: float,
     logit_softcap: float | None,
     grad_weight: bool,
+    policy: PolicyTerms | None,
     max_bytes: int | None,
 ) -> PolicyHead:
     compute = compute_dtype(hidden_final, student_hidden, weight, bias)
@@ -148,6 +178,7 @@ def _chunked(
     recording = torch.is_grad_enabled()
     to_weight = recording and (weight.requires_grad or (bias is not None and bias.requires_grad))
     student_later = to_weight and grad_weight
+    final_later = to_weight and policy is None
     out = HeadPass(
         *head_pass(
             layers,
@@ -157,29 +188,53 @@ def _chunked(
             labels=labels,
             factor=factor,
             final_factor=None,
+            **_policy_arguments(policy),
             divergence=divergence,
             beta=float(beta),
-            temperature=float(temperature),
+            temperature=float(lens_temperature),
+            final_temperature=float(temperature),
             softcap=None if logit_softcap is None else float(logit_softcap),
             capacity=capacity,
             drop=factor is not None,
             reduce=False,
             hidden_grad=recording and student_hidden.requires_grad and not student_later,
-            final_grad=recording and hidden_final.requires_grad and not to_weight,
+            final_grad=recording and hidden_final.requires_grad and not final_later,
             hidden_weight_grad=False,
-            final_weight_grad=False,
+            final_weight_grad=to_weight and not final_later,
             hidden_later=student_later,
-            final_later=to_weight,
+            final_later=final_later,
             stats=True,
         )
     )
     stats = LensStats(
         out.student_entropy.view(rows),
-        out.final_entropy,
+        out.teacher_entropy,
         out.agreement.view(rows),
         out.divergence.view(rows),
     )
-    return PolicyHead(out.logprob, out.final_entropy, out.logsumexp, out.loss.view(rows), stats)
+    return PolicyHead(
+        out.logprob,
+        out.final_entropy,
+        out.logsumexp,
+        out.loss.view(rows),
+        stats,
+        out.policy_loss,
+    )
+
+
+def _policy_arguments(policy: PolicyTerms | None) -> dict[str, Any]:
+    if policy is None:
+        return NO_POLICY
+    dual_clip = math.inf if policy.dual_clip is None else policy.dual_clip
+    options = policy.clip_low, policy.clip_high, dual_clip, policy.tis_cap, policy.kl_coef
+    return {
+        "advantage": policy.advantage,
+        "loss_weight": policy.weight,
+        "old_logprob": policy.old_logprob,
+        "rollout_logprob": policy.rollout_logprob,
+        "ref_logprob": policy.ref_logprob,
+        "policy_options": [float(x) for x in options],
+    }
 
 
 def _reference(
@@ -190,27 +245,30 @@ def _reference(
     *,
     bias: Tensor | None,
     temperature: float,
+    lens_temperature: float,
     logit_softcap: float | None,
+    policy: PolicyTerms | None,
     max_bytes: int | None,
     **lens: Any,
 ) -> PolicyHead:
     del max_bytes
-    head: dict[str, Any] = {
-        "bias": bias,
-        "temperature": temperature,
-        "logit_softcap": logit_softcap,
-    }
-    policy = reference.linear_logprob(hidden_final, weight, labels, **head)
+    head: dict[str, Any] = {"bias": bias, "logit_softcap": logit_softcap}
+    out = reference.linear_logprob(hidden_final, weight, labels, temperature=temperature, **head)
+    loss = out.logprob.new_zeros(())
+    if policy is not None:
+        loss = policy_loss(out.logprob, policy).loss.sum()
+        out = out._replace(logprob=out.logprob.detach())
     result = reference.logit_lens_divergence(
         student_hidden,
         hidden_final.detach(),
         weight,
         return_stats=True,
+        temperature=lens_temperature,
         **head,
         **lens,
     )
     assert isinstance(result, tuple)
-    return PolicyHead(*policy, *result)
+    return PolicyHead(*out, *result, loss)
 
 
 # In order of preference: "auto" takes the first.

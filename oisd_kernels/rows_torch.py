@@ -64,6 +64,21 @@ def final_rows(
     return FinalRows(logsumexp, entropy, top1, logprob)
 
 
+def final_rows_again(
+    z: Tensor,  # [C, V] as `final_rows` left them with `old`, and leaves them with `new`
+    final: FinalRows,
+    bias: Tensor | None,
+    labels: Tensor,  # [C]
+    old: RowMath,
+    new: RowMath,
+    entropies: bool,
+) -> FinalRows:
+    """Statistics of the same logits at another temperature."""
+    del bias
+    z.add_(final.logsumexp[:, None]).mul_(old.temperature)
+    return final_rows(z, None, labels, new._replace(softcap=None), entropies, False)
+
+
 def final_gradient(
     z: Tensor,  # [C, V] as `final_rows` left them; the gradient afterwards
     final: FinalRows,

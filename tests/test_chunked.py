@@ -22,8 +22,15 @@ from test_reference import (
 )
 from torch.profiler import ProfilerActivity, profile
 
-from oisd_kernels import chunks, linear_logprob, logit_lens_divergence, policy_head
-from oisd_kernels.head_pass import head_pass
+from oisd_kernels import (
+    PolicyTerms,
+    chunks,
+    linear_logprob,
+    logit_lens_divergence,
+    policy_head,
+)
+from oisd_kernels.head_pass import NO_POLICY, head_pass
+from oisd_kernels.policy_loss import policy_loss, policy_slope
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU"))
 
@@ -117,6 +124,70 @@ def test_policy_head(frozen, grad_weight, layers, rows):
     compare(*results)
 
 
+def policy_terms(n: int, **changes) -> PolicyTerms:
+    """Terms whose tokens lie on all sides of the clip ranges."""
+    old, advantage = -2.5 + normal(n, seed=21), normal(n, seed=20)
+    given = {
+        "old_logprob": old, "rollout_logprob": old + normal(n, seed=22) / 2,
+        "ref_logprob": -2.5 + normal(n, seed=23), "dual_clip": 2.0, "kl_coef": 0.3,
+    }  # fmt: skip
+    return PolicyTerms(advantage, normal(n, seed=24), **(given | changes))
+
+
+@pytest.mark.parametrize("changes", [
+    pytest.param({}, id="everything"),
+    pytest.param({"old_logprob": None}, id="on-policy"),
+    pytest.param({"rollout_logprob": None, "kl_coef": 0.0, "dual_clip": None}, id="plain"),
+])  # fmt: skip
+def test_policy_slope_is_the_derivative(changes):
+    n = 400
+    terms = policy_terms(n, **changes)
+    logprob = leaf(-2.5 + normal(n, seed=25))
+    with torch.no_grad():
+        logprob[:4] += torch.tensor([60.0, -60.0, 25.0, -25.0])
+    found = policy_loss(logprob, terms)
+    (wanted,) = torch.autograd.grad(found.loss.sum(), logprob)
+    assert wanted.norm() > 1
+    rests = wanted == 0
+    assert terms.old_logprob is None or terms.kl_coef or 40 < rests.sum() < 300
+    torch.testing.assert_close(policy_slope(logprob.detach(), terms), wanted)
+
+
+def test_policy_slope_keeps_nan():
+    terms = policy_terms(3)._replace(old_logprob=torch.tensor([math.nan, -1.0, -1.0]))
+    slope = policy_slope(torch.tensor([-1.0, math.nan, -1.0]), terms)
+    assert slope.isnan().tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("rows", [2, 5, 1000])
+@pytest.mark.parametrize("grad_weight", [False, True], ids=["policy", "both"])
+@pytest.mark.parametrize("lens_temperature", [None, 1.3], ids=["one-temperature", "two"])
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["uncapped", "softcap2"])
+@pytest.mark.parametrize("layers", [0, 3], ids=lambda s: f"S{s}")
+def test_policy_head_with_the_policy_loss(layers, softcap, lens_temperature, grad_weight, rows):
+    hidden, final, weight, bias, token_weight = small_case()
+    final, labels, student = leaf(final), torch.arange(11), hidden[:layers]
+    results = []
+    for impl in ("chunked", "reference"):
+        out = policy_head(
+            final, weight, labels, student, bias=bias, token_weight=token_weight[:layers],
+            temperature=0.7, lens_temperature=lens_temperature, logit_softcap=softcap,
+            grad_weight=grad_weight, policy=policy_terms(11), impl=impl,
+            max_bytes=budget(rows, 13, 6),
+        )  # fmt: skip
+        assert not out.logprob.requires_grad
+        loss = 1.7 * out.policy_loss + (out.divergence * normal(layers, 11, seed=6)).sum()
+        wanted = (hidden, final, weight, bias)
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        assert all(x.norm() > 1e-3 for x in grads[1 if layers == 0 else 0 :])
+        stats = out.stats
+        seen = (token_weight[:layers] != 0).any(0)
+        entropy = torch.where(seen, stats.teacher_entropy, 0)
+        stats = stats._replace(teacher_entropy=entropy)
+        results.append([*out[:4], out.policy_loss, *stats, *grads])
+    compare(*results)
+
+
 def test_policy_head_without_students_is_the_logprob():
     _, final, weight, bias, _ = small_case()
     alone = linear_logprob(final, weight, torch.arange(11), bias=bias)
@@ -178,12 +249,19 @@ def arguments(**changes) -> tuple:
     hidden, final, weight, bias, factor = small_case()
     given = {
         "hidden": hidden, "final": final, "weight": weight.detach(), "bias": bias.detach(),
-        "labels": None, "factor": factor, "final_factor": None, "divergence": "jsd", "beta": 0.5,
-        "temperature": 1.0, "softcap": None, "capacity": 5, "drop": True, "reduce": False,
+        "labels": None, "factor": factor, "final_factor": None, **NO_POLICY, "divergence": "jsd",
+        "beta": 0.5, "temperature": 1.0, "final_temperature": 1.0, "softcap": None,
+        "capacity": 5, "drop": True, "reduce": False,
         "hidden_grad": True, "final_grad": False, "hidden_weight_grad": False,
         "final_weight_grad": False, "hidden_later": False, "final_later": False, "stats": True,
     }  # fmt: skip
     return tuple((given | changes).values())
+
+
+POLICY = {
+    "advantage": normal(11, seed=20), "loss_weight": normal(11, seed=24),
+    "policy_options": [0.2, 0.2, math.inf, 2.0, 0.0],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -196,6 +274,9 @@ def arguments(**changes) -> tuple:
         pytest.param({"weight": leaf(normal(13, 6, seed=2)), "hidden_grad": False,
                       "hidden_later": True, "final_later": True, "labels": torch.arange(11),
                       "final": leaf(normal(11, 6, seed=1))}, id="later"),
+        pytest.param({**POLICY, "weight": leaf(normal(13, 6, seed=2)), "final_grad": True,
+                      "final_weight_grad": True, "labels": torch.arange(11),
+                      "final": leaf(normal(11, 6, seed=1))}, id="policy-loss"),
     ],
 )  # fmt: skip
 def test_opcheck(changes):
@@ -215,7 +296,10 @@ def test_compiles_in_one_graph(reduction, grad_weight):
         )  # fmt: skip
         head = policy_head(final, weight, labels, hidden, token_weight=token_weight)
         logprob = linear_logprob(final, weight, labels, impl="chunked").logprob
-        return lens.square().sum() + head.divergence.sum() + (head.logprob * logprob).sum()
+        terms = PolicyTerms(logprob.detach(), logprob.detach())
+        loss = policy_head(final, weight, labels, policy=terms).policy_loss
+        value = lens.square().sum() + head.divergence.sum() + (head.logprob * logprob).sum()
+        return value + loss
 
     inputs = (hidden, final, weight)
     eager, compiled = step(*inputs), torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -269,6 +353,12 @@ def test_matmuls_are_counted(layers):
     assert matmuls(lambda: lens(reduction="sum", grad_weight=True)(), unit) == 3 * S + 1
     assert matmuls(lambda: lens(grad_weight=True)(), unit) == 4 * S + 2
     assert matmuls(policy, unit) == 2 * S + 2
+
+    def with_policy_loss():
+        out = policy_head(final, weight, labels, hidden, policy=policy_terms(N))
+        (out.policy_loss + out.divergence.sum()).backward()
+
+    assert matmuls(with_policy_loss, unit) == 2 * S + 3
     logprob = linear_logprob(final, weight, labels).logprob
     assert matmuls(lambda: logprob.sum().backward(), unit) == 3
 

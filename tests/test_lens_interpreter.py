@@ -25,7 +25,7 @@ from test_reference import (
 from torch.autograd import gradcheck
 
 from oisd_kernels import linear_logprob, logit_lens_divergence, policy_head
-from oisd_kernels.head_pass import row_functions
+from oisd_kernels.head_loop import row_functions
 from oisd_kernels.rows_torch import RowMath
 
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
