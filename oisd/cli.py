@@ -1,4 +1,4 @@
-"""The command line: `oisd train [RECIPE.toml] [--overrides]` and `oisd eval MODEL [--options]`."""
+"""The command line: `oisd train [RECIPE.toml] [--overrides]`, `oisd eval MODEL [--options]`, ..."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from oisd.config import ConfigError, TrainConfig, from_tables, load_recipe, to_t
 _USAGE = """\
 usage: oisd train [RECIPE.toml] [--table.key value ...]
        oisd eval MODEL [--option value ...]
+       oisd lens MODEL --prompt TEXT | --data SOURCE [--option value ...]
+       oisd attention MODEL --prompt TEXT | --data SOURCE [--option value ...]
 
 train   train a model with GRPO and internal self-distillation; without a recipe, a tiny model on
         sums of two-digit numbers, in a few minutes on a CPU
 eval    Avg@K and Pass@K of a checkpoint folder or Hub model on verifiable problems
+lens    what each layer would say next: pictures, numbers by layer, the layer to align, a web page
+attention  how far each layer's attention overlaps with the final layer's
 
-`oisd train --help` and `oisd eval --help` list all settings.
+`oisd COMMAND --help` lists all settings.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 failed, 2 asked for something impossible."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "eval": _eval}
+    commands = {"train": _train, "eval": _eval, "lens": _lens, "attention": _attention}
     if not arguments or arguments[0] not in commands:
         asked_for_help = arguments and arguments[0] in ("-h", "--help")
         print(_USAGE, end="", file=sys.stdout if asked_for_help else sys.stderr)
@@ -106,6 +110,61 @@ def _eval(arguments: Sequence[str]) -> int:
     if summary:
         _print_table(f"oisd eval: {model}", _eval_rows(summary))
     return 0
+
+
+def _lens(arguments: Sequence[str]) -> int:
+    from oisd.look import run_lens
+
+    model, config = _parse_look(
+        arguments, "lens", "The logit lens of every layer; prints the layer to align."
+    )
+    report = run_lens(model, config)
+    summary = next(iter(report["layers"].values()))
+    layer = report["layer"]
+    boundary = report["boundary_layer"]
+    rows = [
+        ("texts, tokens", f"{report['texts']}, {report['tokens']}"),
+        ("boundary layer", f"{boundary}" if boundary else "none: no block raises the entropy"),
+        (f"divergence of layer {layer}", f"{summary['divergence'][layer - 1]:.4f} nats"),
+        (f"lens entropy of layer {layer}", f"{summary['entropy'][layer - 1]:.4f} nats"),
+        (f"top token of layer {layer}", f"final one's at {summary['agreement'][layer - 1]:.1%}"),
+        ("page", report["page"]),
+    ]
+    _print_table(f"oisd lens: {model}", rows)
+    return 0
+
+
+def _attention(arguments: Sequence[str]) -> int:
+    from oisd.look import run_attention
+
+    model, config = _parse_look(
+        arguments, "attention", "Overlap of every layer's attention with the final layer's."
+    )
+    report = run_attention(model, config)
+    layer = report["layer"]
+    rows = [
+        ("texts, tokens", f"{report['texts']}, {report['tokens']}"),
+        (f"overlap of layer {layer}", f"{report['overlap'][layer - 1]:.4f}"),
+        (f"divergence of layer {layer}", f"{report['divergence'][layer - 1]:.4f} nats"),
+        ("picture", report["plots"][0]),
+    ]
+    _print_table(f"oisd attention: {model}", rows)
+    return 0
+
+
+def _parse_look(arguments: Sequence[str], command: str, description: str) -> tuple[str, Any]:
+    from oisd.look import LookRun
+
+    named = bool(arguments) and not arguments[0].startswith("-")
+    if not named and not {"-h", "--help"} & set(arguments):
+        raise ConfigError(f"oisd {command}: MODEL is missing: a checkpoint folder or Hub id")
+    config = tyro.cli(
+        LookRun,
+        prog=f"oisd {command} MODEL",
+        description=description,
+        args=list(arguments[1:] if named else arguments),
+    )
+    return arguments[0] if named else "MODEL", config
 
 
 def _train_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:

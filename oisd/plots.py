@@ -32,9 +32,9 @@ from matplotlib.ticker import (
 Row = Mapping[str, Any]
 
 # Okabe and Ito's palette, told apart with any colour vision.
-_BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"
-_PURPLE, _SKY, _AMBER = "#CC79A7", "#56B4E9", "#E69F00"
-_INK, _GRID = "#333333", "#E4E4E4"
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+PURPLE, SKY, AMBER = "#CC79A7", "#56B4E9", "#E69F00"
+INK, GRID = "#333333", "#E4E4E4"
 _DPI = 150
 
 # Points above which a smoothed line is drawn over the raw one.
@@ -66,7 +66,7 @@ def _finish_divergence(ax: Axes) -> None:
     """Mark ln 2, the largest value of a Jensen-Shannon divergence, if in view or just above."""
     low, high = ax.get_ylim()
     if low <= math.log(2) <= high + 0.25 * (high - low):
-        ax.axhline(math.log(2), color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        ax.axhline(math.log(2), color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         ax.annotate(
             "ln 2",
             (1, math.log(2)),
@@ -75,7 +75,7 @@ def _finish_divergence(ax: Axes) -> None:
             textcoords="offset points",
             va="center",
             fontsize=8.5,
-            color=_INK,
+            color=INK,
         )
 
 
@@ -90,8 +90,8 @@ _PANELS = (
         "reward",
         "Reward",
         "mean reward",
-        (("reward", "training", _BLUE),),
-        ("eval/avg_at_k", "evaluation (avg@k)", _ORANGE),
+        (("reward", "training", BLUE),),
+        ("eval/avg_at_k", "evaluation (avg@k)", ORANGE),
         finish=_finish_reward,
     ),
     _Panel(
@@ -99,8 +99,8 @@ _PANELS = (
         "Logit alignment",
         "divergence (nats)",
         (
-            ("js/think_pos", "advantage > 0", _BLUE),
-            ("js/think_neg", "advantage < 0", _ORANGE),
+            ("js/think_pos", "advantage > 0", BLUE),
+            ("js/think_neg", "advantage < 0", ORANGE),
         ),
         finish=_finish_divergence,
     ),
@@ -109,8 +109,8 @@ _PANELS = (
         "Attention alignment",
         "divergence (nats)",
         (
-            ("js/attention_pos", "advantage > 0", _BLUE),
-            ("js/attention_neg", "advantage < 0", _ORANGE),
+            ("js/attention_pos", "advantage > 0", BLUE),
+            ("js/attention_neg", "advantage < 0", ORANGE),
         ),
         finish=_finish_divergence,
     ),
@@ -119,8 +119,8 @@ _PANELS = (
         "Next-token entropy",
         "entropy (nats)",
         (
-            ("entropy/student", "student layer (logit lens)", _ORANGE),
-            ("entropy/teacher", "final layer", _BLUE),
+            ("entropy/student", "student layer (logit lens)", ORANGE),
+            ("entropy/teacher", "final layer", BLUE),
         ),
         own_axes=True,
     ),
@@ -128,17 +128,17 @@ _PANELS = (
         "completion_length",
         "Completion length",
         "mean length (tokens)",
-        (("completion_length", "training", _BLUE),),
+        (("completion_length", "training", BLUE),),
     ),
     _Panel(
         "gradient_norms",
         "Gradient norms",
         "L2 norm",
         (
-            ("grad_norm", "total", _INK),
-            ("grad_norm/grpo", "GRPO", _BLUE),
-            ("grad_norm/think", "logit", _AMBER),
-            ("grad_norm/attention", "attention", _GREEN),
+            ("grad_norm", "total", INK),
+            ("grad_norm/grpo", "GRPO", BLUE),
+            ("grad_norm/think", "logit", AMBER),
+            ("grad_norm/attention", "attention", GREEN),
         ),
         finish=_finish_gradients,
     ),
@@ -165,11 +165,11 @@ def plot_training(metrics: str | Path | Iterable[Row], out_dir: str | Path) -> l
     )
     for place, panel in enumerate(panels, start=1):
         _draw_panel(overview.add_subplot(lines, columns, place), panel, rows)
-    paths = [_save(overview, out_dir / "training.png")]
+    paths = [save_figure(overview, out_dir / "training.png")]
     for panel in panels:
         figure = Figure(figsize=(6, 4), layout="constrained")
         _draw_panel(figure.add_subplot(), panel, rows)
-        paths.append(_save(figure, out_dir / f"{panel.name}.png"))
+        paths.append(save_figure(figure, out_dir / f"{panel.name}.png"))
     return paths
 
 
@@ -188,7 +188,7 @@ def plot_pass_at_k(
         raise ValueError("plot_pass_at_k: curves holds no points; wanted {name: {k: pass@k}}")
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.add_subplot()
-    colours = (_BLUE, _ORANGE, _GREEN, _PURPLE, _AMBER, _SKY)
+    colours = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY)
     markers = "osD^vP"
     for i, (name, curve) in enumerate(curves.items()):
         colour = colours[i % len(colours)]
@@ -214,12 +214,12 @@ def plot_pass_at_k(
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:.0f}"))
     ax.yaxis.set_major_formatter(PercentFormatter(decimals=0))
-    _style(ax, "Pass@k", "k (samples per problem)", "problems solved")
+    style_axes(ax, "Pass@k", "k (samples per problem)", "problems solved")
     if ax.get_ylim()[1] > 100:
         ax.set_ylim(top=101)
     if len(curves) > 1:
-        ax.legend(fontsize=9, labelcolor=_INK, framealpha=0.85, edgecolor="none")
-    return _save(figure, Path(path))
+        ax.legend(fontsize=9, labelcolor=INK, framealpha=0.85, edgecolor="none")
+    return save_figure(figure, Path(path))
 
 
 def _readable_ticks(ks: Sequence[int]) -> Sequence[int]:
@@ -262,7 +262,7 @@ def _has_data(panel: _Panel, rows: Sequence[Row]) -> bool:
 
 
 def _draw_panel(ax: Axes, panel: _Panel, rows: Sequence[Row]) -> None:
-    _style(ax, panel.title, "training step", panel.unit, title_pad=19)
+    style_axes(ax, panel.title, "training step", panel.unit, title_pad=19)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
     lines = [(*_series(rows, key), label, colour) for key, label, colour in panel.lines]
     lines = [line for line in lines if line[0]]
@@ -292,7 +292,7 @@ def _draw_panel(ax: Axes, panel: _Panel, rows: Sequence[Row]) -> None:
             )
     if panel.finish is not None:
         panel.finish(ax)
-    _legend_above(ax, [handle for own in dict.fromkeys([ax, *axes]) for handle in own.lines])
+    legend_above(ax, [handle for own in dict.fromkeys([ax, *axes]) for handle in own.lines])
 
 
 def _right_axes(ax: Axes, y_label: str) -> Axes:
@@ -300,12 +300,12 @@ def _right_axes(ax: Axes, y_label: str) -> Axes:
     right.set_ylabel(y_label, fontsize=10)
     right.tick_params(axis="y", labelsize=9, length=3, width=0.8)
     right.spines[["top", "left"]].set_visible(False)
-    right.spines["right"].set_color(_INK)
+    right.spines["right"].set_color(INK)
     right.spines["right"].set_linewidth(0.8)
     return right
 
 
-def _legend_above(ax: Axes, lines: Sequence[Line2D]) -> None:
+def legend_above(ax: Axes, lines: Sequence[Line2D]) -> None:
     """A legend between title and axes, where it hides no data."""
     ax.legend(
         handles=[line for line in lines if not str(line.get_label()).startswith("_")],
@@ -315,7 +315,7 @@ def _legend_above(ax: Axes, lines: Sequence[Line2D]) -> None:
         borderpad=0,
         ncols=4,
         fontsize=8.5,
-        labelcolor=_INK,
+        labelcolor=INK,
         frameon=False,
         handlelength=1.2,
         handletextpad=0.5,
@@ -350,20 +350,20 @@ def _smooth(values: Sequence[float]) -> np.ndarray:
     return (total[end] - total[start]) / (end - start)
 
 
-def _style(ax: Axes, title: str, x_label: str, y_label: str, title_pad: float = 8) -> None:
-    ax.set_title(title, fontsize=11.5, fontweight="bold", color=_INK, loc="left", pad=title_pad)
-    ax.set_xlabel(x_label, fontsize=10, color=_INK)
-    ax.set_ylabel(y_label, fontsize=10, color=_INK)
-    ax.tick_params(colors=_INK, labelsize=9, length=3, width=0.8)
-    ax.grid(True, color=_GRID, linewidth=0.8)
+def style_axes(ax: Axes, title: str, x_label: str, y_label: str, title_pad: float = 8) -> None:
+    ax.set_title(title, fontsize=11.5, fontweight="bold", color=INK, loc="left", pad=title_pad)
+    ax.set_xlabel(x_label, fontsize=10, color=INK)
+    ax.set_ylabel(y_label, fontsize=10, color=INK)
+    ax.tick_params(colors=INK, labelsize=9, length=3, width=0.8)
+    ax.grid(True, color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(_INK)
+    ax.spines[["left", "bottom"]].set_color(INK)
     ax.spines[["left", "bottom"]].set_linewidth(0.8)
     ax.margins(x=0.02)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     """Write through a temporary file: a viewer never sees half a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -45,7 +45,7 @@ def drawn(monkeypatch):
         figures[path.stem] = figure.axes
         return path
 
-    monkeypatch.setattr(plots, "_save", save)
+    monkeypatch.setattr(plots, "save_figure", save)
     return figures
 
 

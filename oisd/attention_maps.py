@@ -1,0 +1,83 @@
+"""How far the attention of each layer overlaps with the final layer's, head by head.
+
+    overlap_i = mean over heads of sum_j min(a_l,ij, a_L,ij)     1 where they are equal, 0 disjoint
+
+The maps themselves are kept as a mean over the heads, for pictures of short texts.
+
+H heads, T tokens, L layers counted from 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from oisd.models import AttentionPair, Taps
+from oisd_kernels import attention_divergence
+
+
+class AttentionOverlap(NamedTuple):
+    """Of one text, on the CPU, for the layers asked for."""
+
+    layers: list[int]
+    overlap: Tensor  # [layers, T] in [0, 1]
+    divergence: Tensor  # [layers, T], Jensen-Shannon, nats
+    maps: Tensor  # [layers, T, T], mean over heads, query by key
+    final_map: Tensor  # [T, T]
+
+
+class LayerAttention:
+    """Compares the attention of some layers with the final layer's.
+
+    Raises UnsupportedModelError where a layer's attention is not a causal softmax of its queries
+    and keys, and ValueError for a layer outside 1..L-1.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[int]):
+        self.model = model
+        self.taps = Taps(model, student_layers=list(layers), attention=True)
+
+    @torch.no_grad()
+    def __call__(self, token_ids: Sequence[int]) -> AttentionOverlap:
+        """Look at a text of T >= 1 tokens; takes memory for H maps of T x T."""
+        device = next(self.model.parameters()).device
+        ids = torch.tensor([list(token_ids)], device=device)
+        with self.taps:
+            self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            pairs = self.taps.attention()
+        overlaps, divergences, maps = [], [], []
+        final = torch.zeros(0)
+        for pair in pairs:
+            student = _map(pair, pair.q, pair.k, pair.scale)
+            final = _map(pair, pair.q_teacher, pair.k_teacher, pair.scale_teacher)
+            overlaps.append(torch.minimum(student, final).sum(-1).mean(0))
+            divergences.append(
+                attention_divergence(
+                    pair.q, pair.k, pair.q_teacher, pair.k_teacher, window=pair.window,
+                    softcap=pair.softcap, scale=pair.scale, scale_teacher=pair.scale_teacher,
+                )[0]
+            )  # fmt: skip
+            maps.append(student.mean(0))
+        return AttentionOverlap(
+            list(self.taps.student_layers),
+            torch.stack(overlaps).cpu(),
+            torch.stack(divergences).cpu(),
+            torch.stack(maps).cpu(),
+            final.mean(0).cpu(),
+        )
+
+
+def _map(pair: AttentionPair, q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """[H, T, T] attention over the keys that both layers see."""
+    q, k = q[0].transpose(0, 1).float(), k[0].transpose(0, 1).float()
+    k = k.repeat_interleave(len(q) // len(k), dim=0)
+    scores = scale * q @ k.mT
+    if pair.softcap is not None:
+        scores = pair.softcap * torch.tanh(scores / pair.softcap)
+    distance = torch.arange(q.shape[1], device=q.device)
+    distance = distance[:, None] - distance
+    seen = (distance >= 0) & (distance < (pair.window or len(distance)))
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1)

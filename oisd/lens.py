@@ -1,0 +1,196 @@
+"""What the layers of a model would say next: the logit lens of every layer, measured.
+
+    q_l = softmax(head(norm(h_l)))      h_l the residual stream after layer l, q_L the model's own
+
+Per layer and token: the likeliest token and its probability, the entropy of q_l, the divergence of
+q_l from q_L. The entropy just before each layer's feed-forward block gives the boundary layer as
+BuPO picks it: the last layer below the final one whose feed-forward block raises the entropy.
+
+L layers, T tokens, D width, V vocabulary. Layers are counted from 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from oisd.layout import Layout, find_layout, first_tensor, unwrap
+from oisd.models import Taps
+from oisd_kernels import linear_logprob, logit_lens_divergence
+
+_TOKENS_AT_ONCE = 64  # whose whole distribution is looked at for the picture
+
+
+class Lens(NamedTuple):
+    """The lens on one text; entropies and divergences in nats, on the CPU."""
+
+    top: Tensor  # [L, P] int64, the likeliest token, for the first P tokens
+    probability: Tensor  # [L, P], of it
+    divergence: Tensor  # [L, T], 0 for the final layer
+    entropy: Tensor  # [L, T]
+    entropy_before: Tensor  # [L, T], before the layer's feed-forward block
+    agreement: Tensor  # [L, T], 1 where the likeliest token is the final layer's
+
+
+class LensSummary(NamedTuple):
+    """Means over the tokens of all texts, [L] each but for the last two."""
+
+    divergence: list[float]
+    entropy: list[float]
+    entropy_before: list[float]
+    agreement: list[float]
+    tokens: int
+    boundary_layer: int | None
+
+
+class LayerLens:
+    """Reads every layer of a causal language model through its final norm and unembedding.
+
+    model: a transformers causal language model of at least two layers.
+    divergence, beta: of `oisd_kernels.logit_lens_divergence`.
+    lens_norm: whether the final norm comes before the unembedding ("final") or nothing ("none").
+
+    Raises UnsupportedModelError for a model whose layout is not understood.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        divergence: str = "jsd",
+        beta: float = 0.5,
+        lens_norm: str = "final",
+    ):
+        self.model, self.lens_norm = model, lens_norm
+        self.divergence, self.beta = divergence, beta
+        self.layout: Layout = find_layout(unwrap(model))
+        self.num_layers = len(self.layout.layers)
+        below = list(range(1, self.num_layers))
+        self.taps = Taps(model, student_layers=below, attention=False, lens_norm=lens_norm)
+
+    @torch.no_grad()
+    def __call__(self, token_ids: Sequence[int], picture: int = 0) -> Lens:
+        """Look at a text of T >= 1 tokens; `picture` first tokens get their likeliest token."""
+        device = next(self.model.parameters()).device
+        ids = torch.tensor([list(token_ids)], device=device)
+        with self.taps, _before_feed_forward(self.layout.layers) as before:
+            self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            students, final = self.taps.student_hidden()[:, 0], self.taps.final_hidden()[0]
+            head = self.taps.unembedding
+            residuals = torch.stack([self._ready(residual()[0]) for residual in before])
+        cap = {"bias": head.bias, "logit_softcap": head.logit_softcap}
+        # One call for all layers: the final layer's logits are computed once.
+        _, stats = logit_lens_divergence(
+            students, final, head.weight, divergence=self.divergence, beta=self.beta,
+            return_stats=True, **cap,
+        )  # fmt: skip
+        label = ids.new_zeros(1)
+        entropies = [
+            linear_logprob(rows, head.weight, label.expand(len(rows)), **cap).entropy
+            for rows in residuals
+        ]
+        states = torch.cat([students, final[None]])[:, :picture]
+        top, probability = _likeliest(states, head.weight, head.bias, head.logit_softcap)
+        one_more = stats.divergence.new_zeros(1, len(final))
+        return Lens(
+            top.cpu(),
+            probability.cpu(),
+            torch.cat([stats.divergence, one_more]).cpu(),
+            torch.cat([stats.student_entropy, stats.teacher_entropy[None]]).cpu(),
+            torch.stack(entropies).cpu(),
+            torch.cat([stats.top1_agreement, one_more + 1]).cpu(),
+        )
+
+    def _ready(self, hidden: Tensor) -> Tensor:
+        """What the unembedding reads for a residual stream [T, D]."""
+        if self.lens_norm == "final":
+            hidden = self.layout.norm(hidden)
+        return hidden * self.layout.scale
+
+
+def summarise(looks: Sequence[Lens]) -> LensSummary:
+    """Means over all tokens of at least one text, and the boundary layer.
+
+    The boundary layer is the last one below the final layer whose feed-forward block raises the
+    mean entropy of the lens; None where no block does. A block of a model that computes attention
+    and feed-forward side by side is taken as a whole.
+    """
+    means = {
+        name: torch.cat([getattr(look, name) for look in looks], dim=1).double().mean(1)
+        for name in ("divergence", "entropy", "entropy_before", "agreement")
+    }
+    raises = means["entropy"] > means["entropy_before"]
+    raising = [layer for layer in range(1, len(raises)) if raises[layer - 1]]
+    return LensSummary(
+        **{name: mean.tolist() for name, mean in means.items()},
+        tokens=sum(look.entropy.shape[1] for look in looks),
+        boundary_layer=max(raising, default=None),
+    )
+
+
+def _likeliest(
+    states: Tensor,  # [L, P, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    top = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
+    probability = torch.zeros(states.shape[:2], device=states.device)
+    for layer, rows in enumerate(states):
+        for start in range(0, len(rows), _TOKENS_AT_ONCE):
+            part = slice(start, start + _TOKENS_AT_ONCE)
+            logits = (rows[part] @ weight.T).float()
+            if bias is not None:
+                logits += bias
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            largest = logits.max(-1)
+            top[layer, part] = largest.indices
+            probability[layer, part] = (largest.values - logits.logsumexp(-1)).exp()
+    return top, probability
+
+
+@contextmanager
+def _before_feed_forward(layers: nn.ModuleList) -> Iterator[list[Any]]:
+    """For each layer a function that gives the residual stream [B, T, D] before its last block.
+
+    The feed-forward block is the last child called that holds a matrix. Where a norm comes before
+    it, the residual stream is what the norm got.
+    """
+    calls: list[list[tuple[nn.Module, Any, Any]]] = [[] for _ in layers]
+    handles = []
+
+    def keep(number: int, child: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
+        given = next(x for x in [*args, *kwargs.values()] if isinstance(x, Tensor))
+        calls[number].append((child, given, first_tensor(out)))
+
+    def residual(number: int) -> Tensor:
+        *_, (place, given) = (
+            (i, x)
+            for i, (child, x, _) in enumerate(calls[number])
+            if any(p.ndim > 1 for p in child.parameters())
+        )
+        for _, norm_input, norm_output in calls[number][:place]:
+            if norm_output is given:
+                return norm_input
+        return given
+
+    for number, layer in enumerate(layers):
+        for child in layer.children():
+            handles.append(
+                child.register_forward_hook(
+                    lambda child, args, kwargs, out, number=number: keep(
+                        number, child, args, kwargs, out
+                    ),
+                    with_kwargs=True,
+                )
+            )
+    try:
+        yield [lambda number=number: residual(number) for number in range(len(layers))]
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,164 @@
+"""The lens of every layer, attention overlap, and the pictures and page made of them."""
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_models import LAYERS, TINY, VOCAB, tiny_model
+
+from oisd.attention_maps import LayerAttention
+from oisd.cli import main
+from oisd.lens import LayerLens, Lens, _before_feed_forward, summarise
+from oisd.lens_plots import shown_layers
+from oisd.models import Taps
+from oisd_kernels import reference
+
+TEXT = [5, 17, 3, 99, 42, 8, 61]
+
+
+@pytest.mark.parametrize("lens_norm", ["final", "none"])
+@pytest.mark.parametrize("name", TINY)
+def test_lens_of_every_layer(name, lens_norm):
+    model = tiny_model(name).eval()
+    found = LayerLens(model, lens_norm=lens_norm)(TEXT, picture=5)
+    hidden = []
+    with torch.no_grad(), Taps(model, range(1, LAYERS), False, lens_norm) as taps:
+        logits = model(torch.tensor([TEXT])).logits[0].float()
+        head = taps.unembedding
+        for rows in [*taps.student_hidden()[:, 0], taps.final_hidden()[0]]:
+            scores = rows @ head.weight.T + (0 if head.bias is None else head.bias)
+            if head.logit_softcap is not None:
+                scores = head.logit_softcap * torch.tanh(scores / head.logit_softcap)
+            hidden.append(scores.double().log_softmax(-1))
+    lq = torch.stack(hidden)
+    torch.testing.assert_close(lq[-1], logits.double().log_softmax(-1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found.entropy.double(), -(lq.exp() * lq).sum(-1), rtol=1e-4, atol=1e-5
+    )
+    p, q = lq[-1:].exp(), lq.exp()
+    m = ((p + q) / 2).log()
+    js = ((p * (lq[-1:] - m)).sum(-1) + (q * (lq - m)).sum(-1)) / 2
+    assert js[:-1].mean(1).min() > 1e-4
+    torch.testing.assert_close(found.divergence.double(), js, rtol=1e-3, atol=1e-6)
+    assert found.top.shape == (LAYERS, 5)
+    assert torch.equal(found.top, lq.argmax(-1)[:, :5])
+    torch.testing.assert_close(found.probability.double(), q.amax(-1)[:, :5], rtol=1e-4, atol=1e-6)
+    assert torch.equal(found.agreement, (lq.argmax(-1) == lq[-1].argmax(-1)).float())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama", "phi3", "olmo2", "gemma2", "gemma3"])
+def test_residual_before_the_feed_forward_block(name):
+    """It and what the block adds are the layer's output."""
+    model = tiny_model(name).eval()
+    layers = model.model.layers
+    outputs, added = {}, {}
+    for number, layer in enumerate(layers):
+        last = getattr(layer, "post_feedforward_layernorm", layer.mlp)
+        last.register_forward_hook(lambda *a, n=number: added.__setitem__(n, a[-1]))
+        layer.register_forward_hook(lambda *a, n=number: outputs.__setitem__(n, a[-1]))
+    with torch.no_grad(), _before_feed_forward(layers) as before:
+        model(torch.tensor([TEXT]), use_cache=False)
+        for number in range(LAYERS):
+            assert added[number].norm() > 1e-2
+            residual = before[number]()
+            torch.testing.assert_close(residual + added[number], outputs[number])
+
+
+def look(entropy: list[float], before: list[float]) -> Lens:
+    rows = [torch.tensor(x)[:, None] for x in (entropy, before)]
+    zero = torch.zeros_like(rows[0])
+    return Lens(zero.long(), zero, zero, rows[0], rows[1], zero)
+
+
+@pytest.mark.parametrize(
+    "entropy, before, boundary",
+    [
+        ([3, 3, 2, 1], [2, 2, 3, 2], 2),
+        ([3, 3, 2, 4], [2, 4, 3, 2], 1),
+        ([1, 1, 1, 4], [2, 2, 3, 2], None),
+    ],
+    ids=["the-last-that-raises", "never-the-final-layer", "none"],
+)
+def test_boundary_layer(entropy, before, boundary):
+    summary = summarise([look([float(x) for x in entropy], [float(x) for x in before])])
+    assert summary.boundary_layer == boundary
+    assert summary.tokens == 1
+
+
+def test_summary_is_the_mean_over_all_tokens():
+    lens = LayerLens(tiny_model("qwen3").eval())
+    looks = [lens(TEXT), lens(TEXT[:2])]
+    entropy = torch.cat([x.entropy for x in looks], 1)
+    summary = summarise(looks)
+    assert summary.tokens == 9 and summary.divergence[-1] == 0 and summary.agreement[-1] == 1
+    assert summary.entropy == pytest.approx(entropy.mean(1).tolist())
+    assert max(summary.entropy) <= math.log(VOCAB)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "gemma3"])
+def test_attention_overlap(name):
+    model = tiny_model(name).eval()
+    found = LayerAttention(model, range(1, LAYERS))(TEXT)
+    with torch.no_grad(), Taps(model, range(1, LAYERS)) as taps:
+        model(torch.tensor([TEXT]))
+        pairs = taps.attention()
+    for place, pair in enumerate(pairs):
+        wanted = reference.attention_divergence(
+            pair.q, pair.k, pair.q_teacher, pair.k_teacher, window=pair.window,
+            softcap=pair.softcap, scale=pair.scale, scale_teacher=pair.scale_teacher,
+        )[0]  # fmt: skip
+        torch.testing.assert_close(found.divergence[place], wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.maps.sum(-1), torch.ones(LAYERS - 1, len(TEXT)))
+    assert (found.overlap[:, 0] > 1 - 1e-6).all(), "the first token sees itself alone"
+    assert (found.overlap[:, 3:] < 1 - 1e-3).all()
+    # Pinsker: 1 - overlap is the total variation, which bounds the divergence on both sides.
+    far = 1 - found.overlap
+    assert (found.divergence <= math.log(2) * far + 1e-6).all()
+
+
+def test_many_layers_are_thinned_and_the_final_one_stays():
+    assert shown_layers(6) == [1, 2, 3, 4, 5, 6]
+    assert shown_layers(36) == [*range(2, 37, 2)]
+    assert len(shown_layers(61)) <= 20 and shown_layers(61)[-1] == 61
+
+
+def test_commands(tmp_path, capsys):
+    """The built-in model, untrained, against itself with another seed's tokens."""
+    text = ["--prompt", "12+34=", "--completion-tokens", "3"]
+    assert main(["lens", "arithmetic", *text, "--output-dir", str(tmp_path / "a"),
+                 "--compare", "arithmetic"]) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "boundary layer" in printed
+    names = {path.name for path in (tmp_path / "a").iterdir()}
+    wanted = {"lens.png", "layers.png", "compare.png", "attention.png", "lens.json", "index.html"}
+    assert names == wanted
+    report = json.loads((tmp_path / "a" / "lens.json").read_text())
+    page = (tmp_path / "a" / "index.html").read_text()
+    assert report["tokens"] >= 6
+    assert "http" not in page.replace("<!doctype html>", ""), "nothing from outside"
+    payload = page.split('id="attention">')[1].split("</script>")[0]
+    attention = json.loads(payload)
+    assert len(attention["overlap"]) == report["tokens"]
+    assert sum(attention["final"][-1]) == pytest.approx(1, abs=1e-2)
+
+    assert main(["attention", "arithmetic", *text, "--output-dir", str(tmp_path / "b"),
+                 "--layer", "2"]) == 0  # fmt: skip
+    assert "overlap of layer 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "give either --prompt or --data"),
+        (["--prompt", "1", "--data", "arithmetic"], "give either --prompt or --data"),
+        (["--prompt", "1", "--layer", "6"], "layer must lie in 1..5, got 6"),
+        (["--prompt", "1", "--layer", "0"], "layer must lie in 1..5, got 0"),
+        (["--prompt", "1", "--picture-tokens", "0"], "picture_tokens must be at least 1, got 0"),
+        (["--prompt", ""], "a text without tokens"),
+    ],
+)
+def test_refuses(options, message, tmp_path, capsys):
+    status = main(["lens", "arithmetic", *options, "--output-dir", str(tmp_path)])
+    assert status == 2
+    assert message in capsys.readouterr().err
