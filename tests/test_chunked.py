@@ -219,6 +219,38 @@ def test_lens_in_half_precision(case, grad_weight, device, dtype):
         )
 
 
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_lens_at_a_large_vocabulary(device):
+    """V of Qwen3, in the saturated regime's neighbourhood and far from it."""
+    V, D = 151_936, 16
+    hidden = normal(1, 5, D, seed=0).float() * torch.tensor([0.01, 0.3, 1.0, 2.0, 5.0])[:, None]
+    teacher, weight = 2 * normal(5, D, seed=1).float(), normal(V, D, seed=2).float()
+    truth = lens_truth(hidden, teacher, weight)
+    hidden = leaf(hidden.to(device))
+    loss = logit_lens_divergence(hidden, teacher.to(device), weight.to(device), impl="chunked")
+    loss.sum().backward()
+    assert_loss_close(loss.cpu(), truth.loss, LOSS_BOUND[torch.float32])
+    assert_gradient_close(hidden.grad.cpu(), truth.d_hidden, GRADIENT_BOUND[torch.float32])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU")
+def test_offsets_beyond_int32():
+    """16,384 rows of 151,936 logits in one buffer: 2.5e9 entries."""
+    N, D, V = 16_384, 16, 151_936
+    if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
+        pytest.skip("needs 40 GB")
+    hidden, teacher, weight = (
+        normal(*n, seed=i).float().cuda() for i, n in enumerate([(1, N, D), (N, D), (V, D)])
+    )
+    for x in (hidden, teacher):
+        x[..., -3:, :] = x[..., :3, :]
+    hidden.requires_grad_()
+    loss = logit_lens_divergence(hidden, teacher, weight, impl="chunked", max_bytes=30 << 30)
+    loss.sum().backward()
+    torch.testing.assert_close(loss[:, -3:], loss[:, :3])
+    torch.testing.assert_close(hidden.grad[:, -3:], hidden.grad[:, :3])
+
+
 def test_nan_stays_in_its_rows():
     hidden, teacher, weight = (x.float() for x in lens_case("ordinary"))
     hidden[0, 3, 0], hidden[1, 5, 1], teacher[9, 2] = math.nan, math.inf, math.nan

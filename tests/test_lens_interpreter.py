@@ -24,7 +24,7 @@ from test_reference import (
 )
 from torch.autograd import gradcheck
 
-from oisd_kernels import linear_logprob, logit_lens_divergence, policy_head
+from oisd_kernels import PolicyTerms, linear_logprob, logit_lens_divergence, policy_head
 from oisd_kernels.head_loop import row_functions
 from oisd_kernels.rows_torch import RowMath
 
@@ -169,6 +169,54 @@ def test_policy_head_matches_the_reference():
         results.append([*out[:4], *torch.autograd.grad(loss, (hidden, final, weight))])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@inside
+def test_policy_loss_at_a_temperature_of_its_own():
+    hidden, final = leaf(normal(2, 3, 6, seed=0)), leaf(normal(3, 6, seed=1))
+    weight, bias = leaf(normal(13, 6, seed=2)), normal(13, seed=3)
+    terms = PolicyTerms(
+        torch.tensor([1.0, -2.0, 0.5]), torch.ones(3), normal(3, seed=4) - 3, dual_clip=2.0
+    )
+    results = []
+    for impl in ("chunked", "reference"):
+        out = policy_head(
+            final, weight, torch.tensor([0, 12, 5]), hidden, bias=bias, logit_softcap=3.0,
+            temperature=0.7, lens_temperature=1.4, policy=terms, impl=impl,
+        )  # fmt: skip
+        loss = out.policy_loss + out.divergence.square().sum()
+        grads = torch.autograd.grad(loss, (hidden, final, weight))
+        assert all(x.norm() > 1e-3 for x in grads)
+        results.append([*out[:4], *out.stats, out.policy_loss, *grads])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@inside
+def test_rows_lie_beyond_the_reach_of_int32():
+    """Two rows 2^31 entries apart; only the pages that are written exist."""
+    stride, V = 2**31 + 64, 151
+    far = torch.empty(stride + 192).as_strided((2, V), (stride, 1))
+    z, z_final = normal(2, V, seed=0).float(), normal(2, V, seed=1).float()
+    index, ones = torch.tensor([1, 0]), torch.ones(2)
+    settings = RowMath("jsd", 0.5, 1.0, None)
+    rows = row_functions(torch.device("cpu"))
+    final = rows.final_rows(z_final, None, index, settings, True, True)
+    wanted = rows.student_rows(
+        z.clone(), z_final, final, None, index, ones, settings, True, True, torch.float32
+    )
+    assert wanted.d_logits.norm() > 1e-3
+    far.copy_(z)
+    got = rows.student_rows(
+        far, z_final, final, None, index, ones, settings, True, True, torch.float32
+    )
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a, b)
+    far.copy_(z_final)
+    assert torch.equal(far[1], z_final[1])
+    again = rows.final_rows(far, None, index, settings, True, True)
+    for a, b in zip(again, final, strict=True):
+        assert torch.equal(a, b)
 
 
 @inside
