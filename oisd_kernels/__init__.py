@@ -1,9 +1,11 @@
 """Fused losses for self-distillation inside a language model; depends on torch and triton alone.
 
-Each op has a readable twin in `oisd_kernels.reference`, reached with `impl="reference"`.
+Each op has a readable twin in `oisd_kernels.reference`, reached with `impl="reference"`. The losses
+of Liger Kernel and TRL, under their names, are in `oisd_kernels.drop_in`.
 """
 
 from oisd_kernels.attention_divergence import attention_divergence
+from oisd_kernels.distillation import distillation_divergence
 from oisd_kernels.linear_logprob import linear_logprob
 from oisd_kernels.logit_lens import logit_lens_divergence
 from oisd_kernels.policy_head import PolicyHead, policy_head
@@ -16,6 +18,7 @@ __all__ = [
     "PolicyHead",
     "PolicyTerms",
     "attention_divergence",
+    "distillation_divergence",
     "linear_logprob",
     "logit_lens_divergence",
     "policy_head",

@@ -1,7 +1,8 @@
 """Every op in plain PyTorch: the truth that the kernels are held to.
 
-Letters: S student layers, N tokens, D width, V vocabulary, B sequences, T queries, H query heads,
-J key/value heads, K head dimension, M sampled keys, R rows that are computed.
+Letters: S student layers, N tokens, D width, E the teacher's width, V vocabulary, B sequences,
+T queries, H query heads, J key/value heads, K head dimension, M sampled keys, R rows that are
+computed.
 
 Conventions. p is the teacher's distribution and never receives gradient, q the student's;
 lp, lq are their logarithms and D = lp - lq.
@@ -97,6 +98,48 @@ def logit_lens_divergence(
                 divergence=_put_back(row_divergence.detach(), keep),
             )
         return loss, stats
+
+
+def distillation_divergence(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    teacher_hidden: Tensor,  # [N, E]
+    teacher_weight: Tensor,  # [V, E]
+    *,
+    bias: Tensor | None = None,  # [V]
+    teacher_bias: Tensor | None = None,  # [V]
+    token_weight: Tensor | None = None,  # [N]
+    divergence: str = "jsd",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    teacher_logit_softcap: float | None = None,
+    reduction: str = "none",
+    return_entropy: bool = False,
+    max_bytes: int | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`oisd_kernels.distillation_divergence` with all logits in memory."""
+    del max_bytes
+    with torch.autocast(hidden.device.type, enabled=False):
+        dtype = _compute_dtype(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+        row_weight = _row_weight(token_weight, hidden.shape[:1], dtype, hidden.device)
+        keep = row_weight != 0
+
+        def log_probability(
+            rows: Tensor, head: Tensor, head_bias: Tensor | None, scale: float, cap: float | None
+        ) -> Tensor:  # [R, V]
+            logits = scale * _logits(rows[keep], head, head_bias, 1.0, None, dtype)
+            return _log_softmax(_softcap(logits, cap) / temperature)
+
+        with torch.no_grad():
+            teacher = teacher_hidden, teacher_weight, teacher_bias
+            lp = log_probability(*teacher, teacher_logit_scale, teacher_logit_softcap)
+        lq = log_probability(hidden, weight, bias, logit_scale, logit_softcap)
+        per_row = _put_back(_divergence(lp, lq, divergence, beta), keep)
+        loss = _reduce(row_weight, per_row, reduction)
+        return (loss, _put_back(_entropy(lq.detach()), keep)) if return_entropy else loss
 
 
 def linear_logprob(
