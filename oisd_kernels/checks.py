@@ -45,6 +45,10 @@ def check_tensor(
     """
     if not isinstance(x, Tensor):
         raise argument_error(op, argument, "be a torch.Tensor", type(x).__name__)
+    if type(x).__module__.startswith("torch.distributed.tensor"):
+        gather = "call the op inside the wrapped forward, where FSDP2 has the parameter whole"
+        remedy = f"pass {argument}.full_tensor(), or {gather}"
+        raise argument_error(op, argument, "be a plain tensor", f"a {type(x).__name__}", remedy)
     fits = x.dim() == len(sizes) and all(
         want is None or have == want for have, want in zip(x.shape, sizes, strict=True)
     )

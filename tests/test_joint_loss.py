@@ -92,7 +92,10 @@ def test_refuses_what_is_not_one_a_row(name):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"advantage": torch.ones(2)}, r"policy.advantage must have shape \[N\] = \[3\], got \[2\]"),
+        (
+            {"advantage": torch.ones(2)},
+            r"policy.advantage must have shape \[N\] = \[3\], got \[2\]",
+        ),
         ({"weight": torch.ones(3, dtype=torch.int64)}, "policy.weight must .*int64"),
         ({"old_logprob": torch.ones(3, 1)}, r"policy.old_logprob must have shape \[N\] = \[3\]"),
         ({"dual_clip": 0.0}, "policy.dual_clip must"),
