@@ -1,4 +1,4 @@
-"""The command line: `oisd train [RECIPE.toml] [--overrides]`, `oisd eval MODEL [--options]`, ..."""
+"""The command line: `oisd train`, `plan`, `eval`, `compare`, `lens` and `attention`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from oisd.config import ConfigError, TrainConfig, from_tables, load_recipe, to_t
 
 _USAGE = """\
 usage: oisd train [RECIPE.toml] [--table.key value ...]
-       oisd eval MODEL [--option value ...]
+       oisd plan [RECIPE.toml] [--table.key value ...]
+       oisd eval MODEL [--benchmark NAME ...] [--option value ...]
+       oisd compare FOLDER ... [--output-dir FOLDER]
        oisd lens MODEL --prompt TEXT | --data SOURCE [--option value ...]
        oisd attention MODEL --prompt TEXT | --data SOURCE [--option value ...]
 
-train   train a model with GRPO and internal self-distillation; without a recipe, a tiny model on
-        sums of two-digit numbers, in a few minutes on a CPU
-eval    Avg@K and Pass@K of a checkpoint folder or Hub model on verifiable problems
-lens    what each layer would say next: pictures, numbers by layer, the layer to align, a web page
+train      train a model with GRPO and internal self-distillation; without a recipe, a tiny model on
+           sums of two-digit numbers, in a few minutes on a CPU
+plan       the memory that such a run needs, part by part, and the GPUs that have it
+eval       Avg@K and Pass@K of a checkpoint folder or Hub model on verifiable problems
+compare    tables and pass@k curves of several such evaluations side by side
+lens       what each layer would say next: pictures, numbers, the layer to align, a web page
 attention  how far each layer's attention overlaps with the final layer's
 
 `oisd COMMAND --help` lists all settings.
@@ -30,7 +34,14 @@ attention  how far each layer's attention overlaps with the final layer's
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 failed, 2 asked for something impossible."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": _train, "eval": _eval, "lens": _lens, "attention": _attention}
+    commands = {
+        "train": _train,
+        "plan": _plan,
+        "eval": _eval,
+        "compare": _compare,
+        "lens": _lens,
+        "attention": _attention,
+    }
     if not arguments or arguments[0] not in commands:
         asked_for_help = arguments and arguments[0] in ("-h", "--help")
         print(_USAGE, end="", file=sys.stdout if asked_for_help else sys.stderr)
@@ -62,14 +73,14 @@ def recipe_path(name: str) -> Path:
     raise ConfigError(f"recipe {name!r} is neither a file nor one that comes with oisd")
 
 
-def parse_train(arguments: Sequence[str]) -> TrainConfig:
+def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig:
     """The configuration of a recipe, or of recipes/arithmetic.toml, with overrides."""
     arguments = list(arguments)
     named = bool(arguments) and not arguments[0].startswith("-")
     recipe = load_recipe(recipe_path(arguments.pop(0) if named else "arithmetic"))
     config = tyro.cli(
         TrainConfig,
-        prog="oisd train [RECIPE.toml]",
+        prog=f"oisd {command} [RECIPE.toml]",
         description="Train with GRPO and internal self-distillation. A recipe sets what is not "
         "set here; without one it is recipes/arithmetic.toml.",
         args=arguments,
@@ -93,6 +104,18 @@ def _train(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _plan(arguments: Sequence[str]) -> int:
+    config = parse_train(arguments, "plan")
+    from rich.console import Console
+
+    from oisd.plan import memory_plan, model_shape, rich_tables
+
+    console = Console()
+    for renderable in rich_tables(memory_plan(config, model_shape(config.model.path))):
+        console.print(renderable)
+    return 0
+
+
 def _eval(arguments: Sequence[str]) -> int:
     from oisd.evaluation_run import EvalRun, run
 
@@ -106,10 +129,45 @@ def _eval(arguments: Sequence[str]) -> int:
         description="Avg@K and Pass@K with bootstrap intervals; goes on where it was stopped.",
         args=list(arguments[1:] if named else arguments),
     )
-    summary = run(model, config)
-    if summary:
-        _print_table(f"oisd eval: {model}", _eval_rows(summary))
+    summaries = run(model, config)
+    if config.benchmark and summaries:
+        _print_benchmarks({Path(model).name: summaries}, Path(summaries[0]["output_dir"]).parent)
+    elif summaries:
+        _print_table(f"oisd eval: {model}", _eval_rows(summaries[0]))
     return 0
+
+
+def _compare(arguments: Sequence[str]) -> int:
+    from oisd.benchmark_table import read_summaries
+
+    options = list(arguments)
+    out = Path("runs/compare")
+    if "--output-dir" in options[:-1]:
+        at = options.index("--output-dir")
+        out = Path(options[at + 1])
+        del options[at : at + 2]
+    if not options or any(option.startswith("-") for option in options):
+        raise ConfigError("oisd compare: wanted folders of `oisd eval --benchmark`, and no options "
+                          "but --output-dir")  # fmt: skip
+    runs = {}
+    for folder in options:
+        name = Path(folder).resolve().name
+        runs[folder if name in runs else name] = read_summaries(folder)
+    _print_benchmarks(runs, out)
+    return 0
+
+
+def _print_benchmarks(runs: dict[str, Any], folder: Path) -> None:
+    from rich.console import Console
+
+    from oisd import benchmark_table
+
+    console = Console()
+    console.print(benchmark_table.rich_table(runs))
+    for line in benchmark_table.notes(runs):
+        console.print(line, markup=False, highlight=False)
+    for path in benchmark_table.write(runs, folder):
+        console.print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
 def _lens(arguments: Sequence[str]) -> int:
@@ -198,6 +256,9 @@ def _eval_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         low, high = summary["pass_at_k_interval"][k]
         rows.append((f"Pass@{k}", f"{value:.4f} [{low:.4f}, {high:.4f}]"))
     rows.append(("finished", f"{summary['frac_finished']:.3f}"))
+    if graders := summary["graders"]:
+        rows.append((f"by {graders['second']}", f"{graders['second_avg_at_k']:.4f}"))
+        rows.append(("graders agree on", f"{graders['agreement']:.4f}"))
     return [*rows, ("dump", summary["output_dir"])]
 
 

@@ -72,14 +72,16 @@ class DataConfig:
     """Problems with verifiable answers, and how a prompt is made of one."""
 
     source: str = "arithmetic"
-    """JSONL, JSON or Parquet file, `datasets` folder, Hub id, or "arithmetic:digits=2"."""
+    """"deepmath-5k", "deepmath", "dapo", "gsm8k", "math", or "name:path" for a copy of one of them
+    here; JSONL, JSON or Parquet file, `datasets` folder, Hub id, or "arithmetic:digits=2"."""
     split: str = "train"
     subset: str | None = None
     """Configuration name on the Hub ("main" for GSM8K)."""
-    prompt_field: str = "question"
-    answer_field: str = "answer"
+    prompt_field: str | None = None
+    """By default the named set's, otherwise "question"; `answer_field` alike, "answer"."""
+    answer_field: str | None = None
     answer_pattern: str | None = None
-    """Regular expression whose one group is the answer within the answer field."""
+    """Regular expression whose one group is the answer within the answer field, or "boxed"."""
     limit: int | None = None
     """Take this many rows, drawn with `run.seed`."""
     system_prompt: str | None = None
@@ -133,7 +135,7 @@ class RewardConfig:
     """What a completion earns."""
 
     function: str = "math"
-    """"math" (last \\boxed{} by math-verify), "exact", or "module:function"."""
+    """"math" (last \\boxed{} by math-verify), "boxed_string", "exact", or "module:function"."""
     timeout: float = 5.0
     """Seconds a grade may take; for "module:function", a whole batch."""
 
@@ -290,8 +292,8 @@ class EvalConfig:
     """Problems to evaluate on, as `data.source`; none for no evaluation."""
     split: str = "test"
     subset: str | None = None
-    prompt_field: str = "question"
-    answer_field: str = "answer"
+    prompt_field: str | None = None
+    answer_field: str | None = None
     answer_pattern: str | None = None
     limit: int | None = None
     samples: int = 16

@@ -19,6 +19,10 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
+from oisd import catalogue
+from oisd.answers import last_boxed
+from oisd.catalogue import BOXED, DataSet, Source
+
 PAPER_SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -57,8 +61,8 @@ def load_examples(
     source: str,
     *,
     split: str = "train",
-    prompt_field: str = "question",
-    answer_field: str = "answer",
+    prompt_field: str | None = None,
+    answer_field: str | None = None,
     answer_pattern: str | None = None,
     subset: str | None = None,
     limit: int | None = None,
@@ -66,14 +70,17 @@ def load_examples(
 ) -> list[Example]:
     """Read problems and their answers, checking every row that is taken.
 
-    source: a .jsonl, .json or .parquet file; a folder, saved by `datasets.save_to_disk` or of data
-        files; "arithmetic" or "arithmetic:digits=2", the built-in task; otherwise a Hub id.
+    source: a name of `oisd.catalogue`, such as "math500", or "math500:folder" for its rows from
+        a file or folder here; a .jsonl, .json or .parquet file; a folder, saved by
+        `datasets.save_to_disk` or of data files; "arithmetic" or "arithmetic:digits=2",
+        the built-in task; otherwise a Hub id.
     split: name of the split. A file is one split, whatever it is called; "train[:100]" works
         wherever `datasets.load_dataset` reads.
     prompt_field, answer_field: columns; dots reach into structs ("extra_info.answer"). A prompt is
-        text or a list of {role, content}; an answer is text or a number.
-    answer_pattern: regular expression with one group, searched for in the answer field, that is the
-        answer (r"####\\s*(.+)$" for GSM8K).
+        text or a list of {role, content}; an answer is text or a number. None: what the named set
+        has, otherwise "question" and "answer".
+    answer_pattern: "boxed" for the content of the last box, or a regular expression with one
+        group, searched for in the answer field, that is the answer (r"####\\s*(.+)$" for GSM8K).
     subset: configuration name ("main" for GSM8K on the Hub).
     limit: take this many rows, drawn without replacement by `seed`; all rows if there are fewer.
     Raises DataError when there is nothing to read, or a row lacks its prompt or its answer.
@@ -88,13 +95,21 @@ def load_examples(
 
     if not source:
         raise DataError("load_examples: the source is empty; pass a file, a folder or a Hub id")
-    pattern = None if answer_pattern is None else _compile_answer_pattern(answer_pattern)
-    dataset = _read(source, split, subset)
+    known = catalogue.resolve(source).data_set
+    prompt_field = prompt_field or (known.prompt_field if known else "question")
+    answer_field = answer_field or (known.answer_field if known else "answer")
+    answer_pattern = answer_pattern or (known.answer_pattern if known else None)
+    pattern = None
+    if answer_pattern not in (None, BOXED):
+        pattern = _compile_answer_pattern(answer_pattern)
+    dataset = _read_source(catalogue.resolve(source), split, subset)
     if len(dataset) == 0:
         raise DataError(f"{source}: split {split!r} has no rows")
     rows: Sequence[int] = range(len(dataset))
-    if limit is not None and limit < len(dataset):
-        rows = sorted(permutation(len(dataset), seed)[:limit])
+    if known and known.draw and known.draw < len(rows):
+        rows = sorted(permutation(len(rows), catalogue.DRAW_SEED)[: known.draw])
+    if limit is not None and limit < len(rows):
+        rows = [rows[i] for i in sorted(permutation(len(rows), seed)[:limit])]
 
     # DeepMath's three long solutions need not be decoded to read a question.
     names = dataset.column_names
@@ -111,7 +126,9 @@ def load_examples(
         answer = _parse_answer(
             _lookup(row, answer_field, where, "answer_field"), where, answer_field
         )
-        if pattern is not None:
+        if answer_pattern == BOXED:
+            answer = _extract_boxed(answer, where, answer_field)
+        elif pattern is not None:
             answer = _extract_answer(pattern, answer, where, answer_field)
         examples.append(Example(prompt, answer, f"{split}/{number}"))
     return examples
@@ -141,7 +158,50 @@ def _compile_answer_pattern(answer_pattern: str) -> re.Pattern[str]:
     return pattern
 
 
-def _read(source: str, split: str, subset: str | None) -> Any:
+def _read_source(source: Source, split: str, subset: str | None) -> Any:
+    """The rows of a source, whose name may stand for a Hub id, a subset and a split."""
+    known = source.data_set
+    if known is None:
+        return _read(source.written, split, subset)
+    theirs = catalogue.hub_split(known, split)
+    if theirs is None:
+        raise DataError(
+            f"{source.name}: no split {split!r}; it has {', '.join(known.splits)}. To train on a "
+            f"benchmark, or the other way round, pass its Hub id {known.hub} as the source"
+        )
+    if source.path is None:
+        return _read(known.hub, theirs, subset or known.subset, source.name)
+    if not source.path.exists():
+        raise DataError(f"{source.written}: no such file or folder: {source.path}")
+    return _read_local(source.path, known, theirs, subset)
+
+
+def _read_local(path: Path, known: DataSet, split: str, subset: str | None) -> Any:
+    """A named set's rows from a file, or from a folder as the Hub lays it out, or a plain one."""
+    if path.is_file():
+        return _read(str(path), split, None)
+    subset = subset or known.subset
+    saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
+    if subset and not saved and not _declares_subsets(path):
+        # Without the card that declares the subsets, their folders would be read as one set.
+        path = path / subset if (path / subset).is_dir() else path
+        subset = None
+    # A folder whose one file of problems names no split is "train" to `datasets`.
+    return _read(str(path), "train" if not saved and _is_unnamed(path) else split, subset)
+
+
+def _declares_subsets(path: Path) -> bool:
+    card = path / "README.md"
+    return card.is_file() and "config_name" in card.read_text(encoding="utf-8", errors="replace")
+
+
+def _is_unnamed(path: Path) -> bool:
+    """Whether a folder holds one data file, whose name says nothing of a split."""
+    files = [f for f in path.rglob("*") if f.suffix.lower() in _FILE_FORMATS]
+    return len(files) == 1 and not re.search(r"train|test|valid|dev", files[0].stem.lower())
+
+
+def _read(source: str, split: str, subset: str | None, known_as: str = "") -> Any:
     """The rows of `source`, as a `datasets.Dataset`."""
     import datasets
 
@@ -167,11 +227,13 @@ def _read(source: str, split: str, subset: str | None) -> Any:
     except DataError:
         raise
     except ConnectionError as error:
+        what = f"{known_as} comes from the Hub" if known_as else "no such file or folder here"
+        place = f'"{known_as}:some/folder"' if known_as else "its path"
         raise DataError(
-            f"{source}: no such file or folder here, and the Hugging Face Hub cannot be reached "
+            f"{source}: {what}, and the Hugging Face Hub cannot be reached "
             f"({error}). On a machine with network access run\n"
             f"    hf download --repo-type dataset {source} --local-dir some/folder\n"
-            f"then copy that folder here and pass its path as the source"
+            f"then copy that folder here and pass {place} as the source"
         ) from error
     except Exception as error:
         # `datasets` wraps the line that says what is wrong with a file in one that does not.
@@ -263,6 +325,16 @@ def _extract_answer(pattern: re.Pattern[str], text: str, where: str, field: str)
         raise DataError(
             f"{where}: answer_pattern {pattern.pattern!r} finds no answer in field {field!r}, "
             f"which ends in {text[-60:]!r}"
+        )
+    return answer
+
+
+def _extract_boxed(text: str, where: str, field: str) -> str:
+    answer = (last_boxed(text) or "").strip()
+    if not answer:
+        raise DataError(
+            f"{where}: there is no box with an answer in field {field!r}, which ends in "
+            f"{text[-60:]!r}"
         )
     return answer
 

@@ -1,15 +1,18 @@
 """Accuracy with honest intervals: Avg@K, unbiased Pass@K, bootstrap over the problems.
 
-Every completion and its grade is written down as soon as its problem is done, so an evaluation that
-dies goes on where it was.
+Every completion and its grades are written down as soon as its problem is done, so an evaluation
+that dies goes on where it was, on however many processes.
+
+A second grader may look at the same completions. Where two graders disagree, one of them is wrong;
+the share of completions on which they agree bounds how far a figure can be trusted.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,32 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def bootstrap_interval_of_mean(
+    groups: Sequence[Sequence[float]],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile interval of the mean of the groups' means, resampling within each group.
+
+    For a table's last column: benchmarks weigh alike, whatever their size.
+    """
+    if not groups or not all(len(values) for values in groups) or not 0 < confidence < 1:
+        raise ValueError(
+            "bootstrap_interval_of_mean: wanted groups of values and a confidence in (0, 1)"
+        )
+    generator = np.random.default_rng(seed)
+    total = np.zeros(resamples)
+    for values in groups:
+        data = np.asarray(values, dtype=float)
+        for i in range(resamples):
+            total[i] += data[generator.integers(0, len(data), len(data))].mean()
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(total / len(groups), [tail, 1 - tail])
+    return float(low), float(high)
+
+
 @dataclass(frozen=True)
 class Problem:
     """One problem of an evaluation with all its completions."""
@@ -72,6 +101,12 @@ class Problem:
     """Tokens of each completion."""
     finished: list[bool]
     """False where the limit cut a completion off."""
+    second_rewards: list[float] | None = None
+    """Of the second grader, if there is one."""
+
+    def without_texts(self) -> Problem:
+        """The numbers alone: a benchmark's completions can be gigabytes, and are in its dump."""
+        return replace(self, completions=[])
 
 
 @dataclass(frozen=True)
@@ -118,6 +153,30 @@ class Evaluation:
             "frac_finished": float(np.mean([f for p in self.problems for f in p.finished])),
         }
 
+    def agreement(self, first: str, second: str) -> dict[str, Any]:
+        """How far two graders of these names agree; empty where there was no second one.
+
+        A completion counts as accepted from a reward of 1.
+        """
+        pairs = [
+            (a >= 1, b >= 1)
+            for p in self.problems
+            for a, b in zip(p.rewards, p.second_rewards or [], strict=p.second_rewards is not None)
+        ]
+        if not pairs:
+            return {}
+        means = [float(np.mean(p.second_rewards or [])) for p in self.problems]
+        return {
+            "first": first,
+            "second": second,
+            "agreement": float(np.mean([a == b for a, b in pairs])),
+            "only_first": sum(a and not b for a, b in pairs),
+            "only_second": sum(b and not a for a, b in pairs),
+            "second_avg_at_k": float(np.mean(means)),
+            "second_avg_at_k_interval": bootstrap_interval(means),
+            "second_problem_means": means,
+        }
+
 
 def evaluate(
     policy: Policy,
@@ -135,6 +194,8 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     dump: Path | None = None,
+    second: Reward | None = None,
+    skip: Collection[str] = (),
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Problem]:
     """Sample and grade `samples` completions of each example.
@@ -143,13 +204,16 @@ def evaluate(
         prompts: token ids of the examples' prompts.
         reward: (completions, answers) -> rewards.
         seed, step, rank: fix the samples; a problem's are the same however problems are batched.
-        rank, world_size: this process does every `world_size`-th problem.
+        rank, world_size: this process does every `world_size`-th problem of those left.
+        second: another grader for `Problem.second_rewards`.
+        skip: ids of problems that are done already, by whichever process.
         dump: a JSONL file that finished problems are appended to, and found in by a second call.
         on_progress: called with the number of problems done.
 
     Returns this process's problems, in the order of `examples`.
     """
-    mine = range(rank, len(examples), world_size)
+    left = [i for i, example in enumerate(examples) if example.id not in skip]
+    mine = left[rank::world_size]
     done = {p.id: p for p in read_problems(dump)} if dump else {}
     todo = [i for i in mine if examples[i].id not in done]
     per_batch = max(1, batch_size // samples)
@@ -168,7 +232,9 @@ def evaluate(
             batch_size=batch_size,
         )
         texts = policy.decode(sampled)
-        rewards = reward(texts, [examples[i].answer for i in repeated])
+        answers = [examples[i].answer for i in repeated]
+        rewards = reward(texts, answers)
+        seconds = second(texts, answers) if second else None
         lengths, finished = sampled.lengths.tolist(), sampled.finished.tolist()
         for j, i in enumerate(chosen):
             part = slice(j * samples, (j + 1) * samples)
@@ -180,12 +246,13 @@ def evaluate(
                 rewards[part],
                 lengths[part],
                 finished[part],
+                seconds[part] if seconds else None,
             )
             done[problem.id] = problem
             if dump:
                 with dump.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
-        on_progress(len(done))
+        on_progress(sum(examples[i].id in done for i in mine))
     return [done[examples[i].id] for i in mine]
 
 
@@ -198,7 +265,16 @@ def read_problems(dump: Path) -> list[Problem]:
     return [Problem(**row) for row in rows]
 
 
-def in_order(parts: Iterable[Sequence[Problem]], examples: Sequence[Example]) -> Evaluation:
+def read_all(folder: Path) -> dict[str, Problem]:
+    """The problems in a folder's dumps, of however many processes, without their completions."""
+    return {
+        problem.id: problem.without_texts()
+        for dump in sorted(folder.glob("problems-*.jsonl"))
+        for problem in read_problems(dump)
+    }
+
+
+def in_order(parts: Iterable[Iterable[Problem]], examples: Sequence[Example]) -> Evaluation:
     """The evaluation that several processes did parts of."""
     by_id = {p.id: p for part in parts for p in part}
     return Evaluation([by_id[e.id] for e in examples])

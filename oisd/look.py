@@ -29,11 +29,11 @@ class LookRun:
     prompt: tuple[str, ...] = ()
     """Texts; with a chat template each is a user's message."""
     data: str | None = None
-    """JSONL, JSON or Parquet file, `datasets` folder, Hub id, or "arithmetic:digits=2"."""
-    split: str = "test"
+    """A data set's name, a file, a `datasets` folder or a Hub id, as `oisd train` takes them."""
+    split: str | None = None
     subset: str | None = None
-    prompt_field: str = "question"
-    answer_field: str = "answer"
+    prompt_field: str | None = None
+    answer_field: str | None = None
     limit: int = 32
     """Look at so many problems, drawn with `seed`."""
     system_prompt: str | None = None

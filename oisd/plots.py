@@ -187,10 +187,47 @@ def plot_pass_at_k(
     if not any(curves.values()):
         raise ValueError("plot_pass_at_k: curves holds no points; wanted {name: {k: pass@k}}")
     figure = Figure(figsize=(6, 4), layout="constrained")
-    ax = figure.add_subplot()
+    _draw_pass_at_k(figure.add_subplot(), "Pass@k", curves, intervals or {})
+    return save_figure(figure, Path(path))
+
+
+def plot_pass_at_k_panels(
+    panels: Mapping[str, Mapping[str, Mapping[int, float]]],
+    path: str | Path,
+    intervals: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]] | None = None,
+) -> Path:
+    """Draw a panel of pass@k for each benchmark, as in figure 3 of the paper; return the file.
+
+    panels: for each benchmark, curves as `plot_pass_at_k` takes them. A run may lack a benchmark,
+        and keeps its colour. intervals: likewise.
+    Raises ValueError when there is no point to draw.
+    """
+    panels = {title: curves for title, curves in panels.items() if any(curves.values())}
+    if not panels:
+        raise ValueError("plot_pass_at_k_panels: panels holds no points to draw")
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.0 * columns, 3.3 * lines), layout="constrained")
+    for place, (title, curves) in enumerate(panels.items(), start=1):
+        ax = figure.add_subplot(lines, columns, place)
+        _draw_pass_at_k(ax, title, curves, (intervals or {}).get(title, {}), names)
+    return save_figure(figure, Path(path))
+
+
+def _draw_pass_at_k(
+    ax: Axes,
+    title: str,
+    curves: Mapping[str, Mapping[int, float]],
+    intervals: Mapping[str, Mapping[int, tuple[float, float]]],
+    names: Sequence[str] = (),
+) -> None:
+    """One panel; the place in `names`, by default all curves, gives a curve its colour."""
     colours = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY)
     markers = "osD^vP"
-    for i, (name, curve) in enumerate(curves.items()):
+    names = names or list(curves)
+    for name, curve in curves.items():
+        i = names.index(name)
         colour = colours[i % len(colours)]
         ks = sorted(curve)
         ax.plot(
@@ -204,7 +241,7 @@ def plot_pass_at_k(
             markeredgewidth=0.7,
             label=name,
         )
-        band = (intervals or {}).get(name, {})
+        band = intervals.get(name, {})
         ks = sorted(band)
         lower, upper = ([100 * band[k][side] for k in ks] for side in (0, 1))
         ax.fill_between(ks, lower, upper, color=colour, alpha=0.15, linewidth=0)
@@ -214,12 +251,11 @@ def plot_pass_at_k(
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:.0f}"))
     ax.yaxis.set_major_formatter(PercentFormatter(decimals=0))
-    style_axes(ax, "Pass@k", "k (samples per problem)", "problems solved")
+    style_axes(ax, title, "k (samples per problem)", "problems solved")
     if ax.get_ylim()[1] > 100:
         ax.set_ylim(top=101)
     if len(curves) > 1:
         ax.legend(fontsize=9, labelcolor=INK, framealpha=0.85, edgecolor="none")
-    return save_figure(figure, Path(path))
 
 
 def _readable_ticks(ks: Sequence[int]) -> Sequence[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -17,9 +18,12 @@ class Processes:
     """The processes that share a run. One process alone needs no launcher and no communication.
 
     Under torchrun the backend is nccl on CUDA devices and gloo on CPUs.
+
+    timeout: how long one process may wait for another before both give up; None: the backend's own
+        default of some minutes, which suits processes that do the same work at the same time.
     """
 
-    def __init__(self, device: str = "auto") -> None:
+    def __init__(self, device: str = "auto", timeout: timedelta | None = None) -> None:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -30,7 +34,8 @@ class Processes:
             torch.cuda.set_device(self.device)
         self._owns_group = self.size > 1 and not dist.is_initialized()
         if self._owns_group:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timeout)
 
     @property
     def is_first(self) -> bool:

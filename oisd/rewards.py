@@ -1,9 +1,11 @@
-r"""Rewards for rollouts: verifiable mathematics, exact match, or the user's own function.
+r"""Rewards for rollouts: verifiable mathematics, strings, or the user's own function.
 
 A mathematics reward grades the last `\boxed{...}` of a completion against a gold answer:
 
 1. as strings, after taming the LaTeX; words, choice letters and plain integers stop here;
 2. else with math-verify, both sides wrapped in `\boxed{}`, in a pool of worker processes.
+
+The reward `boxed_string` compares the same last box as strings alone, see `oisd.answers`.
 
 Processes, not threads, because sympy can spend hours on `9^{9^{9}}`: a worker that overruns its
 deadline is killed, the answer earns 0.0 and is counted. Workers are spawned, never forked (torch's
@@ -30,6 +32,7 @@ from typing import Any
 
 from pebble import ProcessExpired
 
+from oisd.answers import INTEGER, WORD, clean, compare_strings, key, last_boxed, same_string
 from oisd.workers import Workers, WorkersError
 
 MAX_BOX_CHARACTERS = 2000  # a box as long as this earns 0.0 unread: no answer is, sympy is slow
@@ -44,74 +47,6 @@ class RewardError(RuntimeError):
         super().__init__(f"reward {function}: {problem}")
         self.function = function
         self.index = index
-
-
-# ---- the last box ----------------------------------------------------------------------------
-
-_BOX_TOKEN = re.compile(r"\\boxed\s*\{|\\\\(?!boxed)|\\[{}]|[{}]")
-_BARE_BOX = re.compile(r"\\boxed(?![a-zA-Z])\s*(\\[a-zA-Z]+(?:\{[^{}]*\})*|[^\s$\\{}]+)")
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last complete `\boxed{...}`, or None; linear in the length of the text.
-
-    Of nested boxes the inner one counts, since it opens last. A box that is never closed is passed
-    over. Only when there is no complete box with braces does `\boxed 5` count, as `5`.
-    """
-    open_braces: list[int | None] = []  # for a box, where its content starts
-    start, end = -1, -1
-    for token in _BOX_TOKEN.finditer(text):
-        if token[0] == "{":
-            open_braces.append(None)
-        elif token[0].startswith("\\boxed"):
-            open_braces.append(token.end())
-        elif token[0] == "}" and open_braces:
-            opened = open_braces.pop()
-            if opened is not None and opened > start:
-                start, end = opened, token.start()
-    if start >= 0:
-        return text[start:end]
-    bare = _BARE_BOX.findall(text)
-    return bare[-1] if bare else None
-
-
-# ---- strings first ---------------------------------------------------------------------------
-
-_MINUS_SIGNS = dict.fromkeys(map(ord, "\u2212\u2013\u2014\ufe63\uff0d"), "-")
-_DELIMITER_SIZE = re.compile(r"\\(?:left|right)(?![a-zA-Z])\.?")
-_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?:,|\\,| )\d{3})+")
-_WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-_SPACE = re.compile(r"\\[,;: ]|\\q?quad(?![a-zA-Z])|~")
-_SPACE_TO_DROP = re.compile(r"(?<!\d) | (?!\d)")  # all but "2 1/2", which is not 21/2
-_WORD = re.compile(r"yes|no|true|false|[A-Z]")
-_INTEGER = re.compile(r"[-+]?\d+")
-
-
-def _clean(text: str) -> str:
-    """Spell an answer the way that math-verify and the comparison of strings both understand."""
-    text = text.translate(_MINUS_SIGNS).replace("\\$", "").replace("$", "").replace("\\!", "")
-    text = _DELIMITER_SIZE.sub("", text).replace("{,}", ",")
-    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text).strip().rstrip(".").strip()
-    return re.sub(r"[^-+\d]", "", text) if _THOUSANDS.fullmatch(text) else text
-
-
-def _key(cleaned: str) -> str:
-    """Equal for answers spelt alike: without wrappers and spaces, words in lower case."""
-    key = _SPACE.sub(" ", _WRAPPER.sub(r"\1", cleaned))
-    key = _SPACE_TO_DROP.sub("", " ".join(key.split())).rstrip(".")
-    if choice := re.fullmatch(r"\(([A-Z])\)", key):
-        return choice[1]
-    return key.lower() if _WORD.fullmatch(key.lower()) else key
-
-
-def _compare_strings(answer: str, gold: str) -> bool | None:
-    """Verdict on two cleaned answers, or None where only mathematics can tell."""
-    a, g = _key(answer), _key(gold)
-    if not a or a == g:
-        return bool(a)
-    if _WORD.fullmatch(a) or _WORD.fullmatch(g):
-        return False
-    return int(a) == int(g) if _INTEGER.fullmatch(a) and _INTEGER.fullmatch(g) else None
 
 
 # ---- inside a worker -------------------------------------------------------------------------
@@ -146,6 +81,9 @@ def _verify(answer: str, gold: str, timeout_s: float) -> bool | None:
         signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 10)
     wanted = _parse(gold)
     verdict = verify(wanted, _parse(answer), timeout_seconds=None) if wanted else None
+    # To a question for the per cent, "12.5\\%" and "12.5" are the same answer.
+    if verdict is False and "%" not in gold and (bare := answer.rstrip("\\% ")) != answer:
+        verdict = verify(wanted, _parse(bare), timeout_seconds=None)
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, 0)
     return verdict
@@ -270,8 +208,8 @@ class MathReward(RewardFunction):
             box = last_boxed(completion)
             if box is None or len(box) >= MAX_BOX_CHARACTERS:
                 continue
-            pair = _clean(box), _clean(answer)
-            verdict = _compare_strings(*pair)
+            pair = clean(box), clean(answer)
+            verdict = compare_strings(*pair)
             if verdict is None:
                 undecided.setdefault(pair, []).append(i)
             else:
@@ -292,14 +230,14 @@ class MathReward(RewardFunction):
         _check_batch("check_answers", answers, answers)
         first: dict[str, int] = {}
         for i, answer in enumerate(answers):
-            first.setdefault(_clean(answer), i)
-        plain = re.compile(f"{_WORD.pattern}|{_INTEGER.pattern}|.{{{MAX_BOX_CHARACTERS},}}", re.S)
-        pairs = [(gold, gold) for gold in first if gold and not plain.fullmatch(_key(gold))]
+            first.setdefault(clean(answer), i)
+        plain = re.compile(f"{WORD.pattern}|{INTEGER.pattern}|.{{{MAX_BOX_CHARACTERS},}}", re.S)
+        pairs = [(gold, gold) for gold in first if gold and not plain.fullmatch(key(gold))]
         graded = dict(zip(pairs, self._verify(pairs), strict=True))
         problems: list[str] = []
         for gold, i in first.items():
             verdict = graded.get((gold, gold), True)
-            if not _key(gold):
+            if not key(gold):
                 problems.append(f"answers[{i}]: gold answer {answers[i]!r} is empty")
             elif len(gold) >= MAX_BOX_CHARACTERS:
                 problems.append(f"answers[{i}]: gold answer {gold[:40]!r}... is too long")
@@ -315,6 +253,15 @@ class MathReward(RewardFunction):
 
 def _unparsable(gold: str) -> str:
     return f"gold answer {gold!r} cannot be parsed; only the same string will earn a reward"
+
+
+class BoxedStringReward(RewardFunction):
+    """Grades the last box as a string, see `boxed_string_reward`."""
+
+    name = "boxed_string"
+
+    def __call__(self, completions: list[str], answers: list[str]) -> list[float]:
+        return boxed_string_reward(completions, answers)
 
 
 class ExactReward(RewardFunction):
@@ -403,6 +350,22 @@ def check_answers(answers: list[str]) -> list[str]:
     return _shared_math().check_answers(answers)
 
 
+def boxed_string_reward(completions: list[str], answers: list[str]) -> list[float]:
+    r"""1.0 where the last `\boxed{}` has the same normal form as the gold answer, else 0.0.
+
+    Stricter than `math_reward` (0.25 is not 1/4), never slow, and the kind of grading that many
+    published numbers come from; the rules are those of `oisd.answers.normal_form`.
+
+    Raises ValueError for lists of different lengths and for anything but strings in them.
+    """
+    _check_batch("boxed_string_reward", completions, answers)
+    boxes = map(last_boxed, completions)
+    return [
+        float(box is not None and same_string(box, gold))
+        for box, gold in zip(boxes, answers, strict=True)
+    ]
+
+
 def exact_reward(completions: list[str], answers: list[str]) -> list[float]:
     """1.0 where the completion equals the answer but for white space around it, else 0.0.
 
@@ -415,8 +378,9 @@ def exact_reward(completions: list[str], answers: list[str]) -> list[float]:
 def load_reward(name: str, timeout_s: float = 5.0) -> RewardFunction:
     """The reward function of this name: `(completions, answers) -> one float each`.
 
-    name: "math", "exact", or "module:function" of your own, importable from the current directory.
-        It runs in one worker process of its own and must return one finite number a completion.
+    name: "math" (or "math_verify"), "boxed_string", "exact", or "module:function" of your own,
+        importable from the current directory; it runs in one worker process of its own and must
+        return one finite number a completion.
     timeout_s: seconds, > 0: for "math" per answer, which then earns 0.0; for a function of your own
         per batch (the import of its module, up to 60 s, does not count).
 
@@ -425,11 +389,16 @@ def load_reward(name: str, timeout_s: float = 5.0) -> RewardFunction:
     """
     if not 0 < timeout_s < math.inf:
         raise ValueError(f"load_reward: timeout_s must be positive and finite, got {timeout_s}")
-    if name == "math":
+    if name in ("math", "math_verify"):
         return MathReward(timeout_s)
+    if name == "boxed_string":
+        return BoxedStringReward()
     if name == "exact":
         return ExactReward()
     module, colon, function = name.partition(":")
     if not (module and colon and function):
-        raise ValueError(f'load_reward: wanted "math", "exact" or "module:function", got {name!r}')
+        raise ValueError(
+            'load_reward: wanted "math", "boxed_string", "exact" or "module:function", '
+            f"got {name!r}"
+        )
     return UserReward(name, timeout_s)

@@ -26,6 +26,7 @@ USE_TRANSFORMERS = {
     "oisd/learner.py",
     "oisd/warmup.py",
     "oisd/cli.py",
+    "oisd/plan.py",
 }
 
 

@@ -456,7 +456,7 @@ def test_user_function_with_wrong_values(user):
 
 
 BAD_NAMES = {
-    "no_colon": ("reward_functions.length", '"math", "exact" or "module:function"'),
+    "no_colon": ("reward_functions.length", '"boxed_string", "exact" or "module:function"'),
     "empty": ("", "module:function"),
     "no_module": (":length", "module:function"),
     "no_function": ("reward_functions:", "module:function"),

@@ -1,0 +1,302 @@
+"""The memory that a run needs, from shapes alone: `oisd plan`.
+
+Letters: P parameters, L layers, D width, F feed-forward width, H query and J key heads of K
+dimensions, V vocabulary, S student layers; N padded tokens of a micro-batch, T the longest row, C
+completions sampled at once. All bytes are for one process of `oisd train`, which holds the whole
+model; the sharded figures are for a trainer that splits parameters, gradients and optimizer (FSDP2,
+through an adapter) and samples elsewhere.
+
+    parameters 4 P   gradients 4 P   AdamW 8 P   bf16 copies 2 P (autocast makes and keeps them)
+    activations   [26 D + 8 F + 4 (H+J) K + 4 H (+ 6 (H+J) K with norms of q and k)] N a layer
+                  under bf16 autocast, [24 D + 16 F + 8 (H+J) K + 4 H (+ 8 (H+J) K)] N in float32;
+                  with checkpointing 4 D N a layer and one layer in full
+    head, eager   [N, V] float32 maps: 1 for log-probs, 5 more for the first student layer's JSD, 4
+                  for each further one, 1 for a gradient
+    head, ours    a workspace, hidden states' gradients 4 (S+1) D N, the unembedding's 4 V D
+    maps, eager   [H, T, T] float32 maps of N / T rows: 5, 4 for each further student layer, and 1
+    maps, kernels gradients 4 (H+J) K S N and four statistics a row, 16 H S N
+    cache         8 J K a layer and token, C rows of the longest length: keys and values are float32
+                  in transformers' cache also under autocast, where parameters are
+    sampling      24 C V: scores, log-probs and their float64 copies with noise
+
+The coefficients of the activations, the eager maps and the cache are measured, by tests, as what
+autograd keeps for tiny models and for plain PyTorch losses. What is not counted: fragmentation, the
+CUDA context, communication buffers; `USABLE` leaves room for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from oisd.config import ConfigError, TrainConfig
+from oisd_kernels.attention_divergence import IMPLEMENTATIONS as ATTENTION
+from oisd_kernels.chunks import DEFAULT_BYTES
+
+GIB = 1 << 30
+USABLE = 0.92  # share of a card that is planned with
+CARDS = {"24 GB": 24, "40 GB (A100)": 40, "48 GB (L40S)": 45, "80 GB (A100, H100)": 80,
+         "141 GB (H200)": 140, "180 GB (B200)": 179}  # fmt: skip
+SHARDS = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a decoder with gated feed-forward blocks."""
+
+    layers: int
+    width: int
+    feed_forward: int
+    heads: int
+    key_heads: int
+    head_dim: int
+    vocabulary: int
+    tied: bool
+    """Whether embedding and unembedding are one matrix."""
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    source: str = "its configuration"
+
+    @property
+    def projections(self) -> int:
+        """(H + J) K: width of a layer's queries and keys together."""
+        return (self.heads + self.key_heads) * self.head_dim
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer."""
+        queries, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
+        attention = self.width * (2 * queries + 2 * keys)
+        norms = 2 * self.width + (2 * self.head_dim if self.qk_norm else 0)
+        bias = queries + 2 * keys if self.qkv_bias else 0
+        return attention + bias + 3 * self.width * self.feed_forward + norms
+
+    @property
+    def parameters(self) -> int:
+        """P, all of them."""
+        matrices = 1 if self.tied else 2
+        embeddings = matrices * self.vocabulary * self.width
+        return embeddings + self.layers * self.layer_parameters + self.width
+
+
+# The models of the recipes, from the config.json of each repository on the Hub. OctoThinker's are
+# those of the Llama 3.2 3B and Llama 3.1 8B that it was trained from.
+_QWEN, _LLAMA = "config.json on the Hub", "config.json of its Llama base"
+SHAPES = {
+    "Qwen/Qwen3-4B": Shape(36, 2560, 9728, 32, 8, 128, 151936, True, True, source=_QWEN),
+    "Qwen/Qwen3-8B": Shape(36, 4096, 12288, 32, 8, 128, 151936, False, True, source=_QWEN),
+    "OctoThinker/OctoThinker-3B-Long-Base": Shape(
+        28, 3072, 8192, 24, 8, 128, 128256, True, source=_LLAMA
+    ),
+    "OctoThinker/OctoThinker-8B-Long-Base": Shape(
+        32, 4096, 14336, 32, 8, 128, 128256, False, source=_LLAMA
+    ),
+}
+
+
+def model_shape(path: str) -> Shape:
+    """The shape of a model: from its configuration, where that is here, or from the table above.
+
+    path: folder or Hub id, or "arithmetic". Nothing is downloaded. Raises ConfigError.
+    """
+    if path == "arithmetic":
+        from oisd.arithmetic import arithmetic_model
+
+        return shape_of(arithmetic_model().config, "the built-in model")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        if path in SHAPES:
+            return SHAPES[path]
+        raise ConfigError(
+            f"model.path {path!r} is neither a folder with a config.json, nor in the Hub's cache "
+            f"here, nor one of {', '.join(SHAPES)}; `hf download {path} config.json` gets it"
+        ) from error
+    where = "its config.json" if Path(path).exists() else "config.json in the Hub's cache"
+    return shape_of(config, where)
+
+
+def shape_of(config: Any, source: str = "its configuration") -> Shape:
+    """The shape that a transformers configuration describes."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    return Shape(
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        feed_forward=text.intermediate_size,
+        heads=heads,
+        key_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        vocabulary=text.vocab_size,
+        tied=bool(getattr(text, "tie_word_embeddings", False)),
+        qk_norm=text.model_type in ("qwen3", "gemma3_text"),
+        qkv_bias=text.model_type == "qwen2" or bool(getattr(text, "attention_bias", False)),
+        source=source,
+    )
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part, for one process. Parts of a phase add up; the phases do not."""
+
+    shape: Shape
+    tokens: int
+    longest: int
+    at_once: int
+    checkpointing: bool
+    resident: dict[str, int]
+    """Held from beginning to end."""
+    update: dict[str, int]
+    """Besides, at the height of a micro-batch, with what this library does."""
+    eager: dict[str, int]
+    """What takes the place of the parts of `update` with the same names in eager PyTorch."""
+    rollout: dict[str, int]
+    """Besides, while completions are sampled."""
+    other_checkpointing: int
+    """Activations were gradient checkpointing the other way."""
+
+    @property
+    def peak(self) -> int:
+        """Of the larger phase, for `oisd train`."""
+        held = sum(self.resident.values())
+        return held + max(sum(self.update.values()), sum(self.rollout.values()))
+
+    @property
+    def peak_eager(self) -> int:
+        """Of the update, were the losses written in eager PyTorch."""
+        return sum(self.resident.values()) + sum((self.update | self.eager).values())
+
+    def sharded(self, shards: int) -> int:
+        """Of the update with parameters, gradients and optimizer split, two layers gathered."""
+        split = sum(self.resident.values()) + self.update["gradients"]
+        gathered = (
+            2 * 2 * self.shape.layer_parameters + 2 * self.shape.vocabulary * self.shape.width
+        )
+        rest = {k: v for k, v in self.update.items() if k not in ("gradients", "bf16 copies")}
+        return split // shards + gathered + sum(rest.values())
+
+
+def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
+    """The memory of a run; see the module's docstring for each formula."""
+    p, s = shape.parameters, len(config.oisd.student_layers)
+    half = config.model.dtype == "bfloat16"
+    longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
+    # A row that is longer than the budget makes a micro-batch of its own.
+    tokens = max(config.run.tokens_per_microbatch, longest)
+    layer = layer_activations(shape, half) * tokens
+    boundary = 4 * shape.width * tokens
+    full, checkpointed = shape.layers * layer, shape.layers * boundary + layer
+    on = config.model.gradient_checkpointing
+    head_map = 4 * tokens * shape.vocabulary
+    think, attention = config.oisd.think_weight > 0, config.oisd.attention_weight > 0
+    update = {
+        "gradients": 4 * p,
+        "bf16 copies": 2 * p if half else 0,
+        "activations": checkpointed if on else full,
+        "head": DEFAULT_BYTES["cuda"]
+        + 4 * ((s if think else 0) + 1) * shape.width * tokens
+        + 4 * shape.vocabulary * shape.width,
+        "attention maps": s * tokens * (4 * shape.projections + 16 * shape.heads) * attention,
+    }
+    rows = max(1, tokens // longest)
+    maps = 4 * rows * shape.heads * longest**2
+    eager = {
+        "head": head_map * (2 + (5 + 4 * (s - 1) if think else 0)),
+        "attention maps": maps * (6 + 4 * (s - 1)) * attention,
+    }
+    if set(ATTENTION) == {"reference"}:
+        update["attention maps"] = eager["attention maps"]
+    at_once = min(
+        config.rollout.batch_size,
+        config.rollout.prompts_per_step * config.rollout.completions_per_prompt,
+    )
+    cache = 8 * shape.layers * shape.key_heads * shape.head_dim
+    return MemoryPlan(
+        shape=shape,
+        tokens=tokens,
+        longest=longest,
+        at_once=at_once,
+        checkpointing=on,
+        resident={"parameters": 4 * p, "AdamW": 8 * p},
+        update=update,
+        eager=eager,
+        rollout={
+            "bf16 copies": 2 * p if half else 0,
+            "key-value cache": at_once * longest * cache,
+            "sampling": 24 * at_once * shape.vocabulary,
+        },
+        other_checkpointing=full if on else checkpointed,
+    )
+
+
+def layer_activations(shape: Shape, half: bool) -> int:
+    """Bytes a token that autograd keeps of one layer: `half` under bf16 autocast, else float32."""
+    wide = (26 if half else 24) * shape.width + (8 if half else 16) * shape.feed_forward
+    heads = (4 if half else 8) * shape.projections + 4 * shape.heads
+    norms = (6 if half else 8) * shape.projections if shape.qk_norm else 0
+    return wide + heads + norms
+
+
+# ---- the printed tables ----------------------------------------------------------------------
+
+
+def rich_tables(plan: MemoryPlan) -> Iterator[Table | Text]:
+    """The plan for a terminal: by part, by card, and what it assumes."""
+    table = Table(title="Memory of one process, GiB")
+    table.add_column("part")
+    table.add_column("phase")
+    table.add_column("here", justify="right")
+    table.add_column("eager PyTorch", justify="right")
+    for name, size in plan.resident.items():
+        table.add_row(name, "always", _gib(size), _gib(size))
+    for name, size in plan.update.items():
+        table.add_row(name, "update", _gib(size), _gib(plan.eager.get(name, size)))
+    for name, size in plan.rollout.items():
+        table.add_row(name, "rollout", _gib(size), "")
+    table.add_section()
+    update = plan.peak_eager - sum((plan.update | plan.eager).values())
+    table.add_row("peak", "update", _gib(update + sum(plan.update.values())), _gib(plan.peak_eager))
+    table.add_row("peak", "rollout", _gib(update + sum(plan.rollout.values())), "")
+    yield table
+
+    cards = Table(title=f"Does it fit? ({USABLE:.0%} of a card is planned with)")
+    cards.add_column("card")
+    cards.add_column("oisd train\n(whole model each)", justify="right")
+    for shards in SHARDS:
+        cards.add_column(f"sharded over {shards}\n(adapter, update)", justify="right")
+    for card, size in CARDS.items():
+        needs = [plan.peak, *(plan.sharded(shards) for shards in SHARDS)]
+        cards.add_row(card, *("yes" if need <= USABLE * size * GIB else "no" for need in needs))
+    cards.add_section()
+    cards.add_row("GiB", _gib(plan.peak), *(_gib(plan.sharded(shards)) for shards in SHARDS))
+    yield cards
+    yield Text("\n".join(assumptions(plan)))
+
+
+def assumptions(plan: MemoryPlan) -> list[str]:
+    """What the figures rest on, a line each."""
+    shape = plan.shape
+    other = "without" if plan.checkpointing else "with"
+    lines = [
+        f"{shape.parameters:,} parameters ({shape.source}), float32 as in `oisd train`.",
+        f"Micro-batches of {plan.tokens:,} padded tokens, rows of {plan.longest:,}; "
+        f"{plan.at_once:,} completions sampled at once (rollout.batch_size), all of the full "
+        f"length.",
+        f"Activations {other} gradient checkpointing: {_gib(plan.other_checkpointing)} GiB.",
+        "Fused attention (SDPA) in the layers. Not counted: fragmentation, CUDA context, buffers "
+        "of communication.",
+    ]
+    if plan.update["attention maps"] and set(ATTENTION) == {"reference"}:
+        lines.append("The attention loss has no kernel in this version: it makes the eager maps.")
+    return lines
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"
