@@ -30,7 +30,7 @@ class LookRun:
     """Texts; with a chat template each is a user's message."""
     data: str | None = None
     """A data set's name, a file, a `datasets` folder or a Hub id, as `oisd train` takes them."""
-    split: str | None = None
+    split: str = "test"
     subset: str | None = None
     prompt_field: str | None = None
     answer_field: str | None = None

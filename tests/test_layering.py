@@ -106,9 +106,28 @@ def test_only_the_command_line_imports_tyro(file):
 
 
 @pytest.mark.parametrize("file", OISD)
-def test_only_integrations_import_other_trainers(file):
-    if not file.startswith("oisd/integrations/"):
-        assert not packages(file) & {"trl", "verl"}
+def test_each_other_trainer_is_imported_by_its_integration_alone(file):
+    for trainer in ("trl", "verl"):
+        if file != f"oisd/integrations/{trainer}.py":
+            assert trainer not in packages(file)
+
+
+def test_trl_is_imported_somewhere():
+    assert {"trl", "transformers"} <= packages("oisd/integrations/trl.py")
+
+
+def test_the_package_of_integrations_imports_none_of_them():
+    assert not packages("oisd/integrations/__init__.py")
+
+
+@pytest.mark.parametrize("file", OISD)
+def test_integrations_stand_on_top(file):
+    """They use taps and losses; no other file knows them, nor they our trainer."""
+    own = {name for name in imports(file) if name.startswith("oisd.")}
+    if file.startswith("oisd/integrations/"):
+        assert not own & {"oisd.trainer", "oisd.objective", "oisd.learner", "oisd.cli"}
+    else:
+        assert not any(name.startswith("oisd.integrations") for name in own)
 
 
 @pytest.mark.parametrize("file", [*OISD, *KERNELS])
