@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that are not here, and says what came out.
 
-    python -m oisd_kernels.audit [--arch sm_80 sm_90 sm_100] [--kernel NAME ...] [--full] [--json]
+    python -m oisd_kernels.audit [--arch sm_80 sm_90 gfx942] [--kernel NAME ...] [--full] [--json]
 
 What is compiled is what the launchers pick: the cases of `oisd_kernels.audit_cases` call them with
 tensors without storage (device "meta"), and their launches are recorded instead of run, down to
@@ -24,6 +24,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,11 @@ class Limits(NamedTuple):
     shared: int  # bytes a block may have
     shared_sm: int  # bytes of a multiprocessor
     threads_sm: int
+    registers_sm: int = 65536
+    blocks_sm: int = 32
+    warp: int = 32  # threads
+    granule: int = 8  # registers of a thread come in multiples of so many
+    reserved: int = 1024  # bytes of a block's shared memory that the driver takes
 
 
 KIB = 1024
@@ -53,13 +59,14 @@ ARCHITECTURES = {
     "sm_90": Limits(227 * KIB, 228 * KIB, 2048),
     "sm_100": Limits(227 * KIB, 228 * KIB, 2048),
     "sm_120": Limits(99 * KIB, 100 * KIB, 1536),
+    # A compute unit: four times 512 vector registers of 64 lanes, eight waves each.
+    "gfx942": Limits(64 * KIB, 64 * KIB, 2048, 4 * 512 * 64, 16, 64, 8, 0),
 }
 DEFAULT = ("sm_80", "sm_90", "sm_100")
-REGISTERS_SM, BLOCKS_SM = 65536, 32
-RESERVED_SHARED = KIB  # a block's share that the driver takes
 EMPTY_REGISTERS = 8  # a kernel that computes anything has more
 SPILL = re.compile(r"\b(?:STL|LDL)\b")
 TENSOR_CORE = re.compile(r"\b(?:[HQIDO]MMA|[HQI]GMMA|UTC[A-Z]*MMA)\b")
+MATRIX_CORE = re.compile(r"\bv_s?mfma[a-z]*_\w+")
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def recording(arch: str) -> Iterator[list[tuple[JITFunction, tuple[Any, ...]]]]:
 
 def launches(arch: str, full: bool = False) -> list[Launch]:
     """Every different launch that the cases make on `arch`."""
-    capability = int(arch.removeprefix("sm_"))
+    capability = int(arch.removeprefix("sm_").removeprefix("gfx"))
     found: dict[str, Launch] = {}
     for case in (case for cases in CASES for case in cases(capability)):
         if case.full and not full:
@@ -158,47 +165,79 @@ def launches(arch: str, full: bool = False) -> list[Launch]:
 
 
 def target(arch: str) -> GPUTarget:
-    return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    if arch.startswith("gfx"):
+        return GPUTarget("hip", arch, ARCHITECTURES[arch].warp)
+    return GPUTarget("cuda", int(arch.removeprefix("sm_")), ARCHITECTURES[arch].warp)
+
+
+class Binary(NamedTuple):
+    """What the compiler's output says."""
+
+    warps: int
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    tensor_core: list[str]
 
 
 def audit(launch: Launch, arch: str) -> Usage:
     """Compiles one launch and reads its binary."""
     source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
     compiled = triton.compile(source, target=target(arch), options=launch.options)
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        sass = _cuobjdump(cubin)
-    usage = dict(re.findall(r"\b(REG|STACK|SHARED):(\d+)", sass))
-    tensor_core = TENSOR_CORE.findall(sass)
-    threads = int(re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])[1])  # pyright: ignore[reportOptionalSubscript]
-    registers = int(usage["REG"])
-    shared = max(compiled.metadata.shared, int(usage["SHARED"]) - RESERVED_SHARED)
+    read = _amd_binary if arch.startswith("gfx") else _nvidia_binary
+    binary = read(compiled.asm)
+    limits = ARCHITECTURES[arch]
+    shared = max(compiled.metadata.shared, binary.shared - limits.reserved)
     return Usage(
         kernel=launch.kernel.__name__,
         case=launch.case,
         arch=arch,
-        warps=threads // 32,
+        warps=binary.warps,
         stages=compiled.metadata.num_stages,
-        registers=registers,
-        spills=len(SPILL.findall(sass)),
-        stack=int(usage["STACK"]),
+        registers=binary.registers,
+        spills=binary.spills,
+        stack=binary.stack,
         shared=shared,
         matrix="tt.dot" in compiled.asm["ttir"],
-        tensor_core={name: tensor_core.count(name) for name in sorted(set(tensor_core))},
-        occupancy=occupancy(ARCHITECTURES[arch], threads, registers, shared),
+        tensor_core=dict(sorted(Counter(binary.tensor_core).items())),
+        occupancy=occupancy(limits, binary.warps * limits.warp, binary.registers, shared),
     )
+
+
+def _nvidia_binary(asm: dict[str, Any]) -> Binary:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(asm["cubin"])
+        sass = _cuobjdump(cubin)
+    usage = dict(re.findall(r"\b(REG|STACK|SHARED):(\d+)", sass))
+    threads = int(re.search(r"\.reqntid (\d+)", asm["ptx"])[1])  # pyright: ignore[reportOptionalSubscript]
+    return Binary(
+        threads // 32, int(usage["REG"]), len(SPILL.findall(sass)), int(usage["STACK"]),
+        int(usage["SHARED"]), TENSOR_CORE.findall(sass),
+    )  # fmt: skip
+
+
+def _amd_binary(asm: dict[str, Any]) -> Binary:
+    text = asm["amdgcn"]
+    usage = dict(re.findall(r"\.(\w+):\s+(\d+)", text))
+    # Scalar registers spill to lanes of vector registers, not to memory.
+    return Binary(
+        int(usage["max_flat_workgroup_size"]) // 64, int(usage["vgpr_count"]),
+        int(usage["vgpr_spill_count"]), int(usage["private_segment_fixed_size"]),
+        int(usage["group_segment_fixed_size"]), MATRIX_CORE.findall(text),
+    )  # fmt: skip
 
 
 def occupancy(limits: Limits, threads: int, registers: int, shared: int) -> int:
     """Blocks that a multiprocessor holds."""
-    warps = math.ceil(threads / 32)
-    registers_warp = math.ceil(registers * 32 / 256) * 256
+    warps = math.ceil(threads / limits.warp)
+    registers_warp = math.ceil(registers / limits.granule) * limits.granule * limits.warp
     return min(
-        BLOCKS_SM,
+        limits.blocks_sm,
         limits.threads_sm // threads,
-        REGISTERS_SM // registers_warp // warps,
-        limits.shared_sm // (shared + RESERVED_SHARED),
+        limits.registers_sm // registers_warp // warps,
+        limits.shared_sm // max(shared + limits.reserved, 1),
     )
 
 

@@ -14,10 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from oisd_kernels import rows_triton, tiled
+from oisd_kernels import rows_triton, tiled_gradient, tiled_values
 from oisd_kernels.rows_torch import FinalRows, RowMath
+from oisd_kernels.tiled_launch import Head, Scores
 
 VOCABULARY, ROWS = 151936, 1024
+SLICED = 10_000  # a vocabulary that a gradient takes in few slices, the last of them in part
 PLAIN, ALL = "plain", "bias, softcap, temperature"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -76,42 +78,95 @@ def row_cases(capability: int) -> Iterator[Case]:
             )  # fmt: skip
 
 
-def _tiled(
-    hidden: Tensor,
+def _tiled_values(
+    states: list[Tensor],
     weight: Tensor,
     bias: Tensor | None,
-    divergence: str,
-    softcap: float | None,
+    of: str,
+    scores: Scores,
     stats: bool,
     capability: int,
 ) -> None:
-    run = tiled.Run(hidden, hidden[0], weight, bias, torch.float32, None, capability)
-    run(_empty(*hidden.shape[:-1]), divergence, 0.5, 1.0, softcap, stats)
+    head = Head(states, weight, bias, torch.float32, capability)
+    if of == "logprob":
+        labels = _empty(states[0].shape[1], dtype=torch.int64)
+        tiled_values.logprob_values(head, labels, scores, None)
+        return
+    keep = _empty(*states[0].shape[:-1], dtype=torch.bool)
+    tiled_values.lens_values(head, keep, of, 0.5, scores, stats, stats, None)
+
+
+def _tiled_gradient(
+    states: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    of: str,
+    scores: Scores,
+    capability: int,
+) -> None:
+    head = Head(states, weight, bias, torch.float32, capability)
+    rows = states[0].shape[:-1]
+    if of == "logprob":
+        labels = _empty(rows[1], dtype=torch.int64)
+        loss = tiled_gradient.LogprobLoss(labels, _empty(rows[1]))
+    else:
+        loss = tiled_gradient.LensLoss(of, 0.5, _empty(rows[1]), _empty(*rows), _empty(*rows))
+    wanted = True, True, bias is not None
+    out = tiled_gradient.allocate_gradients(states[0], weight, torch.float32, wanted)
+    tiled_gradient.Backward("audit", head, loss, _empty(*rows), None, scores, out, None).run()
+
+
+# Dtypes of the states and of the unembedding, and a width whose rows are aligned or not.
+TILED_KINDS = [
+    *((name, name, 2560) for name in DTYPES),
+    ("bf16", "fp32", 2560),
+    ("fp32", "bf16", 2560),
+    *((name, name, 2555) for name in DTYPES),
+]
+
+
+def _tiled_inputs(
+    states: str, head: str, width: int, layers: int, everything: bool, vocabulary: int
+) -> tuple[list[Tensor], Tensor, Tensor | None, Scores]:
+    dtype = DTYPES[head]
+    hidden = _empty(max(layers, 1), ROWS, width, dtype=DTYPES[states])
+    bias = _empty(vocabulary, dtype=dtype) if everything else None
+    scores = Scores(1.0, 30.0 if everything else None)
+    weight = _empty(vocabulary, width, dtype=dtype)
+    return [hidden, hidden[:1]] if layers else [hidden], weight, bias, scores
+
+
+def _kind_name(states: str, head: str, width: int) -> str:
+    name = states if states == head else f"{states} against {head}"
+    return f"{name}, odd width" if width % 16 else name
 
 
 def tiled_cases(capability: int) -> Iterator[Case]:
     """Operands of one dtype or mixed, aligned or odd; the two KLs are one kernel."""
-    kinds = [(name, name, 2560) for name in DTYPES] + [
-        ("bf16", "fp32", 2560),
-        ("fp32", "bf16", 2560),
-    ]
-    kinds += [("bf16", "bf16", 2555), ("fp16", "fp16", 2555), ("fp32", "fp32", 2555)]
-    for (states, head, width), divergence, stats, options in itertools.product(
-        kinds, ("jsd", "forward_kl"), (False, True), (PLAIN, ALL)
+    for kind, of, stats, options in itertools.product(
+        TILED_KINDS, ("jsd", "forward_kl", "logprob"), (False, True), (PLAIN, ALL)
     ):
-        dtype, hidden = DTYPES[head], _empty(2, ROWS, width, dtype=DTYPES[states])
-        everything = options == ALL
-        bias = _empty(VOCABULARY, dtype=dtype) if everything else None
-        run = partial(
-            _tiled, hidden, _empty(VOCABULARY, width, dtype=dtype), bias, divergence,
-            30.0 if everything else None, stats, capability,
-        )  # fmt: skip
-        name = states if states == head else f"{states} against {head}"
-        odd = ", odd width" if width % 16 else ""
+        everything, name = options == ALL, _kind_name(*kind)
+        layers = 0 if of == "logprob" else 2
+        states, weight, bias, scores = _tiled_inputs(*kind, layers, everything, VOCABULARY)
+        run = partial(_tiled_values, states, weight, bias, of, scores, stats, capability)
         wanted = ", statistics" if stats else ""
-        extreme = everything == stats if name == "bf16" and not odd else everything and stats
+        extreme = everything == stats if name == "bf16" else everything and stats
         full = name not in ("bf16", "fp32") or not extreme
-        yield Case(f"{divergence}, {name}{odd}{wanted}, {options}", run, full)
+        yield Case(f"{of}, {name}{wanted}, {options}", run, full)
 
 
-CASES: list[Callable[[int], Iterator[Case]]] = [row_cases, tiled_cases]
+def tiled_gradient_cases(capability: int) -> Iterator[Case]:
+    """To hidden, to weight and to bias, of the same operands."""
+    for kind, of, options in itertools.product(
+        TILED_KINDS, ("jsd", "forward_kl", "reverse_kl", "logprob"), (PLAIN, ALL)
+    ):
+        everything, name = options == ALL, _kind_name(*kind)
+        layers = 0 if of == "logprob" else 2
+        states, weight, bias, scores = _tiled_inputs(*kind, layers, everything, SLICED)
+        run = partial(_tiled_gradient, states, weight, bias, of, scores, capability)
+        full = name not in ("bf16", "fp32") or of.endswith("kl") or not everything
+        yield Case(f"gradient of {of}, {name}, {options}", run, full)
+
+
+CASES: list[Callable[[int], Iterator[Case]]] = [row_cases, tiled_cases, tiled_gradient_cases]

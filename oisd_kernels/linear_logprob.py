@@ -8,6 +8,7 @@ cap(z) = c * tanh(z / c) where logit_softcap = c is given, else z.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,10 +69,17 @@ def _chunked(
     return LinearLogprob(out.logprob, out.final_entropy, out.logsumexp)
 
 
+def _tiled(*inputs: Tensor, **options: Any) -> LinearLogprob:
+    from oisd_kernels.tiled import linear_logprob_tiled  # triton is not to be had on every CPU
+
+    return linear_logprob_tiled(*inputs, **options)
+
+
 # In order of preference: "auto" takes the first. Each takes every argument but `impl`.
 IMPLEMENTATIONS: dict[str, Callable[..., LinearLogprob]] = {
     "chunked": _chunked,
     "reference": reference.linear_logprob,
+    "tiled": _tiled,
 }
 
 
@@ -99,9 +107,12 @@ def linear_logprob(
         impl: "chunked", which "auto" takes: a chunk of tokens at a time, 2 matmuls of 2*N*D*V with
             gradient to `hidden`, 4 with gradient to `weight` or `bias`, whose backward computes the
             logits again. Its gradient cannot be differentiated. "reference": all logits in memory,
-            plain autograd. "tiled" is a reserved name and an error until it exists.
-        max_bytes: workspace budget of "chunked" in bytes, beside inputs, outputs and their
-            gradients; default 1.25 GiB on CUDA, 96 MiB on a CPU, or one token where that is more.
+            plain autograd. "tiled": projection and log-prob in one Triton kernel, no logits in
+            memory whatever N and V, 3 matmuls with gradient to `hidden`, 4 with a float32 `weight`
+            besides, 5 with one in half precision; an error on a CPU.
+        max_bytes: workspace budget of "chunked" and "tiled" in bytes, beside inputs, outputs and
+            their gradients. Default for "chunked" 1.25 GiB on CUDA, 96 MiB on a CPU, or one token
+            where that is more; for "tiled" 32 MiB.
 
     Returns:
         (logprob, entropy, logsumexp), each [N] in nats; float32, or float64 if hidden, weight or

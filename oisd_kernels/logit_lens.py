@@ -192,9 +192,12 @@ def logit_lens_divergence(
             `grad_weight`, whose backward runs again. Its gradient cannot be differentiated. Waits
             once for the device where there is a `token_weight`. "reference": all logits in memory,
             plain autograd. "tiled": projection and divergence in one Triton kernel, no logits in
-            memory, values alone: an error where a gradient is wanted, and on a CPU.
-        max_bytes: workspace budget of "chunked" in bytes, beside inputs, outputs and their
-            gradients; default 1.25 GiB on CUDA, 96 MiB on a CPU, or one token where that is more.
+            memory whatever N and V. Its values take 3S+1 matmuls for "jsd" and 2S for the KLs, its
+            gradient 3S more to `hidden`, 4S with a float32 `weight` besides, 6S with one in half
+            precision. Never waits for the device; an error on a CPU.
+        max_bytes: workspace budget of "chunked" and "tiled" in bytes, beside inputs, outputs and
+            their gradients. Default for "chunked" 1.25 GiB on CUDA, 96 MiB on a CPU, or one token
+            where that is more; for "tiled" 32 MiB.
 
     Returns:
         token_weight * divergence in nats, [S, N] (or [N], as `hidden`), or a scalar. float32;

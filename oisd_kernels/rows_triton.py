@@ -27,7 +27,7 @@ from torch import Tensor
 from oisd_kernels.divergences import log_probability, tanh, terms
 from oisd_kernels.rows_torch import FinalRows, RowMath, StudentRows
 
-BLOCK, WARPS = 1024, 4
+BLOCK, WARPS = 1024, 8
 
 
 @triton.jit

@@ -4,9 +4,10 @@ A program takes BLOCK_N rows and a range of the vocabulary (a split), and walks 
 [BLOCK_N, BLOCK_V], of which student and teacher share the tile of W. What it leaves behind, for
 every row and split, is combined over the splits in `oisd_kernels.tiled`:
 
-    tiled_statistics_kernel    m, l, moment, top1 of one distribution
+    tiled_statistics_kernel    m, l, moment, top1 of one distribution, the score of the label
     tiled_kl_kernel            the same of two, and gap, for KL(a||b): one pass
-    tiled_jsd_kernel           sum of the terms of the JSD, where both logsumexp are known
+    tiled_jsd_kernel           sum of the terms of the JSD, where both logsumexp are known, and
+                               <q, s>, which its gradient wants
 
     m       the largest score                       l     sum of e^(z - m)
     moment  sum of e^(z - m) (z - m)                top1  its token
@@ -104,7 +105,8 @@ def tiled_statistics_kernel(
     Bias,  # [V]
     Rows,  # [R]
     Count,  # []
-    Out,  # [3, K, R]: m, l, moment
+    Labels,  # [R], by row; any others if not LABELS
+    Out,  # [4, K, R]: m, l, moment, score of the label or -inf
     Top1,  # [K, R]
     T,
     D,
@@ -120,6 +122,7 @@ def tiled_statistics_kernel(
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     STATS: tl.constexpr,
+    LABELS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -137,6 +140,9 @@ def tiled_statistics_kernel(
     l_lost = tl.zeros([BLOCK_N], ACC)
     moment = tl.zeros([BLOCK_N], ACC)
     place = tl.zeros([BLOCK_N], tl.int32)
+    if LABELS:
+        label = tl.load(Labels + r, mask=in_n, other=-1)
+        labelled = tl.full([BLOCK_N], -float("inf"), ACC)
     begin = tl.program_id(1) * span
     for start in range(begin, tl.minimum(begin + span, V), BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
@@ -148,6 +154,9 @@ def tiled_statistics_kernel(
         z = scores(z, Bias, v, in_v, softcap, per_softcap, per_temperature, HAS_BIAS, SOFTCAP)
         if STATS:
             place = top(z, v, m, place)
+        if LABELS:
+            here = v[None, :] == label[:, None]
+            labelled = tl.maximum(labelled, tl.max(tl.where(here, z, -float("inf")), 1))
         m, d = grow(z, m)
         z = z - m[:, None]
         e = tl.exp(z)
@@ -162,6 +171,8 @@ def tiled_statistics_kernel(
     if STATS:
         tl.store(at + 2 * field, moment, mask=in_n)
         tl.store(Top1 + tl.program_id(1).to(tl.int64) * R + n, place, mask=in_n)
+    if LABELS:
+        tl.store(at + 3 * field, labelled, mask=in_n)
 
 
 @triton.jit
@@ -264,7 +275,7 @@ def tiled_jsd_kernel(
     Count,  # []
     LseP,  # [T]
     LseQ,  # [R], by row
-    Out,  # [K, R]
+    Out,  # [2, K, R]: sum of the terms, <q, s>
     T,
     D,
     V,
@@ -283,6 +294,7 @@ def tiled_jsd_kernel(
     LOG_1M_BETA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    GRADIENT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -298,6 +310,7 @@ def tiled_jsd_kernel(
     lse_p = tl.load(LseP + t, mask=in_n, other=0.0)
     lse_q = tl.load(LseQ + r, mask=in_n, other=0.0)
     loss, lost = tl.zeros([BLOCK_N], ACC), tl.zeros([BLOCK_N], ACC)
+    centre, centre_lost = tl.zeros([BLOCK_N], ACC), tl.zeros([BLOCK_N], ACC)
     begin = tl.program_id(1) * span
     for start in range(begin, tl.minimum(begin + span, V), BLOCK_V):
         v = start + tl.arange(0, BLOCK_V)
@@ -313,4 +326,9 @@ def tiled_jsd_kernel(
         # Past V both probabilities are 0, and so are the terms.
         term, inner, q = terms(lp, lq, "jsd", BETA, LOG_BETA, LOG_1M_BETA)
         loss, lost = kahan(loss, lost, tl.sum(term, 1))
-    tl.store(Out + tl.program_id(1).to(tl.int64) * R + n, loss, mask=in_n)
+        if GRADIENT:
+            centre, centre_lost = kahan(centre, centre_lost, tl.sum(q * inner, 1))
+    at = Out + tl.program_id(1).to(tl.int64) * R + n
+    tl.store(at, loss, mask=in_n)
+    if GRADIENT:
+        tl.store(at + tl.num_programs(1).to(tl.int64) * R, centre, mask=in_n)

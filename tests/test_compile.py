@@ -28,7 +28,7 @@ def sweep(*arguments: str) -> dict:
         [sys.executable, "-m", "oisd_kernels.audit", "--json", *arguments],
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=2700,
     )
     assert done.stdout, done.stderr
     report = json.loads(done.stdout)
@@ -57,12 +57,22 @@ def test_sm_90_of_every_kernel():
     report = sweep("--arch", "sm_90")
     check(report, {"sm_90"})
     matrix = {row["kernel"] for row in report["kernels"] if row["matrix"]}
-    assert {"tiled_statistics_kernel", "tiled_kl_kernel", "tiled_jsd_kernel"} <= matrix
+    tiled = {name for name in audit.kernels() if name.startswith("tiled_")}
+    assert len(tiled) == 8 and tiled - matrix == {"tiled_live_kernel"}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1500)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100"])
+def test_gfx942_of_every_kernel():
+    """AMD's compiler: vector registers, their spills to memory, LDS, matrix-core instructions."""
+    report = sweep("--arch", "gfx942")
+    check(report, {"gfx942"})
+    used = {name for row in report["kernels"] for name in row["tensor_core"]}
+    assert any("bf16" in name for name in used) and all(x.startswith("v_mfma") for x in used)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "gfx942"])
 def test_every_configuration(arch):
     check(sweep("--arch", arch, "--full"), {arch})
 
@@ -115,3 +125,28 @@ def test_the_full_sweep_holds_every_configuration_of_the_short_one():
 )
 def test_occupancy(threads, registers, shared, blocks):
     assert audit.occupancy(audit.ARCHITECTURES["sm_90"], threads, registers, shared) == blocks
+
+
+@pytest.mark.parametrize(
+    ("threads", "registers", "shared", "blocks"),
+    [(256, 128, 0, 4), (512, 128, 0, 2), (512, 130, 0, 1), (256, 32, 40 * 1024, 1)],
+)
+def test_occupancy_of_a_compute_unit(threads, registers, shared, blocks):
+    assert audit.occupancy(audit.ARCHITECTURES["gfx942"], threads, registers, shared) == blocks
+
+
+def test_amd_assembly_is_read():
+    text = """
+\tv_mfma_f32_32x32x8_bf16 a[0:15], v[2:3], v[4:5], a[0:15]
+\tv_mfma_f32_32x32x8_bf16 a[0:15], v[6:7], v[8:9], a[0:15]
+\tv_fma_f32 v1, v2, v3, v4
+  - .agpr_count:     16
+    .group_segment_fixed_size: 1024
+    .max_flat_workgroup_size: 512
+    .private_segment_fixed_size: 12
+    .sgpr_spill_count: 4
+    .vgpr_count:     58
+    .vgpr_spill_count: 3
+"""
+    mfma = ["v_mfma_f32_32x32x8_bf16"] * 2
+    assert audit._amd_binary({"amdgcn": text}) == audit.Binary(8, 58, 3, 12, 1024, mfma)

@@ -105,7 +105,6 @@ LOGPROB = {"hidden": X(4, 8), "weight": X(11, 8), "labels": longs(0, 1, 2, 10), 
         ("logit_softcap", -3.0, "-3.0"),
         ("max_bytes", -1, "-1"),
         ("max_bytes", 100, "100"),
-        ("impl", "tiled", "'tiled'"),
         ("impl", "cuda", "'cuda'"),
     ],
 )
@@ -205,13 +204,19 @@ def test_attention_rejects_logsumexp_beside_sampled_keys(name):
     rejects(attention_divergence, arguments, name, "a tensor")
 
 
-def test_tiled_lens_is_refused_on_a_cpu():
+@pytest.mark.parametrize(
+    "op, arguments",
+    [
+        pytest.param(logit_lens_divergence, LENS, id="lens"),
+        pytest.param(linear_logprob, LOGPROB, id="logprob"),
+    ],
+)
+def test_tiled_is_refused_on_a_cpu(op, arguments):
     with pytest.raises(ValueError, match='hidden must be on a GPU with impl="tiled", got cpu'):
-        logit_lens_divergence(**LENS, impl="tiled")
+        op(**arguments, impl="tiled")
 
 
 OPS = [
-    pytest.param(linear_logprob, LOGPROB, "tiled", id="logprob"),
     pytest.param(attention_divergence, DENSE, "triton", id="attention-dense"),
     pytest.param(attention_divergence, PACKED, "cuda", id="attention-packed"),
 ]
