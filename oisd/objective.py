@@ -16,7 +16,7 @@ from oisd import losses
 from oisd.batch import Batch
 from oisd.config import TrainConfig
 from oisd.losses import Metrics
-from oisd.models import Taps
+from oisd.models import Taps, Unembedding
 from oisd.policy import Policy
 from oisd.rollout import row_keys, uniform
 from oisd_kernels import linear_logprob
@@ -79,14 +79,24 @@ class Objective:
                 logits_to_keep=1,  # the losses project the rows that they need themselves
             )
 
+    def _head(self) -> Unembedding:
+        """The unembedding in the dtype of the forward.
+
+        Under autocast hidden states and parameters are float32 still. The ops would multiply in
+        float32, and tensor cores with it: the head is rounded as autocast rounds every other layer.
+        """
+        head = self.taps.unembedding
+        bias = None if head.bias is None else head.bias.to(self.policy.dtype)
+        return head._replace(weight=head.weight.to(self.policy.dtype), bias=bias)
+
     @torch.no_grad()
     def logprobs(self, batch: Batch) -> Tensor:
         """[B, T] log-probs of the completions under the policy as it is now."""
         rows = batch.predicting_rows()
         self._forward(batch)
-        head = self.taps.unembedding
+        head = self._head()
         logprobs, _, _ = linear_logprob(
-            self.taps.final_hidden().flatten(0, 1)[rows],
+            self.taps.final_hidden().flatten(0, 1)[rows].to(self.policy.dtype),
             head.weight,
             batch.labels.flatten()[rows],
             bias=head.bias,
@@ -103,11 +113,11 @@ class Objective:
         config, align = self.config, self.config.oisd
         rows = batch.predicting_rows()
         self._forward(batch)
-        head, taps = self.taps.unembedding, self.taps
-        final = taps.final_hidden().flatten(0, 1)[rows]
+        head, taps = self._head(), self.taps
+        final = taps.final_hidden().flatten(0, 1)[rows].to(self.policy.dtype)
         students = final.detach().new_empty(0, *final.shape)
         if align.think_weight:
-            students = taps.student_hidden().flatten(1, 2)[:, rows]
+            students = taps.student_hidden().flatten(1, 2)[:, rows].to(self.policy.dtype)
 
         def of_rows(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.flatten()[rows]

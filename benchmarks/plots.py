@@ -1,0 +1,216 @@
+"""Plots of results: time and memory against tokens and layers, and bars of the roofline."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+Row = dict[str, Any]
+
+# Okabe and Ito's palette, told apart with any colour vision; ours is blue throughout.
+BLUES = ("#0072B2", "#56B4E9", "#00456B", "#8FCBEB")
+OTHERS = ("#D55E00", "#E69F00", "#009E73", "#CC79A7", "#7A7A7A", "#B3A100", "#8B4513", "#4B0082")
+MARKERS = "osD^vP*X"
+INK, GRID = "#333333", "#E4E4E4"
+DPI = 150
+NAMES = {
+    "lens": "Lens divergence with gradient",
+    "lens-values": "Lens divergence, values",
+    "linear_logprob": "Log-probability of labels",
+    "policy_head": "Policy head",
+    "attention_divergence": "Attention divergence",
+    "attention": "Attention",
+    "attention_backward": "Attention backward with alignment",
+    "step": "Training step",
+}
+
+
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """All plots that the rows have data for; the files."""
+    timed = [row for row in rows if row["kind"] == "measurement" and row["status"] == "ok"]
+    paths = []
+    for family in NAMES:
+        chosen = [row for row in timed if row["family"] == family]
+        for axis, label in (("tokens", "tokens"), ("layers", "student layers")):
+            for name, line in sweeps(chosen, axis).items():
+                path = folder / f"{family}_{name}_by_{axis}.png".replace("/", "-")
+                paths.append(draw_sweep(line, axis, label, NAMES[family], name, path))
+    if timed:
+        paths.append(draw_roofline(timed, folder / "roofline.png"))
+    return paths
+
+
+def place(row: Row, axis: str) -> int | None:
+    shape = row["shape"]
+    if axis == "layers":
+        return shape.get("S") if row["family"] in ("lens", "policy_head") else None
+    return shape.get("N", shape.get("T"))
+
+
+def sweeps(rows: Sequence[Row], axis: str) -> dict[str, list[Row]]:
+    """Rows that differ along the axis alone, by what they have in common; at least two points."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if place(row, axis) is None:
+            continue
+        parts = row["case"].split("/")
+        kept = [p for p in parts[1:] if not _is_place(p, axis)]
+        groups.setdefault("/".join(kept), []).append(row)
+    return {
+        name: found
+        for name, found in groups.items()
+        if len({place(row, axis) for row in found}) > 1
+    }
+
+
+def _is_place(part: str, axis: str) -> bool:
+    if axis == "layers":
+        return part[:1] == "S" and part[1:].isdigit()
+    return part.rstrip("k").isdigit()
+
+
+def colours(names: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """(colour, marker) of each implementation: ours in blues."""
+    mine = [name for name in names if is_ours(name)]
+    others = [name for name in names if not is_ours(name)]
+    found = {name: BLUES[i % len(BLUES)] for i, name in enumerate(mine)}
+    found |= {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)}
+    return {name: (found[name], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith(("ours", "OISD ours"))
+
+
+def draw_sweep(
+    rows: Sequence[Row], axis: str, label: str, title: str, subtitle: str, path: Path
+) -> Path:
+    """Time and peak memory side by side, both axes logarithmic."""
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    look = colours(names)
+    figure = Figure(figsize=(9.6, 4.3), layout="constrained")
+    time, memory = figure.subplots(1, 2)
+    xs = sorted({x for row in rows if (x := place(row, axis)) is not None})
+    for name in names:
+        mine = sorted(
+            (row for row in rows if row["implementation"] == name),
+            key=lambda row: place(row, axis) or 0,
+        )
+        colour, marker = look[name]
+        style = dict(color=colour, marker=marker, markersize=5, linewidth=1.8, label=name,
+                     markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
+        at = [place(row, axis) or 0 for row in mine]
+        time.plot(at, [row["median_s"] * 1e3 for row in mine], **style)
+        time.fill_between(at, [row["p20_s"] * 1e3 for row in mine],
+                          [row["p80_s"] * 1e3 for row in mine], color=colour, alpha=0.13,
+                          linewidth=0)  # fmt: skip
+        kept = [(x, row["peak_mib"]) for x, row in zip(at, mine, strict=True)
+                if (row.get("peak_mib") or 0) > 0]  # fmt: skip
+        if kept:
+            memory.plot(*zip(*kept, strict=True), **style)
+    for ax, heading, unit in (
+        (time, "Time", "median (ms)"),
+        (memory, "Peak memory", "beyond inputs (MiB)"),
+    ):
+        if ax is memory and rows[0]["family"] == "step":
+            unit = "in all (MiB)"
+        frame(ax, heading, label, unit)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.xaxis.set_major_locator(FixedLocator(xs))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+        readable(ax)
+    figure.suptitle(f"{title}: {subtitle}  ({rows[0]['device']}, {rows[0]['dtype']})",
+                    fontsize=11.5, fontweight="bold", color=INK, x=0.01, ha="left")  # fmt: skip
+    handles, labels = time.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=min(4, len(names)),
+                  fontsize=9, frameon=False, labelcolor=INK)  # fmt: skip
+    return save(figure, path)
+
+
+def draw_roofline(rows: Sequence[Row], path: Path) -> Path:
+    """Percent of the roofline, the largest case of each family."""
+    chosen = []
+    for family in NAMES:
+        found = [row for row in rows if row["family"] == family]
+        if found:
+            largest = max(found, key=lambda row: row["floor_flops"])["case"]
+            chosen.append([row for row in found if row["case"] == largest])
+    count = sum(len(group) + 1.4 for group in chosen)
+    figure = Figure(figsize=(8.6, 0.55 + 0.29 * count), layout="constrained")
+    ax = figure.add_subplot()
+    y, ticks, labels = 0.0, [], []
+    for group in chosen:
+        ax.text(0, y, group[0]["case"], fontsize=9.5, fontweight="bold", color=INK, va="center")
+        y += 1
+        for row in sorted(group, key=lambda row: -row["roofline_percent"]):
+            percent = row["roofline_percent"]
+            colour = BLUES[0] if is_ours(row["implementation"]) else "#A9A9A9"
+            ax.barh(y, percent, height=0.72, color=colour)
+            inside = percent > 88
+            figures = f"{percent:.0f} %" if percent >= 10 else f"{percent:.1f} %"
+            ax.text(percent - 1 if inside else percent + 1, y, figures, fontsize=8.5, va="center",
+                    ha="right" if inside else "left",
+                    color="white" if inside else INK)  # fmt: skip
+            ticks.append(y)
+            labels.append(row["implementation"])
+            y += 1
+        y += 0.4
+    frame(
+        ax,
+        f"Share of the physical limit  ({rows[0]['device']})",
+        "% of the bare matmul's (or the copy's) rate",
+        "",
+    )
+    ax.set_yticks(ticks, labels, fontsize=9)
+    ax.set_ylim(y - 0.3, -0.8)
+    ax.set_xlim(0, max(100, *(row["roofline_percent"] for group in chosen for row in group)) * 1.02)
+    ax.grid(False, axis="y")
+    ax.tick_params(axis="y", length=0)
+    return save(figure, path)
+
+
+def readable(ax: Axes) -> None:
+    """Ticks at 1, 2, 5 where the range is narrow, at powers of ten where it is wide."""
+    low, high = ax.dataLim.intervaly
+    if low <= 0 or not math.isfinite(high):
+        return
+    narrow = math.log10(high / low) < 2.2
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if narrow else (1.0,)))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.10g}"))
+    ax.set_ylim(low / 1.5, high * 1.5)
+
+
+def short(x: float) -> str:
+    return f"{x / 1024:.0f}k" if x >= 1024 and x % 1024 == 0 else f"{x:.0f}"
+
+
+def frame(ax: Axes, title: str, x_label: str, y_label: str) -> None:
+    ax.set_title(title, fontsize=11, fontweight="bold", color=INK, loc="left")
+    ax.set_xlabel(x_label, fontsize=10, color=INK)
+    ax.set_ylabel(y_label, fontsize=10, color=INK)
+    ax.tick_params(colors=INK, labelsize=9, length=3, width=0.8)
+    ax.grid(True, color=GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(INK)
+
+
+def save(figure: Figure, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=DPI, facecolor="white")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

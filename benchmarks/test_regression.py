@@ -1,0 +1,119 @@
+"""CPU cases under pytest-benchmark, held to a committed baseline.
+
+    pytest benchmarks --benchmark-only          run and compare
+    python -m benchmarks.test_regression        write a new baseline, on a quiet machine
+
+Seconds depend on the machine; their ratio to a fixed yardstick in the same run hardly does. The
+yardstick is a bare matmul and an exponential over its result, what all these operations are made
+of. Yardstick and operation take turns, the median of the pairs' ratios counts, and a ratio above
+1.5 times the baseline is measured twice more before it is called a regression.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.cases import Absent, Case, Run
+from benchmarks.lens_cases import Shape
+from benchmarks.lens_cases import case as lens_case
+from benchmarks.shapes import Attention, Head
+
+BASELINE = Path(__file__).parent / "baseline.json"
+SLACK = 1.5
+PAIRS = 9
+HEAD = Head(256, 8192)
+
+
+def cases() -> dict[str, tuple[Case, str]]:
+    """Small enough for a second each: case and implementation."""
+    from benchmarks import attention_cases, head_cases
+
+    lens = {
+        f"lens, S = {s}": (lens_case(Shape(HEAD, "test", s, 256), "cpu", torch.float32),
+                           "ours: chunked")
+        for s in (1, 4)
+    }  # fmt: skip
+    logprob = head_cases.logprob("test", HEAD, 256, "cpu", frozenset())
+    policy = head_cases.policy("test", HEAD, 1, 256, "cpu", frozenset())
+    attention = attention_cases.divergence(
+        "test", Attention(4, 2, 32), 256, "cpu", frozenset(), bars=False
+    )
+    return lens | {
+        "linear_logprob": (logprob, "ours: chunked"),
+        "policy_head": (policy, "ours: policy_head"),
+        "attention_divergence": (attention, "ours: torch"),
+    }
+
+
+CASES = cases()
+
+
+def bound(name: str) -> Run:
+    case, chosen = CASES[name]
+    torch.set_num_threads(1)
+    known = {i.name: i for i in case.implementations}
+    for implementation in (chosen, "ours: reference"):
+        run = known[implementation].make(case.inputs())
+        try:
+            run()
+        except Absent:
+            continue
+        return run
+    raise AssertionError(f"{name}: nothing runs here")
+
+
+def yardstick() -> Callable[[], object]:
+    """A matmul of 256 rows with the unembedding, and the exponential of it."""
+    generator = torch.Generator().manual_seed(0)
+    rows, weight = (torch.randn(n, HEAD.width, generator=generator) for n in (256, HEAD.vocabulary))
+    return lambda: torch.mm(rows, weight.t()).exp_()
+
+
+def ratio(run: Callable[[], object]) -> float:
+    """Median over pairs of seconds of `run` over seconds of the yardstick."""
+    bare = yardstick()
+    run()
+    bare()
+    pairs = [(_seconds(bare), _seconds(run)) for _ in range(PAIRS)]
+    return statistics.median(mine / theirs for theirs, mine in pairs)
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_not_slower_than_the_baseline(name: str, benchmark) -> None:
+    run = bound(name)
+    baseline = json.loads(BASELINE.read_text())[name]
+    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+    found = []
+    for _ in range(3):
+        found.append(ratio(run))
+        if found[-1] <= SLACK * baseline:
+            break
+    benchmark.extra_info |= {"ratio": min(found), "baseline": baseline}
+    assert min(found) <= SLACK * baseline, (
+        f"{name} takes {min(found):.2f} times the yardstick, {baseline:.2f} in the baseline"
+    )
+
+
+def main() -> None:
+    """Write the baseline: the median of five measurements of each case."""
+    found = {name: round(statistics.median(ratio(bound(name)) for _ in range(5)), 3)
+             for name in CASES}  # fmt: skip
+    BASELINE.write_text(json.dumps(found, indent=1) + "\n")
+    print(BASELINE.read_text())
+
+
+if __name__ == "__main__":
+    main()
