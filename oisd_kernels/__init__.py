@@ -3,6 +3,7 @@
 Each op has a readable twin in `oisd_kernels.reference`, reached with `impl="reference"`.
 """
 
+from oisd_kernels.attention import AttentionAlignment, flash_attention
 from oisd_kernels.attention_divergence import attention_divergence
 from oisd_kernels.linear_logprob import linear_logprob
 from oisd_kernels.logit_lens import logit_lens_divergence
@@ -10,10 +11,12 @@ from oisd_kernels.policy_head import PolicyHead, policy_head
 from oisd_kernels.reference import LensStats, LinearLogprob
 
 __all__ = [
+    "AttentionAlignment",
     "LensStats",
     "LinearLogprob",
     "PolicyHead",
     "attention_divergence",
+    "flash_attention",
     "linear_logprob",
     "logit_lens_divergence",
     "policy_head",
