@@ -195,6 +195,10 @@ class AlignmentConfig:
     divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"
     beta: float = 0.5
     """The teacher's share of the mixture in the Jensen-Shannon divergence."""
+    attention_kernel: Literal["auto", "fused", "separate", "reference"] = "auto"
+    """How the attention loss is computed: in the student layers' own attention ("fused"), beside it
+    ("separate"), with whole maps in memory ("reference"). "auto" fuses on a GPU where a layer
+    allows it, and is "separate" elsewhere and with sampled keys."""
     attention_steps: int | None = None
     """Decoding steps per rollout in the attention loss, drawn at random; all by default."""
     key_window: int | None = None
@@ -246,6 +250,12 @@ class AlignmentConfig:
             "oisd.key_window and oisd.key_stride",
             "given together",
             (self.key_window, self.key_stride),
+        )
+        _require(
+            self.attention_kernel != "fused" or self.key_window is None,
+            "oisd.attention_kernel",
+            "another than 'fused' with sampled keys (oisd.key_window)",
+            self.attention_kernel,
         )
         for name in ("key_window", "key_stride"):
             value = getattr(self, name)

@@ -5,116 +5,29 @@
   `last_hidden_state @ weight.T + bias`; what the model does to logits afterwards (scale, softcap)
   is read from its answer to a known ramp put in place of the head's output. A model that does
   anything else is refused.
-* Queries and keys are taken where attention modules hand them to transformers' AttentionInterface.
-  A tapped module sees its config through a proxy whose attention implementation is "oisd"; that
-  function hands the call on to the implementation that the config itself names. The config is not
-  touched: masks are built as always (a model-wide switch needs a mask function of its own, or
-  padding is ignored), other layers, and models that share the config, do not notice, and any
-  implementation can be behind it, also FlashAttention's, which looks up its name in the config.
+* Queries and keys are taken in `oisd.attention_interface`.
 
 B batch, T positions, D width, V vocabulary, H query heads, J key heads, K head dimension.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
-IMPLEMENTATION = "oisd"
+from oisd.attention_interface import PLAN, AttentionCall, FusedPlan, UnsupportedModelError, tapped
 
 # Where configs keep the factor of the logits; whether it multiplies or divides, the probe tells.
 _SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 _SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap")
-
-
-class UnsupportedModelError(ValueError):
-    """A model whose layout Taps does not understand; says what was not found or what differed."""
-
-
-class AttentionCall(NamedTuple):
-    """What one attention module handed to the attention interface, and what came back."""
-
-    implementation: str
-    q: Tensor  # [B, H, T, K]
-    k: Tensor  # [B, J, T, K]
-    v: Any  # [B, J, T, K], for the probe alone
-    out: Any  # [B, T, H, K], for the probe alone
-    scale: float
-    softcap: float | None
-    window: int | None
-    sinks: bool
-
-
-class _TappedConfig:
-    """An attention module's config, but for its attention implementation, which is ours."""
-
-    _attn_implementation = IMPLEMENTATION
-
-    def __init__(self, original: Any, record: Callable[[AttentionCall], None]):
-        self.original, self.record = original, record
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "original" or name.startswith("__"):  # not yet there while being copied
-            raise AttributeError(name)
-        return getattr(self.original, name)
-
-
-def _tapped_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """The attention function of tapped modules: what the config asks for, and a record of it."""
-    proxy = module.config
-    # The implementation may read its own name from the config.
-    module.config = proxy.original
-    try:
-        implementation = proxy.original._attn_implementation or "eager"
-        attend = _attention_function(module, implementation)
-        out, weights = attend(module, query, key, value, attention_mask, **kwargs)
-    finally:
-        module.config = proxy
-    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    softcap, window = kwargs.get("softcap"), kwargs.get("sliding_window")
-    sinks = kwargs.get("s_aux") is not None
-    proxy.record(
-        AttentionCall(implementation, query, key, value, out, scale, softcap, window, sinks)
-    )
-    return out, weights
-
-
-AttentionInterface.register(IMPLEMENTATION, _tapped_attention)
-
-
-def _attention_function(module: nn.Module, implementation: str) -> Callable[..., Any]:
-    """The function `module` itself would have called; some model files have their own table."""
-    for cls in type(module).__mro__:  # FSDP2 puts classes of its own in front
-        source = sys.modules.get(cls.__module__)
-        if hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
-            if implementation == "eager":
-                return source.eager_attention_forward  # pyright: ignore
-            return source.ALL_ATTENTION_FUNCTIONS[implementation]  # pyright: ignore
-    raise UnsupportedModelError(f"Taps: {type(module).__name__} has no attention functions")
-
-
-@contextmanager
-def tapped(layer: nn.Module, record: Callable[[AttentionCall], None]) -> Iterator[None]:
-    """Records each call of the attention interface from a module inside `layer`."""
-    modules = [m for m in layer.modules() if hasattr(vars(m).get("config"), "_attn_implementation")]
-    originals = [m.config for m in modules]
-    for module in modules:
-        module.config = _TappedConfig(module.config, record)  # pyright: ignore
-    try:
-        yield
-    finally:
-        for module, original in zip(modules, originals, strict=True):
-            module.config = original
 
 
 class Layout(NamedTuple):
@@ -308,8 +221,11 @@ def _is_causal_softmax(call: AttentionCall) -> bool:
     return _close(call.out, out, slack=min(2 * eps * float(scores.abs().max()), 8.0))
 
 
-def check_attention(layout: Layout, layers: Sequence[int]) -> None:
-    """Raises unless each of these layers, the teacher first, attends by one causal softmax."""
+def check_attention(layout: Layout, layers: Sequence[int]) -> dict[int, AttentionCall]:
+    """A call of each of these layers, the teacher first.
+
+    Raises unless each attends by one causal softmax.
+    """
     model = layout.model
     calls: dict[int, list[AttentionCall]] = {layer: [] for layer in layers}
     with torch.no_grad(), _eval_mode(model), ExitStack() as stack:
@@ -339,3 +255,34 @@ def check_attention(layout: Layout, layers: Sequence[int]) -> None:
                 f"Taps: layer {layer} must have the last layer's number of heads and softcap, "
                 f"got {call.q.shape[1]}, {call.softcap} and {teacher.q.shape[1]}, {teacher.softcap}"
             )
+    return {layer: calls[layer][0] for layer in layers}
+
+
+@contextmanager
+def planned(layout: Layout, make: Callable[[Mapping[str, Any]], FusedPlan]) -> Iterator[None]:
+    """Gives each forward of the decoder, and so its layers, a plan made from its arguments."""
+    signature = inspect.signature(layout.decoder.forward)
+
+    def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        arguments = {**dict(zip(signature.parameters, args, strict=False)), **kwargs}
+        return args, {**kwargs, PLAN: make(arguments)}
+
+    hook = layout.decoder.register_forward_pre_hook(add, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def takes_plans(layout: Layout, layers: Sequence[int]) -> bool:
+    """Whether what the decoder is given beside its arguments arrives at these layers' attention."""
+    calls: list[AttentionCall] = []
+    with torch.no_grad(), _eval_mode(layout.model), ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(tapped(layout.layers[layer - 1], calls.append))
+        stack.enter_context(planned(layout, lambda _: FusedPlan("auto", {}, {})))
+        try:
+            layout.model(input_ids=_probe_ids(layout.model), use_cache=False)
+        except TypeError:  # an argument that it does not know
+            return False
+    return all(call.planned for call in calls)

@@ -39,6 +39,7 @@ from oisd_kernels.policy_loss import PolicyLoss, policy_loss
 
 if TYPE_CHECKING:
     from oisd.models import AttentionPair
+    from oisd_kernels import AttentionAlignment
 
 
 @dataclass(frozen=True)
@@ -417,7 +418,8 @@ def attention_loss(
 
     Args:
         pairs: for each student layer its post-rotary queries and keys and the final layer's, dense
-            [B, T, H, K] with right padding, or packed [N, H, K].
+            [B, T, H, K] with right padding, or packed [N, H, K]. A pair with an alignment (see
+            `Taps`) is dense, padded on either side.
         advantages: [B] or [B, T], or packed [N]: of the sequence that each query belongs to.
         config: divergence, beta, clip.
         token_weight: [B, T], or packed [N]; 0 at a query that does not predict a completion token.
@@ -440,26 +442,59 @@ def attention_loss(
     # enough for that, and rows of weight 0 are in no mean.
     divisor = torch.where(signed == 0, 1.0, signed)
     for pair in pairs:
-        rows = attention_divergence(
-            pair.q,
-            pair.k,
-            pair.q_teacher,
-            pair.k_teacher,
-            token_weight=signed,
-            cu_seqlens=cu_seqlens,
-            window=pair.window,
-            softcap=pair.softcap,
-            scale=pair.scale,
-            scale_teacher=pair.scale_teacher,
-            divergence=config.divergence,
-            beta=config.beta,
-            key_index=key_index,
-            impl=impl,
-        )
+        if pair.alignment is None:
+            rows = attention_divergence(
+                pair.q,
+                pair.k,
+                pair.q_teacher,
+                pair.k_teacher,
+                token_weight=signed,
+                cu_seqlens=cu_seqlens,
+                window=pair.window,
+                softcap=pair.softcap,
+                scale=pair.scale,
+                scale_teacher=pair.scale_teacher,
+                divergence=config.divergence,
+                beta=config.beta,
+                key_index=key_index,
+                impl=impl,
+            )
+        else:
+            rows = _fused_rows(pair, pair.alignment, signed, config, key_index, cu_seqlens)
         total = total + rows.sum()
         by_sign = _by_sign("js/attention", rows.detach() / divisor, signed)
         metrics = add_metrics(metrics, by_sign)
     return total / max(len(pairs), 1), metrics
+
+
+def _fused_rows(
+    pair: AttentionPair,
+    alignment: AttentionAlignment,
+    signed: Tensor,
+    config: AlignmentConfig,
+    key_index: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """Weighted divergence [B, T] whose gradient is the student layer's own attention's work."""
+    if key_index is not None or cu_seqlens is not None:
+        raise ValueError(
+            "attention_loss: pairs with an alignment must come without key_index and cu_seqlens; "
+            'make the Taps with attention_kernel="separate" for those'
+        )
+    if (alignment.divergence, alignment.beta) != (config.divergence, config.beta):
+        raise ValueError(
+            f"attention_loss: config must have the alignment's divergence and beta, "
+            f"({alignment.divergence!r}, {alignment.beta}), got ({config.divergence!r}, "
+            f"{config.beta}); give Taps the same"
+        )
+    rows = alignment.loss(
+        pair.q_teacher.flatten(0, 1),
+        pair.k_teacher.flatten(0, 1),
+        token_weight=signed.flatten(),
+        lse_teacher=pair.lse_teacher,
+        scale_teacher=pair.scale_teacher,
+    )
+    return rows.view(signed.shape)
 
 
 def sampled_steps(mask: Tensor, noise: Tensor, count: int) -> Tensor:

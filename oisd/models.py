@@ -12,7 +12,7 @@ K head dimension, N tokens that are not padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -20,17 +20,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from oisd.attention_interface import AttentionCall, FusedPlan, UnsupportedModelError, tapped
 from oisd.layout import (
-    AttentionCall,
-    UnsupportedModelError,
     check_attention,
     find_layout,
     first_tensor,
     head_parameters,
+    planned,
     refuse_variants,
-    tapped,
+    takes_plans,
     unwrap,
 )
+from oisd_kernels import AttentionAlignment
 
 __all__ = ["AttentionPair", "Taps", "Unembedding", "UnsupportedModelError", "pack_padded"]
 
@@ -54,6 +55,10 @@ class AttentionPair(NamedTuple):
     scale_teacher: float
     softcap: float | None
     window: int | None  # the smaller of the two layers' windows; keys i-w < j <= i
+    # Of a student layer that ran `flash_attention`: its loss puts the gradient into that layer's
+    # attention. Padding is honoured, so that the rest of the pair is to stay dense.
+    alignment: AttentionAlignment | None = None
+    lse_teacher: Tensor | None = None  # [H, B*T], where it is known over the same keys
 
 
 class Taps:
@@ -75,6 +80,13 @@ class Taps:
     lens_norm: whether the final norm comes before the unembedding ("final": the logit lens) or
         nothing does ("none": BuPO).
     freeze_norm: whether the student branch gives the final norm's own parameters no gradient.
+    attention_kernel: "separate" leaves the attention to the model. "fused": the student layers and
+        the last one run `oisd_kernels.flash_attention`, and each pair of `attention()` has an
+        alignment, whose loss costs no pass of its own in the backward; "auto" does so on a GPU, and
+        is "separate" for a layer that cannot (dropout, a window wider than the last layer's, a mask
+        that is not padding, a head dimension over 256), for which "fused" raises. With gradient
+        checkpointing the backward of a fused forward has to run inside the context.
+    divergence, beta: of the alignments.
 
     Raises ValueError on arguments out of range, UnsupportedModelError on a model whose layout or
     attention is not understood, and RuntimeError in a forward under reentrant checkpointing.
@@ -88,7 +100,15 @@ class Taps:
         lens_norm: str = "final",
         *,
         freeze_norm: bool = True,
+        attention_kernel: str = "separate",
+        divergence: str = "jsd",
+        beta: float = 0.5,
     ):
+        if attention_kernel not in ("auto", "fused", "separate"):
+            raise ValueError(
+                f'Taps: attention_kernel must be "auto", "fused" or "separate", got '
+                f"{attention_kernel!r}"
+            )
         if lens_norm not in ("final", "none"):
             raise ValueError(f'Taps: lens_norm must be "final" or "none", got {lens_norm!r}')
         self._layout = find_layout(unwrap(model))
@@ -107,14 +127,44 @@ class Taps:
         # Without a student there is nothing to compare the teacher's attention with.
         attending = attention and bool(self.student_layers)
         self._attending = (self.num_layers, *self.student_layers) if attending else ()
-        if attending:
-            check_attention(self._layout, self._attending)
+        self._kernel, self._divergence, self._beta = attention_kernel, divergence, beta
+        calls = check_attention(self._layout, self._attending) if attending else {}
+        self._fusable = self._choose_fusable(calls)
         self._open: ExitStack | None = None
         self._capturing = self._wants_grad = False
         self.clear()
 
+    def _choose_fusable(self, calls: dict[int, AttentionCall]) -> tuple[int, ...]:
+        """The student layers whose alignment can be in their own backward."""
+        if self._kernel == "separate" or not calls:
+            return ()
+
+        def width(layer: int) -> float:
+            window = calls[layer].window
+            return float("inf") if window is None else window
+
+        narrow = [n for n in self.student_layers if width(n) <= width(self.num_layers)]
+        fusable = tuple(narrow) if takes_plans(self._layout, self._attending) else ()
+        if self._kernel == "fused" and len(fusable) < len(self.student_layers):
+            raise UnsupportedModelError(
+                f'Taps: attention_kernel="fused" must have student layers whose window is no wider '
+                f"than the last layer's, in a model that hands its arguments on to its attention, "
+                f'got layers {[*self.student_layers]} of which {[*fusable]} can; use "auto"'
+            )
+        return fusable
+
+    def _plan(self, arguments: Mapping[str, Any]) -> FusedPlan:
+        alignments: dict[int, AttentionAlignment | None] = {self.num_layers: None}
+        if not self.enabled:
+            return FusedPlan(self._kernel, {}, arguments)
+        for layer in self._fusable:
+            alignments[layer] = AttentionAlignment(self._divergence, self._beta)
+        self._current_plan = FusedPlan(self._kernel, alignments, arguments)
+        return self._current_plan
+
     def clear(self) -> None:
         """Drops the captures."""
+        self._current_plan: FusedPlan | None = None
         self._hidden: dict[int, Tensor] = {}  # layer L's is the one after the final norm
         self._calls: dict[int, AttentionCall] = {}
 
@@ -130,7 +180,9 @@ class Taps:
                 hook = layers[layer - 1].register_forward_hook(self._keep_hidden(layer))
                 stack.callback(hook.remove)
             for layer in self._attending:
-                stack.enter_context(tapped(layers[layer - 1], self._keep_call(layer)))
+                stack.enter_context(tapped(layers[layer - 1], self._keep_call(layer), layer))
+            if self._fusable:
+                stack.enter_context(planned(self._layout, self._plan))
             self._open = stack.pop_all()
         return self
 
@@ -239,10 +291,13 @@ class Taps:
                     f"Taps: attention needs as many keys as queries, got {call.k.shape[2]} and "
                     f"{call.q.shape[2]}; run the whole sequence with use_cache=False"
                 )
-        teacher = self._calls[self.num_layers]
-        return [self._pair(self._calls[layer], teacher) for layer in self.student_layers]
+        return [self._pair(layer) for layer in self.student_layers]
 
-    def _pair(self, student: AttentionCall, teacher: AttentionCall) -> AttentionPair:
+    def _pair(self, layer: int) -> AttentionPair:
+        student, teacher = self._calls[layer], self._calls[self.num_layers]
+        alignment, plan = None, self._current_plan
+        if plan is not None and layer in plan.fused:
+            alignment = plan.alignments[layer]
         windows = [call.window for call in (student, teacher) if call.window is not None]
         return AttentionPair(
             student.q.transpose(1, 2),
@@ -253,6 +308,8 @@ class Taps:
             teacher.scale,
             student.softcap,
             min(windows, default=None),
+            alignment,
+            teacher.lse if student.window == teacher.window else None,
         )
 
 

@@ -43,6 +43,9 @@ class Objective:
             student_layers=list(align.student_layers) if align.active else [],
             attention=align.attention_weight > 0,
             lens_norm=align.lens_norm,
+            attention_kernel=self._attention_kernel(),
+            divergence=align.divergence,
+            beta=align.beta,
         )
         self.coefficients = {"grpo": 1.0}
         if align.think_weight:
@@ -162,9 +165,16 @@ class Objective:
                     self._attention_steps(batch, step), "sequence-mean", num_sequences=sequences
                 ),
                 key_index=self._attention_keys(batch),
+                impl="reference" if align.attention_kernel == "reference" else "auto",
             )
             metrics |= more
         return computed, metrics
+
+    def _attention_kernel(self) -> str:
+        """What the taps are to do: keys are sampled beside the attention, never inside it."""
+        align = self.config.oisd
+        beside = align.key_window is not None or align.attention_kernel == "reference"
+        return "separate" if beside else align.attention_kernel
 
     def _attention_steps(self, batch: Batch, step: int) -> Tensor:
         """[B, T] the queries of the attention loss: all, or the paper's sampled decoding steps."""

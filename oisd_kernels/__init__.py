@@ -4,6 +4,7 @@ Each op has a readable twin in `oisd_kernels.reference`, reached with `impl="ref
 of Liger Kernel and TRL, under their names, are in `oisd_kernels.drop_in`.
 """
 
+from oisd_kernels.attention import AttentionAlignment, flash_attention
 from oisd_kernels.attention_divergence import attention_divergence
 from oisd_kernels.distillation import distillation_divergence
 from oisd_kernels.linear_logprob import linear_logprob
@@ -13,12 +14,14 @@ from oisd_kernels.policy_loss import PolicyTerms
 from oisd_kernels.reference import LensStats, LinearLogprob
 
 __all__ = [
+    "AttentionAlignment",
     "LensStats",
     "LinearLogprob",
     "PolicyHead",
     "PolicyTerms",
     "attention_divergence",
     "distillation_divergence",
+    "flash_attention",
     "linear_logprob",
     "logit_lens_divergence",
     "policy_head",

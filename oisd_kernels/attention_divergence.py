@@ -9,16 +9,17 @@ other; within a layer it reads key head h // (H / J). The divergences are those 
 `oisd_kernels.reference`; jsd with beta = 1/2 is eq. 8 to 10 of arXiv 2605.29089.
 """
 
-from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from oisd_kernels import checks, reference
+from oisd_kernels.attention_checks import check_cu_seqlens, check_layer, check_masks, choose
+from oisd_kernels.attention_geometry import dense_geometry, pack_statistic, packed_geometry
+from oisd_kernels.attention_pass import attention_pass
 
 OP = "attention_divergence"
-NAMES = ("reference", "torch", "triton", "cuda")
-# In order of preference: "auto" takes the first. Each takes every argument but `impl`.
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": reference.attention_divergence}
 
 
 def attention_divergence(
@@ -44,17 +45,20 @@ def attention_divergence(
 ) -> Tensor:
     """Signed, weighted divergence of a layer's attention from the final layer's, per query.
 
-    Two forms: dense (B sequences of T tokens) and packed (N tokens of all sequences in a row). In
-    the dense form every position counts as a key; pack to leave padding out.
+    Two forms, told apart by the teacher's dimensions: dense (B sequences of T tokens) and packed
+    (N tokens of all sequences in a row). In the dense form every position counts as a key; pack to
+    leave padding out. S student layers against one teacher have one dimension more than it, in
+    front: then its scores are computed once for all of them, and the result is [S, B, T] or [S, N].
 
     Args:
-        q: [B, T, H, K] or [N, H, K], the student's queries after rotary embedding. Receives
-            gradient, as `k` does.
-        k: [B, T, J, K] or [N, J, K], its keys; J divides H.
-        q_teacher: as `q` with the same H; K may differ. Receives no gradient.
-        k_teacher: as `k`; J and K may differ from the student's.
-        token_weight: [B, T] or [N], signed, any float dtype; receives no gradient. Rows of weight 0
-            are left out: they give 0 and pass no gradient on, even if they hold NaN.
+        q: [B, T, H, K] or [N, H, K], or S of them in front, the student's queries after rotary
+            embedding. Receives gradient, as `k` does.
+        k: [B, T, J, K] or [N, J, K], or S of them, its keys; J divides H.
+        q_teacher: [B, T, H, K] or [N, H, K]; K may differ from the student's. Receives no gradient.
+        k_teacher: [B, T, J, K] or [N, J, K]; J and K may differ from the student's.
+        token_weight: [B, T] or [N], of all layers or S of them, signed, any float dtype; receives
+            no gradient. Rows of weight 0 are left out: they give 0 and pass no gradient on, even if
+            they hold NaN.
         cu_seqlens: packed form only, int32 or int64 [number of sequences + 1], from 0 to N, never
             falling. None: one sequence. Its values are checked on the CPU only.
         causal: query i sees keys j <= i.
@@ -70,16 +74,21 @@ def attention_divergence(
             within its own sequence; -1 is an empty slot. Keys that the masks hide are left out,
             duplicates count once, and both distributions are renormalised over the rest. A query
             left without a key gives 0 and no gradient. Its values are checked on the CPU only.
-        lse, lse_teacher: [B, H, T] or [H, N] (FlashAttention's layout), logsumexp of the scaled and
-            capped scores over the visible keys, where the attention forward has them. They save
-            kernels a pass and add no information: "reference" checks their shape and ignores them.
+        lse, lse_teacher: [B, H, T] or [H, N] (FlashAttention's layout; S of `lse` where there are
+            layers), logsumexp of the scaled and capped scores over the visible keys, where the
+            attention forward has them. They save a pass each and must agree with the scores:
+            "reference" checks their shape and ignores them. They receive no gradient.
         reduction: "none"; "sum"; "mean", which divides by the number of rows of weight other than 0
             (the result is 0 if there is none).
-        impl: "reference" (maps in memory, plain autograd). "auto" takes it, as the only one
-            available. "torch", "triton", "cuda" are reserved names and an error until they exist.
+        impl: "torch" (blocks of scores, any device; asks the device for lengths and kept rows),
+            "triton" (kernels on a GPU, or under TRITON_INTERPRET=1; K at most 256), "reference"
+            (maps in memory, plain autograd, which alone can be differentiated twice). "auto" is
+            "triton" on a GPU and "torch" elsewhere, with key_index "torch" everywhere. "cuda" is a
+            reserved name and an error until it exists.
 
     Returns:
-        token_weight * divergence in nats, mean over heads, [B, T] or [N], or a scalar. float32;
+        token_weight * divergence in nats, mean over heads, [B, T] or [N], with S in front
+        where there are layers, or a scalar. float32;
         float64 if q, k or the teacher's is.
 
     All float dtypes may be mixed; the computation is in the dtype of the result, autocast or not.
@@ -90,92 +99,114 @@ def attention_divergence(
 
     Source: arXiv 2605.29089, eq. 8 to 10; the weight is its clipped advantage.
     """
-    checks.check_dims(OP, "q", q, {3: "[N, H, K]", 4: "[B, T, H, K]"})
-    *rows, heads, _ = q.shape
-    letters = "N" if len(rows) == 1 else "B, T"
-    _check_layer(q, k, "", letters, rows, heads, q)
-    checks.check_dims(OP, "q_teacher", q_teacher, {q.dim(): f"[{letters}, H, K]"})
-    _check_layer(q_teacher, k_teacher, "_teacher", letters, rows, heads, q)
+    checks.check_dims(OP, "q_teacher", q_teacher, {3: "[N, H, K]", 4: "[B, T, H, K]"})
+    packed = q_teacher.dim() == 3
+    letters = "N" if packed else "B, T"
+    stacked = f"[S, {letters}, H, K]"
+    forms = {q_teacher.dim(): f"[{letters}, H, K]", q_teacher.dim() + 1: stacked}
+    checks.check_dims(OP, "q", q, forms)
+    layers = list(q.shape[: q.dim() - q_teacher.dim()])  # [] or [S]
+    *rows, heads, _ = q.shape[len(layers) :]
     device = q.device
+    if layers == [0]:
+        raise checks.argument_error(OP, "q", "have at least one layer", list(q.shape))
+    in_front = f"S, {letters}" if layers else letters
+    check_layer(OP, q, k, "", in_front, [*layers, *rows], heads, device)
+    check_layer(OP, q_teacher, k_teacher, "_teacher", letters, rows, heads, device)
     if token_weight is not None:
-        checks.check_tensor(OP, "token_weight", token_weight, f"[{letters}]", rows, device=device)
+        own = layers if isinstance(token_weight, Tensor) and token_weight.dim() > len(rows) else []
+        layout = f"[{in_front if own else letters}]"
+        sizes = [*own, *rows]
+        checks.check_tensor(OP, "token_weight", token_weight, layout, sizes, device=device)
     if cu_seqlens is not None:
-        _check_cu_seqlens(cu_seqlens, rows, q)
-    checks.check_flag(OP, "causal", causal)
-    checks.check_count(OP, "window", window)
-    checks.check_positive(OP, "softcap", softcap, optional=True)
+        check_cu_seqlens(OP, cu_seqlens, rows, q)
+    check_masks(OP, causal, window, softcap)
     checks.check_positive(OP, "scale", scale, optional=True)
     checks.check_positive(OP, "scale_teacher", scale_teacher, optional=True)
     checks.check_divergence(OP, divergence, beta)
     if key_index is not None:
         _check_key_index(key_index, letters, rows, cu_seqlens, q)
-    layout, sizes = (
-        ("[H, N]", (heads, *rows)) if len(rows) == 1 else ("[B, H, T]", (rows[0], heads, rows[1]))
-    )
-    for name, x in (("lse", lse), ("lse_teacher", lse_teacher)):
+    layout, sizes = ("H, N", (heads, *rows)) if packed else ("B, H, T", (rows[0], heads, rows[1]))
+    for name, x, own in (("lse", lse, layers), ("lse_teacher", lse_teacher, [])):
         if x is not None and key_index is not None:
             remedy = "it covers all keys, key_index only some: pass one of them"
             raise checks.argument_error(OP, name, "be None beside key_index", "a tensor", remedy)
         if x is not None:
-            checks.check_tensor(OP, name, x, layout, sizes, device=device)
+            shape = f"[{'S, ' if own else ''}{layout}]"
+            checks.check_tensor(OP, name, x, shape, [*own, *sizes], device=device)
     checks.check_choice(OP, "reduction", reduction, checks.REDUCTIONS)
-    run = checks.choose(OP, impl, IMPLEMENTATIONS, NAMES)
-    return run(
-        q,
-        k,
-        q_teacher,
-        k_teacher,
-        token_weight=token_weight,
-        cu_seqlens=cu_seqlens,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        scale=scale,
-        scale_teacher=scale_teacher,
-        divergence=divergence,
-        beta=beta,
-        key_index=key_index,
-        lse=lse,
-        lse_teacher=lse_teacher,
-        reduction=reduction,
-    )
+    widths = q.shape[-1], q_teacher.shape[-1]
+    chosen = choose(OP, impl, q, widths, sampled=key_index is not None)
+    options = _Options(
+        token_weight, cu_seqlens, causal, window, softcap, scale, scale_teacher, divergence, beta,
+        key_index, lse, lse_teacher, reduction,
+    )  # fmt: skip
+    if chosen == "reference":
+        options = options._asdict()
+        return reference.attention_divergence(q, k, q_teacher, k_teacher, **options)
+    return _fused(q, k, q_teacher, k_teacher, options, chosen)
 
 
-def _check_layer(
-    q: Tensor, k: Tensor, suffix: str, letters: str, rows: list[int], heads: int, student: Tensor
-) -> None:
-    """Queries and keys of one layer, "" or "_teacher", against the student's rows and heads."""
-    dim = q.shape[-1]
-    q_layout, k_layout = f"[{letters}, H, K]", f"[{letters}, J, K]"
-    device = student.device
-    checks.check_tensor(OP, f"q{suffix}", q, q_layout, (*rows, heads, dim), device=device)
-    checks.check_tensor(OP, f"k{suffix}", k, k_layout, (*rows, None, dim), device=device)
-    if heads == 0 or dim == 0:
-        raise checks.argument_error(OP, f"q{suffix}", "have H and K of at least 1", list(q.shape))
-    key_heads = k.shape[-2]
-    if key_heads == 0 or heads % key_heads:
-        wanted = f"have a number of heads J that divides H = {heads}"
-        raise checks.argument_error(OP, f"k{suffix}", wanted, f"J = {key_heads}")
+class _Options(NamedTuple):
+    token_weight: Tensor | None
+    cu_seqlens: Tensor | None
+    causal: bool
+    window: int | None
+    softcap: float | None
+    scale: float | None
+    scale_teacher: float | None
+    divergence: str
+    beta: float
+    key_index: Tensor | None
+    lse: Tensor | None
+    lse_teacher: Tensor | None
+    reduction: str
 
 
-def _check_cu_seqlens(cu_seqlens: Tensor, rows: list[int], q: Tensor) -> None:
-    if len(rows) != 1:
-        remedy = "pack q and k to [N, H, K], or leave cu_seqlens out"
-        raise checks.argument_error(
-            OP, "cu_seqlens", "be None in the dense form [B, T, H, K]", "a tensor", remedy
-        )
-    layout = "[number of sequences + 1]"
-    checks.check_tensor(
-        OP, "cu_seqlens", cu_seqlens, layout, (None,), dtypes=checks.OFFSET_DTYPES, device=q.device
-    )
-    if cu_seqlens.numel() == 0:
-        raise checks.argument_error(OP, "cu_seqlens", "have at least one entry", "none", "pass [0]")
-    if cu_seqlens.device.type == "cpu":
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != rows[0] or bool((cu_seqlens.diff() < 0).any()):
-            wanted = f"rise from 0 to N = {rows[0]}"
-            remedy = "build it as cumsum of the lengths with a 0 in front"
-            raise checks.argument_error(OP, "cu_seqlens", wanted, offsets, remedy)
+def _fused(
+    q: Tensor, k: Tensor, q_teacher: Tensor, k_teacher: Tensor, options: _Options, impl: str
+) -> Tensor:
+    """Everything packed, one layer as S = 1, and back."""
+    stacked = q.dim() > q_teacher.dim()
+    rows = q.shape[:-2]  # with S in front, if there are layers
+    dense = q_teacher.dim() == 4
+    if not stacked:
+        q, k = q[None], k[None]
+    scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
+    scale_teacher = options.scale if options.scale_teacher is None else options.scale_teacher
+    if scale_teacher is None:
+        scale_teacher = q_teacher.shape[-1] ** -0.5
+    lse, lse_teacher = options.lse, options.lse_teacher
+    if lse is not None and not stacked:
+        lse = lse[None]
+    masks = options.causal, options.window, options.softcap
+    if dense:
+        geometry = dense_geometry(q, q_teacher.shape[0], q_teacher.shape[1], *masks)
+        lse = None if lse is None else pack_statistic(lse)
+        lse_teacher = None if lse_teacher is None else pack_statistic(lse_teacher)
+        q, k = q.flatten(1, 2), k.flatten(1, 2)
+        q_teacher, k_teacher = q_teacher.flatten(0, 1), k_teacher.flatten(0, 1)
+    else:
+        geometry = packed_geometry(q, len(q_teacher), options.cu_seqlens, *masks)
+    weight, key_index = options.token_weight, options.key_index
+    if weight is not None:
+        weight = weight.detach().expand(rows).reshape(q.shape[:2])
+    loss = attention_pass(
+        q, k, q_teacher.detach(), k_teacher.detach(), weight, geometry.cu_seqlens,
+        None if key_index is None else key_index.flatten(0, -2), _detached(lse),
+        _detached(lse_teacher), geometry.max_length, *masks, float(scale), float(scale_teacher),
+        options.divergence, float(options.beta), impl,
+    )[0].view(rows)  # fmt: skip
+    if options.reduction == "none":
+        return loss
+    if options.reduction == "sum":
+        return loss.sum()
+    count = loss.numel() if weight is None else (weight != 0).sum()
+    return loss.sum() / torch.as_tensor(count, device=loss.device).clamp_min(1)
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
 
 
 def _check_key_index(

@@ -162,13 +162,51 @@ def linear_logprob(
         return LinearLogprob(logprob, _entropy(lq.detach()), logits.detach().logsumexp(-1))
 
 
-def attention_divergence(
+def attention(
     q: Tensor,  # [B, T, H, K] or [N, H, K]
     k: Tensor,  # [B, T, J, K] or [N, J, K]
-    q_teacher: Tensor,  # as q, K may differ
-    k_teacher: Tensor,  # as k, J and K may differ
+    v: Tensor,  # as k
     *,
-    token_weight: Tensor | None = None,  # [B, T] or [N]
+    cu_seqlens: Tensor | None = None,  # [B + 1], packed form only
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:  # [B, T, H, K] or [N, H, K]; [B, H, T] or [H, N]
+    """`oisd_kernels.flash_attention` with the maps [B, H, T, T] in memory."""
+    with torch.autocast(q.device.type, enabled=False):
+        dtype = _compute_dtype(q, k, v)
+        rows = q.shape[:-2]  # (B, T) or (N,)
+        index, valid = _sequence_index(rows, cu_seqlens, q.device)
+        queries, keys, values = (_take(x.flatten(0, -3), index, valid).to(dtype) for x in (q, k, v))
+        scores = _attention_scores(queries, keys, scale, softcap)  # [B, H, T, T]
+        if scores.numel() == 0:
+            return q * 1, scores.new_zeros((*rows[:-1], q.shape[-2], rows[-1]))
+        lowest = torch.finfo(dtype).min
+        scores = scores.masked_fill(~_visible_keys(valid, causal, window)[:, None], lowest)
+        lse = scores.logsumexp(-1)  # [B, H, T]
+        weights = (scores - lse[..., None]).exp().unflatten(1, (k.shape[-2], -1))
+        out = torch.einsum("bjgqc,bcjk->bqjgk", weights, values).flatten(2, 3)
+        # Back to the rows of q, from which those past a sequence's end are absent.
+        out = (
+            torch.zeros_like(out[0, :1])
+            .expand(rows.numel(), -1, -1)
+            .index_put((index[valid],), out[valid])
+        )
+        flat_lse = lse.transpose(1, 2)
+        flat_lse = lse.new_zeros(rows.numel(), q.shape[-2]).index_put(
+            (index[valid],), flat_lse[valid]
+        )
+        return out.view(q.shape).to(q.dtype), flat_lse.view(*rows, -1).transpose(-1, -2)
+
+
+def attention_divergence(
+    q: Tensor,  # [B, T, H, K] or [N, H, K], or S of them
+    k: Tensor,  # [B, T, J, K] or [N, J, K], or S of them
+    q_teacher: Tensor,  # [B, T, H, K] or [N, H, K], K may differ
+    k_teacher: Tensor,  # [B, T, J, K] or [N, J, K], J and K may differ
+    *,
+    token_weight: Tensor | None = None,  # [B, T] or [N], or S of them
     cu_seqlens: Tensor | None = None,  # [B + 1], packed form only
     causal: bool = True,
     window: int | None = None,
@@ -189,40 +227,73 @@ def attention_divergence(
     del lse, lse_teacher
     with torch.autocast(q.device.type, enabled=False):
         dtype = _compute_dtype(q, k, q_teacher, k_teacher)
-        rows = q.shape[:-2]  # (B, T) or (N,)
-        row_weight = _row_weight(token_weight, rows, dtype, q.device)
+        row_weight = _row_weight(token_weight, q.shape[:-2], dtype, q.device)
 
-        # Both forms become indices [B, T] into flat tokens; past a sequence's end they are invalid.
-        index, valid = _sequence_index(rows, cu_seqlens, q.device)
-        keep = valid & (row_weight.flatten()[index] != 0)
-        live = keep.any(1)  # sequences without a kept row are left out
-        index, valid, keep = index[live], valid[live], keep[live]
+        def layer(q: Tensor, k: Tensor, keep: Tensor) -> Tensor:
+            scales = scale, scale if scale_teacher is None else scale_teacher
+            masks = cu_seqlens, causal, window, key_index
+            tensors = q, k, q_teacher, k_teacher
+            return _attention_rows(*tensors, keep, scales, masks, softcap, divergence, beta, dtype)
 
-        visible = _visible_keys(valid, causal, window)  # [B, T, T]
-        if key_index is not None:
-            visible &= _sampled_keys(key_index.flatten(0, -2)[index], index.shape[1])
-        keep &= visible.any(2)
-        # A key that no kept row sees is cleared: in the backward its zero weight would multiply it,
-        # and 0 * NaN is NaN.
-        seen = (visible & keep[:, :, None]).any(1)  # [B, T]
+        if q.dim() == q_teacher.dim():
+            per_row = layer(q, k, row_weight != 0)
+        else:
+            layers = zip(q.unbind(0), k.unbind(0), row_weight.unbind(0), strict=True)
+            per_row = torch.stack([layer(q, k, weight != 0) for q, k, weight in layers])
+        return _reduce(row_weight, per_row, reduction)
 
-        def log_attention(queries: Tensor, keys: Tensor, factor: float | None) -> Tensor:
-            queries = _take(queries.flatten(0, -3), index, keep).to(dtype)  # [B, T, H, K]
-            keys = _take(keys.flatten(0, -3), index, seen).to(dtype)  # [B, T, J, K]
-            grouped = queries.unflatten(2, (keys.shape[2], -1))  # head h reads key head h // (H/J)
-            scores = torch.einsum("bqjgk,bcjk->bjgqc", grouped, keys).flatten(1, 2)
-            scores = scores * (keys.shape[-1] ** -0.5 if factor is None else factor)
-            return _log_softmax(_softcap(scores, softcap), visible[:, None])  # [B, H, T, T]
 
-        with torch.no_grad():
-            scale_teacher = scale if scale_teacher is None else scale_teacher
-            lp = log_attention(q_teacher, k_teacher, scale_teacher)
-        lq = log_attention(q, k, scale)
+def _attention_rows(
+    q: Tensor,
+    k: Tensor,
+    q_teacher: Tensor,
+    k_teacher: Tensor,
+    keep: Tensor,
+    scales: tuple[float | None, float | None],
+    masks: tuple[Tensor | None, bool, int | None, Tensor | None],
+    softcap: float | None,
+    divergence: str,
+    beta: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Divergence of one layer's rows, [B, T] or [N], mean over heads; 0 where not kept."""
+    cu_seqlens, causal, window, key_index = masks
+    rows = q.shape[:-2]  # (B, T) or (N,)
+    # Both forms become indices [B, T] into flat tokens; past a sequence's end they are invalid.
+    index, valid = _sequence_index(rows, cu_seqlens, q.device)
+    keep = valid & keep.flatten()[index]
+    live = keep.any(1)  # sequences without a kept row are left out
+    index, valid, keep = index[live], valid[live], keep[live]
 
-        row_divergence = _divergence(lp, lq, divergence, beta).mean(1)  # [B, T]
-        per_row = torch.zeros(row_weight.numel(), dtype=dtype, device=q.device)
-        per_row = per_row.index_put((index[keep],), row_divergence[keep])
-        return _reduce(row_weight, per_row.view(rows), reduction)
+    visible = _visible_keys(valid, causal, window)  # [B, T, T]
+    if key_index is not None:
+        visible &= _sampled_keys(key_index.flatten(0, -2)[index], index.shape[1])
+    keep &= visible.any(2)
+    # A key that no kept row sees is cleared: in the backward its zero weight would multiply it,
+    # and 0 * NaN is NaN.
+    seen = (visible & keep[:, :, None]).any(1)  # [B, T]
+
+    def log_attention(queries: Tensor, keys: Tensor, factor: float | None) -> Tensor:
+        queries = _take(queries.flatten(0, -3), index, keep).to(dtype)  # [B, T, H, K]
+        keys = _take(keys.flatten(0, -3), index, seen).to(dtype)  # [B, T, J, K]
+        scores = _attention_scores(queries, keys, factor, softcap)
+        return _log_softmax(scores, visible[:, None])  # [B, H, T, T]
+
+    with torch.no_grad():
+        lp = log_attention(q_teacher, k_teacher, scales[1])
+    lq = log_attention(q, k, scales[0])
+    row_divergence = _divergence(lp, lq, divergence, beta).mean(1)  # [B, T]
+    per_row = torch.zeros(rows.numel(), dtype=dtype, device=q.device)
+    return per_row.index_put((index[keep],), row_divergence[keep]).view(rows)
+
+
+def _attention_scores(
+    queries: Tensor, keys: Tensor, scale: float | None, softcap: float | None
+) -> Tensor:
+    """queries [B, T, H, K], keys [B, T, J, K] -> [B, H, T, T]."""
+    grouped = queries.unflatten(2, (keys.shape[2], -1))  # head h reads key head h // (H/J)
+    scores = torch.einsum("bqjgk,bcjk->bjgqc", grouped, keys).flatten(1, 2)
+    return _softcap(scores * (keys.shape[-1] ** -0.5 if scale is None else scale), softcap)
 
 
 def _divergence(lp: Tensor, lq: Tensor, divergence: str, beta: float) -> Tensor:

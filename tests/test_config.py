@@ -82,6 +82,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "lens_norm": "none",
         "divergence": "reverse_kl",
         "beta": 0.25,
+        "attention_kernel": "separate",
         "attention_steps": 32,
         "key_window": 64,
         "key_stride": 16,

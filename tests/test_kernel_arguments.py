@@ -166,8 +166,6 @@ PACKED = {
         ("lse", X(2, 5, 4), "[2, 5, 4]"),
         ("lse_teacher", X(2, 4), "[2, 4]"),
         ("reduction", None, "None"),
-        ("impl", "torch", "'torch'"),
-        ("impl", "triton", "'triton'"),
         ("impl", "cuda", "'cuda'"),
         ("impl", "sdpa", "'sdpa'"),
     ],
@@ -217,7 +215,7 @@ def test_tiled_is_refused_on_a_cpu(op, arguments):
 
 
 OPS = [
-    pytest.param(attention_divergence, DENSE, "triton", id="attention-dense"),
+    pytest.param(attention_divergence, DENSE, "cuda", id="attention-dense"),
     pytest.param(attention_divergence, PACKED, "cuda", id="attention-packed"),
 ]
 
@@ -227,7 +225,7 @@ OPS = [
     [
         pytest.param(logit_lens_divergence, LENS, "chunked", id="lens"),
         pytest.param(linear_logprob, LOGPROB, "chunked", id="logprob"),
-        pytest.param(attention_divergence, DENSE, "reference", id="attention"),
+        pytest.param(attention_divergence, DENSE, "torch", id="attention"),
     ],
 )
 def test_auto_is_the_first(op, arguments, first):

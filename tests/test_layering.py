@@ -20,6 +20,7 @@ DEFERRED = {("oisd.data", "oisd.arithmetic")}
 USE_TRANSFORMERS = {
     "oisd/models.py",
     "oisd/layout.py",
+    "oisd/attention_interface.py",
     "oisd/policy.py",
     "oisd/rollout.py",
     "oisd/arithmetic.py",

@@ -235,6 +235,22 @@ def test_gradient_does_not_depend_on_the_micro_batches(
         assert values(more)[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
 
 
+@pytest.mark.parametrize("kernel", ["fused", "reference"])
+def test_gradient_does_not_depend_on_the_attention_kernel(policy, batch, kernel):
+    minibatches = [(batch, totals_of(batch))]
+
+    def run(kernel):
+        # The norm of each loss's gradient takes the graph twice.
+        config = config_of(attention_kernel=kernel, tokens=40, run={"grad_norm_every": 1})
+        return gradient_of(policy, config, minibatches)
+
+    (wanted, metrics, norms), (found, more, more_norms) = run("separate"), run(kernel)
+    assert norms["grad_norm/attention"] > 1e-2
+    assert_same(found, wanted)
+    assert more_norms == pytest.approx(norms, rel=1e-5)
+    assert values(more) == pytest.approx(values(metrics), rel=1e-5)
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_rows_of_advantage_zero_can_be_left_out(policy, batch, aggregation):
     config, totals = config_of(aggregation=aggregation), totals_of(batch)

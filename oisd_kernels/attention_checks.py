@@ -1,0 +1,103 @@
+"""Argument checks and the choice of implementation that the attention ops share."""
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from oisd_kernels import attention_torch, checks
+
+IMPLEMENTATIONS = ("torch", "triton", "reference")
+MAX_TRITON_WIDTH = 256
+
+
+def check_layer(
+    op: str, q: Tensor, k: Tensor, suffix: str, letters: str, rows: Sequence[int], heads: int,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Queries and keys of one layer, "" or "_teacher", against the student's rows and heads."""
+    dim = q.shape[-1]
+    q_layout, k_layout = f"[{letters}, H, K]", f"[{letters}, J, K]"
+    checks.check_tensor(op, f"q{suffix}", q, q_layout, (*rows, heads, dim), device=device)
+    checks.check_tensor(op, f"k{suffix}", k, k_layout, (*rows, None, dim), device=device)
+    if heads == 0 or dim == 0:
+        raise checks.argument_error(op, f"q{suffix}", "have H and K of at least 1", list(q.shape))
+    key_heads = k.shape[-2]
+    if key_heads == 0 or heads % key_heads:
+        wanted = f"have a number of heads J that divides H = {heads}"
+        raise checks.argument_error(op, f"k{suffix}", wanted, f"J = {key_heads}")
+
+
+def check_masks(op: str, causal: object, window: object, softcap: object) -> None:
+    checks.check_flag(op, "causal", causal)
+    checks.check_count(op, "window", window)
+    checks.check_positive(op, "softcap", softcap, optional=True)
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, rows: Sequence[int], q: Tensor) -> None:
+    """Offsets of packed sequences; `rows` are q's leading sizes, (N,) or (B, T)."""
+    if len(rows) != 1:
+        remedy = "pack q and k to [N, H, K], or leave cu_seqlens out"
+        raise checks.argument_error(
+            op, "cu_seqlens", "be None in the dense form [B, T, H, K]", "a tensor", remedy
+        )
+    layout = "[number of sequences + 1]"
+    checks.check_tensor(
+        op, "cu_seqlens", cu_seqlens, layout, (None,), dtypes=checks.OFFSET_DTYPES, device=q.device
+    )
+    if cu_seqlens.numel() == 0:
+        raise checks.argument_error(op, "cu_seqlens", "have at least one entry", "none", "pass [0]")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # a value cannot decide what a compiled graph looks like
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != rows[0] or bool((cu_seqlens.diff() < 0).any()):
+        wanted = f"rise from 0 to N = {rows[0]}"
+        remedy = "build it as cumsum of the lengths with a 0 in front"
+        raise checks.argument_error(op, "cu_seqlens", wanted, offsets, remedy)
+
+
+def choose(op: str, impl: object, q: Tensor, widths: Sequence[int], sampled: bool = False) -> str:
+    """ "reference", "torch" or "triton"; "auto" is "triton" on a GPU and "torch" elsewhere.
+
+    Sampled keys are "torch" everywhere. Raises ValueError where the choice cannot run.
+    """
+    if impl == "auto":
+        impl = "triton" if q.is_cuda and not sampled else "torch"
+    if impl not in IMPLEMENTATIONS:
+        here = ", ".join(f'"{name}"' for name in ("auto", *IMPLEMENTATIONS))
+        remedy = "'cuda' is not available in this installation" if impl == "cuda" else ""
+        raise checks.argument_error(op, "impl", f"be one of {here}", repr(impl), remedy)
+    if sampled and impl == "triton":
+        remedy = 'use impl="auto" or "torch"'
+        raise checks.argument_error(op, "impl", "be another beside key_index", "'triton'", remedy)
+    if impl == "triton":
+        _check_triton(op, q, widths)
+    return str(impl)
+
+
+def _check_triton(op: str, q: Tensor, widths: Sequence[int]) -> None:
+    if max(widths) > MAX_TRITON_WIDTH:
+        wanted = f'have a head dimension K of at most {MAX_TRITON_WIDTH} with impl="triton"'
+        raise checks.argument_error(op, "q", wanted, f"K = {max(widths)}", 'use impl="torch"')
+    try:
+        from oisd_kernels import attention_triton
+    except ImportError as error:
+        wanted = "be one of those that can run here"
+        remedy = f'{error}; install triton, or use impl="torch"'
+        raise checks.argument_error(op, "impl", wanted, "'triton'", remedy) from error
+    if torch.compiler.is_compiling() or q.is_cuda:
+        return
+    kernel = getattr(attention_triton, "attention_forward_kernel", None)
+    if type(kernel).__name__ != "InterpretedFunction":
+        remedy = "set TRITON_INTERPRET=1 before Triton is imported to try it on a CPU"
+        raise checks.argument_error(op, "q", 'be on a GPU with impl="triton"', q.device, remedy)
+
+
+def functions(impl: str) -> ModuleType:
+    """The module of "torch" or "triton", which have the same functions."""
+    if impl == "torch":
+        return attention_torch
+    from oisd_kernels import attention_triton  # triton is not to be had on every CPU
+
+    return attention_triton
