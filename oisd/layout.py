@@ -100,12 +100,19 @@ class _Seen(NamedTuple):
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout: neither the result nor the random state may depend on a probe."""
+    """No dropout: neither the result nor the random state may depend on a probe.
+
+    Nor may autocast keep the weights that a probe casts: they have no graph, and the caller's own
+    forward would go on with them.
+    """
     training = [module for module in model.modules() if module.training]
+    cached = torch.is_autocast_cache_enabled()
     model.eval()
+    torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
+        torch.set_autocast_cache_enabled(cached)
         for module in training:
             module.training = True
 

@@ -20,14 +20,16 @@ V vocabulary, H heads, J key/value heads, K head dimension, M sampled keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from oisd.advantages import clip_advantages, frac_zero_std, group_advantages
+from oisd.attention_samples import sampled_keys, sampled_steps
 from oisd.config import AlignmentConfig, GRPOConfig
+from oisd.metrics import Mean, Metrics, add_metrics
 from oisd_kernels import (
     LensStats,
     PolicyTerms,
@@ -41,72 +43,22 @@ if TYPE_CHECKING:
     from oisd.models import AttentionPair
     from oisd_kernels import AttentionAlignment
 
-
-@dataclass(frozen=True)
-class Mean:
-    """A mean that is still open: the total of a quantity and how many it was taken over."""
-
-    total: Tensor
-    count: Tensor
-
-    @classmethod
-    def over(cls, values: Tensor, where: Tensor) -> Mean:
-        """The mean of `values` over the entries at which `where` (same shape) is true."""
-        values = values.detach().float()
-        return cls(torch.where(where, values, 0.0).sum(), where.sum().float())
-
-    def __add__(self, other: Mean) -> Mean:
-        return Mean(self.total + other.total, self.count + other.count)
-
-    def item(self) -> float:
-        """The mean as a number; NaN where it was taken over nothing."""
-        count = self.count.item()
-        return self.total.item() / count if count else math.nan
-
-
-Metrics = dict[str, Mean]
-
-
-def add_metrics(a: Mapping[str, Mean], b: Mapping[str, Mean]) -> Metrics:
-    """The metrics of two parts of a batch, taken together."""
-    merged = dict(a)
-    for name, mean in b.items():
-        merged[name] = merged[name] + mean if name in merged else mean
-    return merged
-
-
-def group_advantages(rewards: Tensor, group_size: int, *, scale_by_std: bool = True) -> Tensor:
-    """GRPO's advantage of each completion against the others for its prompt.
-
-    Args:
-        rewards: [P * group_size], the completions of a prompt next to each other.
-        group_size: completions per prompt, at least 2.
-        scale_by_std: divide by the group's standard deviation (with Bessel's correction, as the
-            reference implementations do); Dr. GRPO (arXiv 2503.20783) does not.
-
-    Returns [P * group_size] float32; exactly 0 throughout a group whose rewards are all equal.
-    Raises ValueError for a size that does not divide the number of rewards.
-    """
-    if group_size < 2 or rewards.dim() != 1 or rewards.numel() % group_size:
-        raise ValueError(
-            "group_advantages: group_size must be at least 2 and divide rewards [P * group_size], "
-            f"got {group_size} for rewards of shape {list(rewards.shape)}"
-        )
-    groups = rewards.float().view(-1, group_size)
-    # The mean of equal numbers may be off by a rounding, and the quotient by the deviation would
-    # blow that up: equality is what decides.
-    equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
-    advantages = groups - groups.mean(dim=1, keepdim=True)
-    if scale_by_std:
-        advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-6)
-    return advantages.masked_fill(equal, 0.0).flatten()
-
-
-def frac_zero_std(rewards: Tensor, group_size: int) -> Mean:
-    """Share of prompts whose completions all earned the same, and so teach nothing."""
-    groups = rewards.view(-1, group_size)
-    equal = (groups == groups[:, :1]).all(dim=1)
-    return Mean.over(equal, torch.ones_like(equal))
+__all__ = [
+    "Mean",
+    "Metrics",
+    "add_metrics",
+    "attention_loss",
+    "clip_advantages",
+    "frac_zero_std",
+    "group_advantages",
+    "grpo_and_think_loss",
+    "grpo_loss",
+    "policy_terms",
+    "sampled_keys",
+    "sampled_steps",
+    "think_loss",
+    "token_weights",
+]
 
 
 def token_weights(
@@ -259,13 +211,6 @@ def _policy_metrics(found: PolicyLoss, terms: PolicyTerms, mask: Tensor) -> Metr
     if found.k3 is not None:
         metrics["kl/ref"] = Mean.over(found.k3, mask)
     return metrics
-
-
-def clip_advantages(advantages: Tensor, config: AlignmentConfig) -> Tensor:
-    """Abar = clip(A, -c, c), the signed weight of both alignment losses."""
-    if config.advantage_clip is None:
-        return advantages
-    return advantages.clamp(-config.advantage_clip, config.advantage_clip)
 
 
 def think_loss(
@@ -441,30 +386,61 @@ def attention_loss(
     # The unweighted divergence is the metric; dividing the weight out of the weighted one is exact
     # enough for that, and rows of weight 0 are in no mean.
     divisor = torch.where(signed == 0, 1.0, signed)
-    for pair in pairs:
-        if pair.alignment is None:
-            rows = attention_divergence(
-                pair.q,
-                pair.k,
-                pair.q_teacher,
-                pair.k_teacher,
-                token_weight=signed,
-                cu_seqlens=cu_seqlens,
-                window=pair.window,
-                softcap=pair.softcap,
-                scale=pair.scale,
-                scale_teacher=pair.scale_teacher,
-                divergence=config.divergence,
-                beta=config.beta,
-                key_index=key_index,
-                impl=impl,
-            )
+    for group in _alike(pairs):
+        if group[0].alignment is None:
+            rows = _separate_rows(group, signed, config, key_index, cu_seqlens, impl)
         else:
-            rows = _fused_rows(pair, pair.alignment, signed, config, key_index, cu_seqlens)
+            rows = _fused_rows(group[0], group[0].alignment, signed, config, key_index, cu_seqlens)
         total = total + rows.sum()
         by_sign = _by_sign("js/attention", rows.detach() / divisor, signed)
         metrics = add_metrics(metrics, by_sign)
     return total / max(len(pairs), 1), metrics
+
+
+def _alike(pairs: Sequence[AttentionPair]) -> list[list[AttentionPair]]:
+    """Groups of pairs that one call can take, so that the teacher's scores are computed once."""
+    groups: dict[object, list[AttentionPair]] = {}
+    for number, pair in enumerate(pairs):
+        key: object = number
+        if pair.alignment is None:
+            key = (
+                pair.q.shape,
+                pair.k.shape,
+                pair.scale,
+                pair.scale_teacher,
+                pair.softcap,
+                pair.window,
+            )
+        groups.setdefault(key, []).append(pair)
+    return list(groups.values())
+
+
+def _separate_rows(
+    pairs: Sequence[AttentionPair],
+    signed: Tensor,
+    config: AlignmentConfig,
+    key_index: Tensor | None,
+    cu_seqlens: Tensor | None,
+    impl: str,
+) -> Tensor:
+    """Weighted divergence of one or of several student layers, [B, T] or [S, B, T], or packed."""
+    first, several = pairs[0], len(pairs) > 1
+    return attention_divergence(
+        torch.stack([pair.q for pair in pairs]) if several else first.q,
+        torch.stack([pair.k for pair in pairs]) if several else first.k,
+        first.q_teacher,
+        first.k_teacher,
+        token_weight=signed,
+        cu_seqlens=cu_seqlens,
+        window=first.window,
+        softcap=first.softcap,
+        scale=first.scale,
+        scale_teacher=first.scale_teacher,
+        divergence=config.divergence,
+        beta=config.beta,
+        key_index=key_index,
+        impl=impl,
+    )
 
 
 def _fused_rows(
@@ -495,35 +471,6 @@ def _fused_rows(
         scale_teacher=pair.scale_teacher,
     )
     return rows.view(signed.shape)
-
-
-def sampled_steps(mask: Tensor, noise: Tensor, count: int) -> Tensor:
-    """Keep at most `count` true entries of each row of `mask` (the paper's sampled decoding steps).
-
-    Args:
-        mask: [B, T] bool.
-        noise: [B, T], independent uniform numbers in [0, 1): the largest are kept.
-        count: at least 1.
-    """
-    chosen = noise.masked_fill(~mask, -1.0).topk(min(count, mask.shape[1]), dim=1).indices
-    return torch.zeros_like(mask).scatter(1, chosen, True) & mask
-
-
-def sampled_keys(
-    batch: int, length: int, window: int, stride: int, device: torch.device | str = "cpu"
-) -> Tensor:
-    """The paper's sampled keys: the nearest `window`, the own position among them, and a stride.
-
-    Returns [B, T, M] int64 positions, M = window + ceil(T / stride): for query t the keys
-    t - window + 1 ... t, and every stride-th position (0, stride, ...) before those; -1 where there
-    is none.
-    """
-    t = torch.arange(length, device=device)[:, None]
-    near = t - torch.arange(window, device=device)
-    far = torch.arange(0, length, stride, device=device).expand(length, -1)
-    far = torch.where(far <= t - window, far, -1)
-    index = torch.cat([near.clamp(min=-1), far], dim=1)
-    return index.expand(batch, -1, -1)
 
 
 def _by_sign(name: str, divergence: Tensor, signed: Tensor) -> Metrics:

@@ -637,3 +637,18 @@ def test_wrapper_with_module_attribute():
     with Taps(model, STUDENTS) as taps:
         out = model(input_ids=tokens(), use_cache=False, output_hidden_states=True)
         assert torch.equal(taps.final_hidden(), out.hidden_states[-1])
+
+
+def test_taps_made_within_autocast_leave_the_gradient_alone():
+    """Their probe runs without a graph; autocast must not keep the weights that it cast."""
+    gradients = []
+    for taps_inside in (False, True):
+        model = tiny_model("qwen3")
+        with torch.autocast("cpu", torch.bfloat16):
+            if taps_inside:
+                Taps(model, [1])
+            model(torch.tensor([[5, 6, 7]])).logits.float().square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(x is not None and x.norm() > 0 for x in gradients[0])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)

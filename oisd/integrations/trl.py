@@ -71,6 +71,8 @@ class OISDConfig(GRPOConfig):
     """TRL's GRPOConfig and the options of OISD, named as in `oisd.config.AlignmentConfig`.
 
     The one other name is `jsd_beta` for its `beta`, which in TRL is the coefficient of the KL term.
+    There is no `attention_kernel`: the divergence is always computed beside the attention, because
+    a fused backward would have to run within the taps, and TRL's runs after the forward is left.
     Raises ValueError for values out of range.
     """
 
@@ -136,6 +138,7 @@ class OISDConfig(GRPOConfig):
         """The options of OISD alone."""
         names = {option.name: option.name for option in fields(AlignmentConfig)}
         names["beta"] = "jsd_beta"
+        del names["attention_kernel"]
         try:
             return AlignmentConfig(**{own: getattr(self, name) for own, name in names.items()})
         except ConfigError as error:
@@ -288,21 +291,12 @@ class OISDTrainer(GRPOTrainer):
             return self._taps
         align = self.alignment
         with self.accelerator.autocast():
-            device = self.accelerator.device.type
-            # Autocast keeps the weights that it has cast; cast without a graph, they would have no
-            # gradient in the forward around this.
-            with torch.autocast(
-                device,
-                dtype=torch.get_autocast_dtype(device),
-                enabled=torch.is_autocast_enabled(device),
-                cache_enabled=False,
-            ):
-                self._taps = Taps(
-                    self._base,
-                    student_layers=align.student_layers,
-                    attention=align.attention_weight > 0,
-                    lens_norm=align.lens_norm,
-                )
+            self._taps = Taps(
+                self._base,
+                student_layers=align.student_layers,
+                attention=align.attention_weight > 0,
+                lens_norm=align.lens_norm,
+            )
         return self._taps
 
     def _align_in_forward(self, base: Any) -> None:
