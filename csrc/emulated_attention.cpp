@@ -1,0 +1,58 @@
+// One unit of attention.cu on a CPU: `emulate` launches a kernel by its name.
+#include "attention.cu"
+
+template <auto KERNEL, class Params>
+static void call(const void* argument) {
+  KERNEL(*static_cast<const Params*>(argument));
+}
+
+// Empty where all went well. `reversed` runs blocks and, between barriers, warps from the last.
+extern "C" const char* emulate(const char* name, const void* params, int blocks, int threads,
+                               int shared_bytes, int reversed) {
+  static std::string message;
+  const auto run = [&](void (*kernel)(const void*)) {
+    message = emulator::launch(kernel, params, blocks, threads, shared_bytes, reversed != 0);
+  };
+  message = "no such kernel";
+#define OISD_TRY(kernel, Params) \
+  if (std::string(name) == #kernel) run(call<kernel, Params>)
+#define OISD_TRY_BACKWARD(kind)                   \
+  OISD_TRY(prepare_##kind, PrepareParams);        \
+  OISD_TRY(backward_keys_##kind, BackwardParams); \
+  OISD_TRY(backward_queries_##kind, BackwardParams)
+#if OISD_IS(OISD_DIVERGENCE) == 1
+  OISD_TRY_BACKWARD(plain);
+#else
+  OISD_TRY_BACKWARD(align);
+  OISD_TRY_BACKWARD(fused);
+  OISD_TRY(statistics, StatisticsParams);
+#endif
+  return message.c_str();
+}
+
+// What the launcher computes by itself, for a test to compare.
+extern "C" int shared_bytes(int tensors) { return Sizes::shared_bytes(tensors); }
+extern "C" int threads() { return Sizes::THREADS; }
+extern "C" int size_of(const char* name) {
+  const std::string params = name;
+  return params == "statistics" ? sizeof(StatisticsParams)
+         : params == "prepare"  ? sizeof(PrepareParams)
+                                : sizeof(BackwardParams);
+}
+
+// The index functions, for tests of the memory banks and of the lanes.
+extern "C" int offset_of(int row, int chunk) { return tile_offset<Sizes::OWN>(row, chunk); }
+extern "C" int lane_offset(const char* operand, int lane) {
+  const Engine<Element, Sizes, WARP_ENGINE> engine(lane);
+  const std::string name = operand;
+  return name == "left" ? engine.left : name == "right" ? engine.right : engine.transposed;
+}
+extern "C" void element_of(const char* operand, int lane, int i, int* row, int* column) {
+  const std::string name = operand;
+  *row = name == "left"    ? left_element_row(lane, i)
+         : name == "right" ? right_element_depth(lane, i)
+                           : accumulator_row(lane) + 8 * (i / 2);
+  *column = name == "left"    ? left_element_depth(lane, i)
+            : name == "right" ? right_element_column(lane)
+                              : accumulator_column(lane) + i % 2;
+}

@@ -1,0 +1,301 @@
+"""The CUDA kernels of csrc/: emulated on a CPU from their own source, and on a GPU if there is one.
+
+Emulated (see csrc/emulate.h) the kernels prove their masks, offsets, lanes, swizzle, barriers and
+the host's arguments. What only a GPU shows is tested where there is one.
+"""
+
+import ctypes
+import math
+from dataclasses import replace
+
+import emulation
+import pytest
+import torch
+from csrc_cases import (
+    CASES,
+    GRADIENT_BOUND,
+    LOSS_BOUND,
+    MACHINES,
+    SWEEP,
+    TINY,
+    Inputs,
+    check_case,
+    check_close,
+    emulate,
+    guarded,
+    needs_emulation,
+    set_up,
+)
+from torch import Tensor
+
+from oisd_kernels import attention_cuda, cuda_build, cuda_params
+from oisd_kernels.attention_geometry import Alignment, Teacher
+from oisd_kernels.cuda_build import Unit
+
+
+@pytest.fixture
+def emulator(monkeypatch) -> emulation.Emulator:
+    return emulate(monkeypatch)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(case, machine, monkeypatch):
+    set_up(machine, monkeypatch, case.shared_limit, case.warpgroups)
+    check_case(case, machine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("case", SWEEP, ids=str)
+def test_every_unit_against_float64(case, machine, monkeypatch):
+    set_up(machine, monkeypatch, case.shared_limit, case.warpgroups)
+    check_case(case, machine)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("kind", ["align", "fused"])
+def test_dropped_rows_may_hold_anything(kind, machine, monkeypatch):
+    set_up(machine, monkeypatch)
+    inputs = Inputs(replace(CASES[0], lengths=(70, 60)), machine)
+    answers = inputs.answers()
+    dropped = inputs.weight == 0
+    value, statistic = inputs.statistics(answers, ~dropped)
+    wanted = inputs.backward(answers, kind, statistic)
+    inputs.q_teacher[dropped] = math.nan
+    answers["lse_teacher"][:, dropped] = math.nan
+    if kind == "align":
+        inputs.q[dropped] = math.nan
+        answers["lse"][:, dropped] = math.nan
+    value_again, statistic_again = inputs.statistics(answers, ~dropped)
+    assert torch.equal(value, value_again) and torch.equal(statistic, statistic_again)
+    statistic_again[:, dropped] = math.nan
+    for x, y in zip(wanted, inputs.backward(answers, kind, statistic_again), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_nan_stays_in_its_sequence(machine, monkeypatch):
+    set_up(machine, monkeypatch)
+    inputs = Inputs(replace(CASES[0], lengths=(40, 20, 50)), machine)
+    inputs.weight = torch.full_like(inputs.weight, 1e-2)
+    answers = inputs.answers()
+    value, statistic = inputs.statistics(answers, None)
+    clean = inputs.backward(answers, "fused", statistic)
+    for x in (inputs.q, inputs.k, inputs.v, inputs.d_out, inputs.q_teacher, inputs.k_teacher):
+        x[40:60] = math.nan
+    others = torch.ones_like(inputs.weight, dtype=torch.bool)
+    others[40:60] = False
+    value_again, statistic = inputs.statistics(answers, None)
+    assert torch.equal(value[others], value_again[others])
+    assert value_again[~others].isnan().all()
+    for x, y in zip(clean, inputs.backward(answers, "fused", statistic), strict=True):
+        assert torch.equal(x[others], y[others]) and y[~others].isnan().any()
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_equal_maps_and_disjoint_ones(machine, monkeypatch):
+    set_up(machine, monkeypatch)
+    inputs = Inputs(replace(CASES[0], lengths=(90,)), machine)
+    inputs.q_teacher, inputs.k_teacher, inputs.scale_teacher = inputs.q, inputs.k, inputs.scale
+    answers = inputs.answers()
+    value, statistic = inputs.statistics(answers, None)
+    assert value.abs().max() <= TINY
+    assert (statistic - math.log(2)).abs().max() <= TINY  # softplus(0)
+
+    inputs.q_teacher = guarded(-8 * inputs.q)
+    inputs.scale = inputs.scale_teacher = 1.0
+    answers = inputs.answers()
+    assert answers["value"][60:].min() > 0.999 * math.log(2)
+    value, statistic = inputs.statistics(answers, None)
+    check_close(value, answers["value"], LOSS_BOUND, "value")
+
+
+@needs_emulation
+def test_float16_gradients_do_not_underflow(emulator):
+    inputs = Inputs(replace(CASES[4], lengths=(100,)))
+    inputs.weight = 1e-2 * inputs.weight
+    answers = inputs.answers()
+    _, statistic = inputs.statistics(answers, None)
+    for x, wanted in zip(
+        inputs.backward(answers, "align", statistic), answers["align"], strict=True
+    ):
+        assert wanted.norm() > 1e-6
+        # The result itself is rounded to float16, the smallest of which is 6e-8.
+        noise = 3e-8 * math.sqrt(wanted.numel())
+        assert (x.double() - wanted).norm() <= GRADIENT_BOUND * wanted.norm() + noise
+
+
+@needs_emulation
+@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=str)
+def test_the_order_of_warps_and_blocks_does_not_matter(case, emulator, monkeypatch):
+    """Else a barrier is missing."""
+    monkeypatch.setattr(attention_cuda, "shared_limit", lambda device: case.shared_limit)
+    monkeypatch.setattr(attention_cuda, "warpgroups", lambda device: case.warpgroups)
+    inputs = Inputs(case)
+    answers = inputs.answers()
+    results = []
+    for emulator.reversed in (False, True):
+        value, statistic = inputs.statistics(answers, inputs.weight != 0)
+        results.append((value, statistic, *inputs.backward(answers, "fused", statistic)))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@needs_emulation
+def test_several_students_meet_one_teacher(emulator):
+    inputs = Inputs(replace(CASES[0], lengths=(20,)))
+    answers = inputs.answers()
+    layers = [[x, 0.5 * x] for x in (inputs.q, inputs.k)]
+    lse = [inputs.eager(q.double(), k.double(), k.double(), inputs.scale)[1].float()
+           for q, k in zip(*layers, strict=True)]  # fmt: skip
+    rest = (inputs.scale, inputs.teacher(answers), None, "jsd", 0.5, inputs.geometry())
+    value, statistic = attention_cuda.statistics(*layers, lse, *rest)
+    assert value.shape == (2, 20) and statistic.shape == (2, 2, 20)
+    single = attention_cuda.statistics(layers[0][1], layers[1][1], lse[1], *rest)
+    assert torch.equal(value[1], single[0]) and torch.equal(statistic[1], single[1])
+    assert not torch.equal(value[0], value[1])
+
+
+@needs_emulation
+def test_no_tokens(emulator):
+    inputs = Inputs(replace(CASES[0], lengths=(0, 0)))
+    empty = torch.empty(2, 0)
+    teacher = Teacher(inputs.q_teacher, inputs.k_teacher, empty, 1.0)
+    value, statistic = attention_cuda.statistics(
+        inputs.q, inputs.k, empty, 1.0, teacher, None, "jsd", 0.5, inputs.geometry()
+    )
+    assert value.shape == (0,) and statistic.shape == (2, 0)
+    alignment = Alignment(teacher, torch.empty(0), statistic, "jsd", 0.5)
+    dq, dk, dv = attention_cuda.backward(
+        inputs.q, inputs.k, inputs.geometry(), 1.0, empty, alignment=alignment
+    )
+    assert dq.shape == (0, 2, 128) and dk.shape == (0, 1, 128) and dv is None
+    assert not emulator.launches
+
+
+@needs_emulation
+@pytest.mark.parametrize("tile", cuda_build.tiles(), ids=lambda tile: f"{tile.name}{tile.head}")
+def test_host_and_device_agree_on_sizes(tile):
+    library = emulation.library(Unit("Bfloat16", tile, "NO_DIVERGENCE"))
+    assert library.threads() == tile.threads
+    for tensors in (2, 3):
+        assert library.shared_bytes(tensors) == tile.shared_bytes(tensors)
+    for name in ("Statistics", "Prepare", "Backward"):
+        size = ctypes.sizeof(getattr(cuda_params, name))
+        assert library.size_of(name.lower().encode()) == size
+
+
+@needs_emulation
+@pytest.mark.parametrize("tile", cuda_build.tiles(), ids=lambda tile: f"{tile.name}{tile.head}")
+def test_no_two_lanes_of_a_phase_meet_in_a_bank(tile):
+    library = emulation.library(Unit("Bfloat16", tile, "NO_DIVERGENCE"))
+    for operand in (b"left", b"right", b"transposed"):
+        offsets = [library.lane_offset(operand, lane) for lane in range(32)]
+        for phase in range(4):
+            assert len({offset // 16 % 8 for offset in offsets[8 * phase :][:8]}) == 8
+    chunks = [library.offset_of(row, c) for row in range(tile.own) for c in range(tile.head // 8)]
+    assert sorted(chunks) == list(range(0, tile.own * tile.head * 2, 16))  # each place once
+
+
+def triton_layouts() -> dict[str, tuple[int, list[list[int]], list[list[int]]]]:
+    """Registers, and where Triton puts a register's and a lane's bits in the tiles of m16n8k16."""
+    gluon = pytest.importorskip("triton.experimental.gluon.language")
+    from triton._C.libtriton import gluon_ir, ir
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    context = ir.context()
+    ir.load_dialects(context)
+    CUDABackend(GPUTarget("cuda", 80, 32)).load_dialects(context)
+    builder = gluon_ir.GluonOpBuilder(context)
+    mma = gluon.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
+    left, right = (gluon.DotOperandLayout(i, mma, k_width=2) for i in range(2))
+    layouts = {}
+    for name, layout, shape in (
+        ("c", mma, [16, 8]),
+        ("left", left, [16, 16]),
+        ("right", right, [16, 8]),
+    ):
+        linear = builder.to_linear_layout(layout._to_ir(builder), shape)
+        layouts[name] = (2 ** len(linear.reg_bases), linear.reg_bases, linear.lane_bases)
+    return layouts
+
+
+@needs_emulation
+def test_lanes_are_those_that_triton_uses():
+    """The emulation shares csrc/layout.h with the kernels; here is somebody else's word on it."""
+    library = emulation.library(Unit("Bfloat16", cuda_build.tiles()[0], "NO_DIVERGENCE"))
+    for name, (registers, register_bases, lane_bases) in triton_layouts().items():
+        assert registers == {"c": 4, "left": 8, "right": 4}[name]
+        for lane in range(32):
+            for i in range(registers):
+                bits = [(i >> b & 1, base) for b, base in enumerate(register_bases)]
+                bits += [(lane >> b & 1, base) for b, base in enumerate(lane_bases)]
+                place = [sum(bit * base[axis] for bit, base in bits) for axis in range(2)]
+                row, column = ctypes.c_int(), ctypes.c_int()
+                library.element_of(name.encode(), lane, i, ctypes.byref(row), ctypes.byref(column))
+                assert [row.value, column.value] == place, (name, lane, i)
+
+
+MUTANTS = {
+    "no barrier": ("attention_backward.h", "    engine.arrived();\n    barrier();\n", ""),
+    "no wait": ("attention_statistics.h",
+                "    copy_async_wait_all();\n    engine.arrived();\n    barrier();\n    const",
+                "    barrier();\n    const"),
+    "swizzle": ("attention_blocks.h", "to + tile_offset<ROWS>(row, chunk)",
+                "to + (row * TILE::HEAD / CHUNK + chunk) * 16"),
+    "causal edge": ("attention_blocks.h", "ahead <= right", "ahead < right"),
+    "lane": ("layout.h", "left_chunk(int lane) { return lane >> 4; }",
+             "left_chunk(int lane) { return lane >> 3 & 1; }"),
+    "key head": ("attention_backward.h", "KEYS ? own_head * group", "KEYS ? own_head"),
+    "sequence": ("attention_blocks.h", "place.begin = layout.cu_seqlens[low]",
+                 "place.begin = layout.cu_seqlens[0]"),
+    "last row": ("attention_backward.h", "if (row >= rows)", "if (row + 1 >= rows)"),
+    "fence": ("sm90_engine.h", "{ fence_for_warpgroups(); }", "{}"),
+    "descriptor": ("sm90_engine.h", "describe(streamed + s * 16 * ROW_BYTES, STREAMED_HALF)",
+                   "describe(streamed + s * 16 * ROW_BYTES)"),
+    "dead tile": ("attention_blocks.h", "live(token + row)", "live(token)"),
+}  # fmt: skip
+
+
+@needs_emulation
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_the_emulation_sees_a_mistake(mutant, emulator, tmp_path, monkeypatch):
+    file, old, new = MUTANTS[mutant]
+    for path in cuda_build.source_folder().iterdir():
+        text = path.read_text(encoding="utf-8")
+        if path.name == file:
+            assert old in text
+            text = text.replace(old, new)
+        (tmp_path / path.name).write_text(text, encoding="utf-8")
+    monkeypatch.setattr(cuda_build, "source_folder", lambda: tmp_path)
+    monkeypatch.setattr(emulation, "library", emulation.library.__wrapped__)
+    case = replace(CASES[5 if file == "sm90_engine.h" else 0], heads=(4, 2, 2), lengths=(70, 140))
+    limit, groups = case.shared_limit, case.warpgroups
+    monkeypatch.setattr(attention_cuda, "shared_limit", lambda device: limit)
+    monkeypatch.setattr(attention_cuda, "warpgroups", lambda device: groups)
+    with pytest.raises(AssertionError):
+        check_case(case, "cpu")
+        emulator.reversed = True
+        check_case(case, "cpu")
+
+
+# What only a GPU shows
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_250_reruns_are_equal(case, monkeypatch):
+    set_up("cuda", monkeypatch, case.shared_limit, case.warpgroups)
+    inputs = Inputs(replace(case, lengths=(1000, 129, 871)), "cuda")
+    answers = inputs.answers()
+    first: list[Tensor] = []
+    for run in range(250):
+        value, statistic = inputs.statistics(answers, inputs.weight != 0)
+        results = [value, statistic]
+        for kind in ("align", "plain", "fused"):
+            results += inputs.backward(answers, kind, statistic)
+        first = first or results
+        for i, (x, y) in enumerate(zip(first, results, strict=True)):
+            assert torch.equal(x, y), f"run {run}, result {i}"

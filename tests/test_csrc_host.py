@@ -1,0 +1,242 @@
+"""The host's part of csrc/: tiles, checks, what is missing on a machine, the build."""
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import emulation
+import pytest
+import torch
+from csrc_cases import (
+    BF16,
+    CASES,
+    HOPPER,
+    KIB,
+    NARROW,
+    ODD,
+    WIDE,
+    Inputs,
+    emulate,
+    needs_nvcc,
+)
+
+from oisd_kernels import attention_cuda, cuda_build, cuda_driver, cuda_params
+from oisd_kernels.attention_geometry import Geometry, Teacher
+from oisd_kernels.cuda_build import Unit, Usage
+
+
+@pytest.fixture
+def emulator(monkeypatch) -> emulation.Emulator:
+    return emulate(monkeypatch)
+
+
+def geometry(lengths, *, known=False, **options) -> Geometry:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    longest = max(lengths) if known else None
+    defaults = {"causal": True, "window": None, "softcap": None}
+    return Geometry(cu_seqlens, len(lengths), longest, **(defaults | options))
+
+
+@pytest.mark.parametrize("lengths", [ODD, (5,), (0, 0), (128,) * 9, (1,) * 200, (0, 4000)], ids=str)
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("own", [64, 128])
+def test_tiles_never_straddle_sequences(lengths, known, own):
+    where = geometry(lengths, known=known)
+    table = attention_cuda.tile_table(where.cu_seqlens, own)
+    assert table.dtype == torch.int32
+    assert table.diff().tolist() == [-(-length // own) for length in lengths]
+    assert table[-1] <= attention_cuda.tile_bound(sum(lengths), where, own)
+
+
+def test_the_bound_is_exact_where_lengths_are_equal():
+    assert attention_cuda.tile_bound(4 * 300, geometry((300,) * 4, known=True), 128) == 12
+
+
+def test_band():
+    assert attention_cuda.band(geometry((4,))) == (attention_cuda.UNBOUNDED, 0)
+    assert attention_cuda.band(geometry((4,), window=3)) == (2, 0)
+    assert attention_cuda.band(geometry((4,), window=3, causal=False)) == (2, 2)
+
+
+def test_tile_that_fits_the_gpu():
+    names = [attention_cuda.choose_tile(128, 3, limit).name for limit in (WIDE, NARROW)]
+    assert names == ["wide", "narrow"]
+    assert attention_cuda.choose_tile(128, 2, NARROW).name == "wide"  # no teacher
+    assert attention_cuda.choose_tile(64, 3, NARROW).own == 128
+    assert attention_cuda.choose_tile(128, 3, HOPPER, warpgroups=True).name == "hopper"
+    with pytest.raises(ValueError, match=r"the GPU must offer \d+ bytes of shared memory"):
+        attention_cuda.choose_tile(128, 3, 48 * KIB)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float32}, "q must have dtype bfloat16 or float16"),
+        ({"head": 96}, "q must have a head dimension of 64 or 128"),
+        ({"heads": (4, 2, 4)}, "k_teacher must have a number of heads that divides J = 2"),
+    ],
+    ids=["dtype", "head", "teacher"],
+)
+def test_unsupported_input(change, message, emulator):
+    inputs = Inputs(replace(CASES[0], lengths=(3,), **change))
+    teacher = Teacher(inputs.q_teacher, inputs.k_teacher, torch.zeros(2, 3), 1.0)
+    with pytest.raises(ValueError, match=message):
+        attention_cuda.check_supported(inputs.q, inputs.k, inputs.geometry(), teacher)
+
+
+def test_unsupported_softcap(emulator):
+    inputs = Inputs(replace(CASES[0], lengths=(3,)))
+    with pytest.raises(ValueError, match="softcap must be None"):
+        attention_cuda.check_supported(inputs.q, inputs.k, geometry((3,), softcap=30.0))
+
+
+def test_cpu_tensors_are_refused():
+    inputs = Inputs(replace(CASES[0], lengths=(3,)))
+    with pytest.raises(ValueError, match="q must be on a CUDA device"):
+        attention_cuda.check_supported(inputs.q, inputs.k, inputs.geometry())
+
+
+def launch_nothing() -> None:
+    unit = cuda_build.units()[0]
+    attention_cuda.run(unit, "none", cuda_params.Backward(), torch.device("cuda:0"), 1, 128, 0)
+
+
+def test_no_compiler_and_nothing_built(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: None)
+    with pytest.raises(
+        ValueError, match="nvcc is neither .* run `python -m oisd_kernels.cuda_build`"
+    ):
+        launch_nothing()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a driver")
+def test_no_driver(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = cuda_build.cache_folder() / f"{cuda_build.units()[0].name}.fatbin"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: torch.cuda.ExternalStream)
+    with pytest.raises(ValueError, match="no CUDA driver is installed"):
+        attention_cuda.shared_limit(torch.device("cuda:0"))
+
+
+def test_driver_too_old(monkeypatch):
+    class Old(cuda_driver.DriverError):
+        def __init__(self) -> None:
+            RuntimeError.__init__(self, "cuModuleLoadData: unsupported PTX")
+            self.code = cuda_driver.UNLOADABLE[-1]
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise Old
+
+    monkeypatch.setattr(cuda_build, "fatbin", lambda unit: Path("x"))
+    monkeypatch.setattr(cuda_driver, "launch", refuse)
+    monkeypatch.setattr(cuda_driver, "driver_version", lambda: "11.4")
+    with pytest.raises(ValueError, match=r"the driver supports CUDA 11\.4: update it"):
+        launch_nothing()
+
+
+def test_strides_that_cannot_be_read_by_16_bytes_are_copied():
+    x = torch.randn(6, 3, 65).to(BF16)
+    assert attention_cuda._ready(x[..., :64]).is_contiguous()
+    assert attention_cuda._ready(x[..., 1:]).data_ptr() % 16 == 0
+    even = torch.randn(6, 3, 128).to(BF16)[..., 64:]
+    assert attention_cuda._ready(even).data_ptr() == even.data_ptr()
+
+
+# The build
+
+
+def test_units_have_names_of_their_own():
+    names = [unit.name for unit in cuda_build.units()]
+    assert len(names) == len(set(names)) == 40
+
+
+def compiled(unit: Unit, arch: str) -> list[Usage]:
+    usages = cuda_build.compile_for(unit, arch)
+    expected = 3 if unit.divergence == "NO_DIVERGENCE" else 7
+    assert len(usages) == expected and all(usage.registers > 8 for usage in usages)
+    return usages
+
+
+def unit_named(name: str) -> Unit:
+    return next(unit for unit in cuda_build.units() if unit.name == name)
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [
+        ("bfloat16-wide_128-jsd", "sm_80"),
+        ("float16-wide_64-forward_kl", "sm_80"),
+        ("bfloat16-hopper_128-jsd", "sm_90a"),
+    ],
+)
+def test_no_local_memory(name, arch):
+    assert cuda_build.local_memory(compiled(unit_named(name), arch)) == []
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_120"])
+@pytest.mark.parametrize("unit", cuda_build.units(), ids=lambda unit: unit.name)
+def test_no_local_memory_anywhere(unit, arch):
+    if (arch == "sm_90a") != (unit.tile.engine == "WARPGROUP_ENGINE"):
+        pytest.skip("not its architecture")
+    assert cuda_build.local_memory(compiled(unit, arch)) == []
+
+
+@needs_nvcc
+def test_command_line_builds_a_fatbin(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name = "bfloat16-wide_64-no_divergence"
+    assert cuda_build.main(["--check", "--unit", name]) == 0
+    path = cuda_build.fatbin(unit_named(name))
+    assert path.stat().st_size > 0 and list(path.parent.iterdir()) == [path]
+    printed = capsys.readouterr().out
+    assert "backward_keys_plain" in printed and "sm_90" in printed
+
+
+LOG = """
+ptxas info    : Compiling entry function 'a_kernel' for 'sm_80'
+ptxas info    : Function properties for a_kernel
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 672 bytes cmem[0]
+ptxas info    : Compiling entry function 'b_kernel' for 'sm_80'
+ptxas info    : Function properties for b_kernel
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 32 registers, 672 bytes cmem[0]
+"""
+
+
+def test_local_memory_is_seen():
+    usages = cuda_build.read_usage(LOG)
+    assert usages == [Usage("a_kernel", "sm_80", 255, 16, 12), Usage("b_kernel", "sm_80", 32, 0, 0)]
+    assert cuda_build.local_memory(usages) == usages[:1]
+
+
+def test_check_fails_on_local_memory(monkeypatch, capsys):
+    usages = cuda_build.read_usage(LOG)
+    monkeypatch.setattr(cuda_build, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(cuda_build, "build", lambda unit, path: usages)
+    name = cuda_build.units()[0].name
+    assert cuda_build.main(["--check", "--unit", name]) == 1
+    assert cuda_build.main(["--unit", name]) == 0
+    assert "spills 12" in capsys.readouterr().out
+
+
+def test_the_wheel_holds_the_sources():
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["force-include"]["csrc"] == "oisd_kernels/csrc"
+
+
+def test_the_hash_follows_the_sources(tmp_path, monkeypatch):
+    hashes = set()
+    for text in ("one", "two"):
+        (tmp_path / "a.h").write_text(text)
+        monkeypatch.setattr(cuda_build, "source_folder", lambda: tmp_path)
+        hashes.add(cuda_build.source_hash.__wrapped__())
+    assert len(hashes) == 2
