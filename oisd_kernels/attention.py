@@ -94,7 +94,8 @@ def flash_attention(
         alignment: takes this call as its student, see `AttentionAlignment`.
         impl: "torch" (blocks of scores, any device; asks the device for lengths), "triton" (on a
             GPU, or under TRITON_INTERPRET=1; K at most 256), "reference" (maps in memory, plain
-            autograd). "auto": "triton" on a GPU, "torch" elsewhere.
+            autograd), "cuda" (the backward by csrc/, see docs/csrc.md). "auto": "triton" on a GPU,
+            "torch" elsewhere.
 
     Returns:
         out, of q's shape and dtype, and lse [B, H, T] or [H, N], natural logarithm, float32

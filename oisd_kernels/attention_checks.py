@@ -8,7 +8,7 @@ from torch import Tensor
 
 from oisd_kernels import attention_torch, checks
 
-IMPLEMENTATIONS = ("torch", "triton", "reference")
+IMPLEMENTATIONS = ("torch", "triton", "cuda", "reference")
 MAX_TRITON_WIDTH = 256
 
 
@@ -58,20 +58,25 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, rows: Sequence[int], q: Tensor
 
 
 def choose(op: str, impl: object, q: Tensor, widths: Sequence[int], sampled: bool = False) -> str:
-    """ "reference", "torch" or "triton"; "auto" is "triton" on a GPU and "torch" elsewhere.
+    """ "reference", "torch", "triton" or "cuda"; "auto" is "triton" on a GPU, "torch" elsewhere.
 
-    Sampled keys are "torch" everywhere. Raises ValueError where the choice cannot run.
+    Sampled keys are "torch" everywhere. Raises ValueError where the choice cannot run; what "cuda"
+    cannot do beyond that, `attention_cuda.check_supported` says when it is launched.
     """
     if impl == "auto":
         impl = "triton" if q.is_cuda and not sampled else "torch"
     if impl not in IMPLEMENTATIONS:
         here = ", ".join(f'"{name}"' for name in ("auto", *IMPLEMENTATIONS))
-        remedy = "'cuda' is not available in this installation" if impl == "cuda" else ""
-        raise checks.argument_error(op, "impl", f"be one of {here}", repr(impl), remedy)
-    if sampled and impl == "triton":
+        raise checks.argument_error(op, "impl", f"be one of {here}", repr(impl))
+    if sampled and impl in ("triton", "cuda"):
         remedy = 'use impl="auto" or "torch"'
-        raise checks.argument_error(op, "impl", "be another beside key_index", "'triton'", remedy)
-    if impl == "triton":
+        raise checks.argument_error(op, "impl", "be another beside key_index", repr(impl), remedy)
+    if impl == "cuda" and not q.is_cuda:
+        remedy = 'use impl="auto" or "torch"'
+        raise checks.argument_error(
+            op, "q", 'be on a CUDA device with impl="cuda"', q.device, remedy
+        )
+    if impl in ("triton", "cuda"):
         _check_triton(op, q, widths)
     return str(impl)
 
@@ -95,9 +100,13 @@ def _check_triton(op: str, q: Tensor, widths: Sequence[int]) -> None:
 
 
 def functions(impl: str) -> ModuleType:
-    """The module of "torch" or "triton", which have the same functions."""
+    """The module of "torch", "triton" or "cuda", which have the same functions."""
     if impl == "torch":
         return attention_torch
+    if impl == "cuda":
+        from oisd_kernels import attention_cuda
+
+        return attention_cuda
     from oisd_kernels import attention_triton  # triton is not to be had on every CPU
 
     return attention_triton

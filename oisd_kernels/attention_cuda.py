@@ -45,6 +45,23 @@ class Work(NamedTuple):
         run(self.unit, kernel, params, like.device, self.blocks * heads, threads, shared)
 
 
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Triton's: there is no forward in csrc, whose peers' are as good as can be."""
+    from oisd_kernels import attention_triton  # triton is not to be had on every machine
+
+    check_supported(q, k, geometry, None, v)
+    return attention_triton.forward(q, k, v, geometry, scale)
+
+
+def logsumexp(q: Tensor, k: Tensor, geometry: Geometry, scale: float) -> Tensor:
+    """Triton's, as `forward`."""
+    from oisd_kernels import attention_triton
+
+    return attention_triton.logsumexp(q, k, geometry, scale)
+
+
 def statistics(
     q: Tensor | Sequence[Tensor],  # [N, H, K], or S of them; so k and lse
     k: Tensor | Sequence[Tensor],  # [N, J, K]
