@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from oisd.plots import INK, save_figure, style_axes
+
 Row = dict[str, Any]
 
 # Okabe and Ito's palette, told apart with any colour vision; ours is blue throughout.
 BLUES = ("#0072B2", "#56B4E9", "#00456B", "#8FCBEB")
 OTHERS = ("#D55E00", "#E69F00", "#009E73", "#CC79A7", "#7A7A7A", "#B3A100", "#8B4513", "#4B0082")
 MARKERS = "osD^vP*X"
-INK, GRID = "#333333", "#E4E4E4"
-DPI = 150
 NAMES = {
     "lens": "Lens divergence with gradient",
     "lens-values": "Lens divergence, values",
@@ -121,7 +120,7 @@ def draw_sweep(
     ):
         if ax is memory and rows[0]["family"] == "step":
             unit = "in all (MiB)"
-        frame(ax, heading, label, unit)
+        style_axes(ax, heading, label, unit)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.xaxis.set_major_locator(FixedLocator(xs))
@@ -133,7 +132,7 @@ def draw_sweep(
     handles, labels = time.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=min(4, len(names)),
                   fontsize=9, frameon=False, labelcolor=INK)  # fmt: skip
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def draw_roofline(rows: Sequence[Row], path: Path) -> Path:
@@ -164,7 +163,7 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> Path:
             labels.append(row["implementation"])
             y += 1
         y += 0.4
-    frame(
+    style_axes(
         ax,
         f"Share of the physical limit  ({rows[0]['device']})",
         "% of the bare matmul's (or the copy's) rate",
@@ -175,7 +174,7 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> Path:
     ax.set_xlim(0, max(100, *(row["roofline_percent"] for group in chosen for row in group)) * 1.02)
     ax.grid(False, axis="y")
     ax.tick_params(axis="y", length=0)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def readable(ax: Axes) -> None:
@@ -192,25 +191,3 @@ def readable(ax: Axes) -> None:
 
 def short(x: float) -> str:
     return f"{x / 1024:.0f}k" if x >= 1024 and x % 1024 == 0 else f"{x:.0f}"
-
-
-def frame(ax: Axes, title: str, x_label: str, y_label: str) -> None:
-    ax.set_title(title, fontsize=11, fontweight="bold", color=INK, loc="left")
-    ax.set_xlabel(x_label, fontsize=10, color=INK)
-    ax.set_ylabel(y_label, fontsize=10, color=INK)
-    ax.tick_params(colors=INK, labelsize=9, length=3, width=0.8)
-    ax.grid(True, color=GRID, linewidth=0.8)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(INK)
-
-
-def save(figure: Figure, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=DPI, facecolor="white")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

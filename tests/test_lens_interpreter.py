@@ -4,13 +4,10 @@ The interpreter is chosen when triton is imported, so the tests run in a process
 """
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import interpreted, outside, passes_in_the_interpreter
 from test_reference import (
     DIVERGENCES,
     GRADIENT_BOUND,
@@ -28,30 +25,22 @@ from oisd_kernels import PolicyTerms, linear_logprob, logit_lens_divergence, pol
 from oisd_kernels.head_loop import row_functions
 from oisd_kernels.rows_torch import RowMath
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETER, reason="runs in the interpreter's process")
 CHUNKED = {"impl": "chunked"}
 # The interpreter truncates to bf16 where a GPU rounds: twice the error, and all in one direction.
 HALF_BOUND = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
-@pytest.mark.skipif(INTERPRETER, reason="this is the interpreter's process")
+@outside
 def test_the_interpreter_passes():
-    pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout
+    passes_in_the_interpreter(__file__)
 
 
-@inside
+@interpreted
 def test_the_kernels_are_what_runs():
     assert row_functions(torch.device("cpu")).__name__ == "oisd_kernels.rows_triton"
 
 
-@inside
+@interpreted
 @pytest.mark.parametrize("softcap", [None, 3.0], ids=["uncapped", "softcap3"])
 @pytest.mark.parametrize("divergence, beta", DIVERGENCES[:2] + DIVERGENCES[3:])
 def test_lens_gradcheck(divergence, beta, softcap):
@@ -63,7 +52,7 @@ def test_lens_gradcheck(divergence, beta, softcap):
     )
 
 
-@inside
+@interpreted
 def test_logprob_gradcheck():
     hidden, weight, bias = leaf(normal(2, 3, seed=0)), leaf(normal(5, 3, seed=1)), normal(5, seed=2)
     labels = torch.tensor([4, 0])
@@ -71,7 +60,7 @@ def test_logprob_gradcheck():
     assert gradcheck(lambda h, w: linear_logprob(h, w, labels, **options).logprob, (hidden, weight))
 
 
-@inside
+@interpreted
 @pytest.mark.parametrize("divergence, beta", DIVERGENCES)
 @pytest.mark.parametrize(
     "case", ["ordinary", "near", "std20", "saturated", "disjoint", "one-hot-teacher", "underflow"]
@@ -90,7 +79,7 @@ def test_lens_meets_the_bounds(case, divergence, beta):
     assert_gradient_close(hidden.grad, truth.d_hidden, GRADIENT_BOUND[torch.float32])
 
 
-@inside
+@interpreted
 @pytest.mark.parametrize("divergence, beta", DIVERGENCES[1:4])
 def test_many_blocks_and_a_prime_vocabulary(divergence, beta):
     """Sums over 20 blocks; the loss is below 1e-6 nats in the second row."""
@@ -112,7 +101,7 @@ def test_many_blocks_and_a_prime_vocabulary(divergence, beta):
     assert torch.equal(stats.top1_agreement, (lp.argmax(-1) == lq.argmax(-1)).float())
 
 
-@inside
+@interpreted
 @pytest.mark.parametrize("size", [2.0**-30, 1.0], ids=["minute", "one"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("divergence, beta", DIVERGENCES[1:4] + DIVERGENCES[4:])
@@ -137,7 +126,7 @@ def test_half_precision_gradient_in_the_logits_memory(divergence, beta, dtype, s
     assert_loss_close(out.divergence, truth.loss, 1e-5)
 
 
-@inside
+@interpreted
 def test_half_precision_gradient_of_the_logprob():
     rows = row_functions(torch.device("cpu"))
     settings, labels = RowMath("jsd", 0.5, 0.5, None), torch.tensor([7, 1500])
@@ -154,7 +143,7 @@ def test_half_precision_gradient_of_the_logprob():
         assert_gradient_close(got, exact.grad, HALF_BOUND[dtype], floor=1e-12)
 
 
-@inside
+@interpreted
 def test_policy_head_matches_the_reference():
     hidden, final = leaf(normal(2, 3, 6, seed=0)), leaf(normal(3, 6, seed=1))
     weight, bias = leaf(normal(13, 6, seed=2)), normal(13, seed=3)
@@ -171,7 +160,7 @@ def test_policy_head_matches_the_reference():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@inside
+@interpreted
 def test_policy_loss_at_a_temperature_of_its_own():
     hidden, final = leaf(normal(2, 3, 6, seed=0)), leaf(normal(3, 6, seed=1))
     weight, bias = leaf(normal(13, 6, seed=2)), normal(13, seed=3)
@@ -192,7 +181,7 @@ def test_policy_loss_at_a_temperature_of_its_own():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-@inside
+@interpreted
 def test_rows_lie_beyond_the_reach_of_int32():
     """Two rows 2^31 entries apart; only the pages that are written exist."""
     stride, V = 2**31 + 64, 151
@@ -219,7 +208,7 @@ def test_rows_lie_beyond_the_reach_of_int32():
         assert torch.equal(a, b)
 
 
-@inside
+@interpreted
 def test_nan_and_infinity_stay_in_their_rows():
     hidden, teacher, weight = (x.float() for x in lens_case("ordinary"))
     hidden, teacher = hidden[:, :3], teacher[:3]

@@ -4,13 +4,11 @@ Without TRITON_INTERPRET=1 the one test here runs this file again with it: the i
 chosen before Triton is imported, and other tests need the compiler.
 """
 
-import os
-import subprocess
-import sys
 from itertools import product
 
 import pytest
 import torch
+from interpreter import INTERPRETED, interpreted, outside, passes_in_the_interpreter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
@@ -20,22 +18,12 @@ from oisd_kernels.tiled import lens_divergence_tiled
 from oisd_kernels.tiled_launch import TILES, Head, Scores, launch_tile
 from oisd_kernels.tiled_values import lens_values
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter")
 DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the other tests run here")
+@outside
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "failed" not in done.stdout and "passed" in done.stdout, done.stdout
+    passes_in_the_interpreter(__file__)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is about a CPU without the interpreter")

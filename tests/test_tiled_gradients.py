@@ -4,12 +4,10 @@ Without TRITON_INTERPRET=1 the first test runs this file again with it, as in te
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreter import interpreted, outside, passes_in_the_interpreter
 from test_reference import (
     assert_gradient_close,
     assert_loss_close,
@@ -19,7 +17,7 @@ from test_reference import (
     normal,
     relative_error,
 )
-from test_tiled import DIVERGENCES, INTERPRETED, interpreted
+from test_tiled import DIVERGENCES
 from torch.autograd import gradcheck
 
 pytest.importorskip("triton")
@@ -42,17 +40,9 @@ TILED = {"impl": "tiled"}
 BF16_SKIP = tiled_gradient.SKIP[torch.bfloat16]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the other tests run here")
+@outside
 def test_in_the_interpreter():
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "failed" not in done.stdout and "passed" in done.stdout, done.stdout
+    passes_in_the_interpreter(__file__)
 
 
 @pytest.fixture
