@@ -35,7 +35,6 @@ from rich.table import Table
 from rich.text import Text
 
 from oisd.config import ConfigError, TrainConfig
-from oisd_kernels.attention_divergence import IMPLEMENTATIONS as ATTENTION
 from oisd_kernels.chunks import DEFAULT_BYTES
 
 GIB = 1 << 30
@@ -211,7 +210,7 @@ def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
         "head": head_map * (2 + (5 + 4 * (s - 1) if think else 0)),
         "attention maps": maps * (6 + 4 * (s - 1)) * attention,
     }
-    if set(ATTENTION) == {"reference"}:
+    if config.oisd.attention_kernel == "reference":
         update["attention maps"] = eager["attention maps"]
     at_once = min(
         config.rollout.batch_size,
@@ -293,8 +292,9 @@ def assumptions(plan: MemoryPlan) -> list[str]:
         "Fused attention (SDPA) in the layers. Not counted: fragmentation, CUDA context, buffers "
         "of communication.",
     ]
-    if plan.update["attention maps"] and set(ATTENTION) == {"reference"}:
-        lines.append("The attention loss has no kernel in this version: it makes the eager maps.")
+    maps = plan.update["attention maps"]
+    if maps and maps == plan.eager["attention maps"]:
+        lines.append('attention_kernel = "reference": the attention loss makes the eager maps.')
     return lines
 
 
