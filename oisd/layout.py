@@ -136,7 +136,7 @@ def _probe(model: Any) -> dict[nn.Module, _Seen]:
         if module is not head:
             seen[module] = _Seen(given if isinstance(given, Tensor) else torch.empty(0), out)
         elif decoder in seen:
-            # Here and not later: under FSDP2 the weight is whole only while the model runs.
+            # Here and not later: under FSDP2 the weight is whole only while its module runs.
             weight, bias = head_parameters(model)
             final = seen[decoder].output.to(weight.dtype)
             seen[head] = _Seen(F.linear(final, weight, bias), out)
@@ -146,7 +146,9 @@ def _probe(model: Any) -> dict[nn.Module, _Seen]:
     layers = [m for child in decoder.children() if isinstance(child, nn.ModuleList) for m in child]
     with _eval_mode(model), ExitStack() as stack:
         for module in {decoder, *decoder.children(), *layers, head}:
-            stack.callback(module.register_forward_hook(watch, with_kwargs=True).remove)
+            # Before FSDP2's own hook, which lets go of the weights of a head that it wraps.
+            hook = module.register_forward_hook(watch, with_kwargs=True, prepend=module is head)
+            stack.callback(hook.remove)
         seen[model] = _Seen(ids, model(input_ids=ids, use_cache=False, return_dict=True).logits)
     return seen
 

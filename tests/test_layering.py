@@ -166,3 +166,8 @@ def test_the_reader_of_imports_sees_all_forms():
     )
     found = set(imports("oisd/x.py", ast.parse(code).body))
     assert found == {"a.b", "c", "c.d", "oisd", "oisd.e", "g", "i"}
+
+
+@pytest.mark.parametrize("file", OISD)
+def test_verl_is_imported_by_its_integration_alone(file):
+    assert ("verl" in packages(file)) == (file == "oisd/integrations/verl.py")

@@ -1,0 +1,86 @@
+"""Problems of a recipe, and the reward for them, as verl takes them; needs no verl itself.
+
+    python -m oisd.integrations.verl_data recipes/qwen3-4b.toml data/qwen3-4b
+
+writes train.parquet and, if the recipe evaluates, test.parquet: the rows that `oisd train` itself
+would take. `compute_score` is verl's `reward.custom_reward_function` for them.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from oisd.config import DataConfig, EvalConfig, TrainConfig, load_recipe
+from oisd.data import Example, Message, load_examples
+from oisd.rewards import MathReward
+
+_grading = threading.Lock()
+
+
+def write_data(config: TrainConfig, folder: str | Path) -> list[Path]:
+    """Write the problems of `config.data` and `config.eval` to Parquet files; their paths."""
+    parts: dict[str, DataConfig | EvalConfig] = {"train": config.data}
+    if config.eval.source is not None:
+        parts["test"] = config.eval
+    written = []
+    for name, part in parts.items():
+        assert part.source is not None
+        examples = load_examples(
+            part.source,
+            split=part.split,
+            subset=part.subset,
+            prompt_field=part.prompt_field,
+            answer_field=part.answer_field,
+            answer_pattern=part.answer_pattern,
+            limit=part.limit,
+            seed=config.run.seed,
+        )
+        path = Path(folder) / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [_row(example, part.source, config.data.system_prompt) for example in examples]
+        Dataset.from_list(rows).to_parquet(str(path))
+        written.append(path)
+    return written
+
+
+def _row(example: Example, source: str, system_prompt: str | None) -> dict[str, Any]:
+    prompt = example.prompt
+    turns = [Message("user", prompt)] if isinstance(prompt, str) else [*prompt]
+    if system_prompt and all(turn.role != "system" for turn in turns):
+        turns.insert(0, Message("system", system_prompt))
+    return {
+        "data_source": source,
+        "prompt": [turn._asdict() for turn in turns],
+        "reward_model": {"style": "rule", "ground_truth": example.answer},
+        "extra_info": {"id": example.id},
+    }
+
+
+@lru_cache(maxsize=1)
+def _grader() -> MathReward:
+    # verl grades in processes of its own (reward.num_workers), each of which gets one worker.
+    return MathReward(workers=1)
+
+
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **_: Any
+) -> float:
+    r"""1.0 where the last `\boxed{}` of the response equals the answer, else 0.0; verl's signature.
+
+    See `oisd.rewards.math_reward`. verl calls it from several threads, which wait for each other.
+    """
+    with _grading:
+        return _grader()([solution_str], [ground_truth])[0]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m oisd.integrations.verl_data RECIPE.toml FOLDER")
+    for path in write_data(load_recipe(sys.argv[1]), sys.argv[2]):
+        print(path)
