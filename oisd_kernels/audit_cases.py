@@ -8,31 +8,19 @@ binary (shapes and strides, beyond their divisibility by 16) are those of Qwen3-
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from oisd_kernels import rows_triton, tiled
+from oisd_kernels.audit_attention import attention_cases
+from oisd_kernels.audit_case import DTYPES, Case
+from oisd_kernels.audit_case import empty as _empty
 from oisd_kernels.rows_torch import FinalRows, RowMath
 
 VOCABULARY, ROWS = 151936, 1024
 PLAIN, ALL = "plain", "bias, softcap, temperature"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of a launcher; `full` leaves it out of the sweep unless that was asked for."""
-
-    name: str
-    launch: Callable[[], object]
-    full: bool = False
-
-
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def row_cases(capability: int) -> Iterator[Case]:
@@ -114,4 +102,4 @@ def tiled_cases(capability: int) -> Iterator[Case]:
         yield Case(f"{divergence}, {name}{odd}{wanted}, {options}", run, full)
 
 
-CASES: list[Callable[[int], Iterator[Case]]] = [row_cases, tiled_cases]
+CASES: list[Callable[[int], Iterator[Case]]] = [row_cases, tiled_cases, attention_cases]
