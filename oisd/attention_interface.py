@@ -32,7 +32,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from oisd_kernels import AttentionAlignment, flash_attention
-from oisd_kernels.attention_checks import MAX_TRITON_WIDTH
+from oisd_kernels.attention_checks import choose
 
 IMPLEMENTATION = "oisd"
 PLAN = "oisd_plan"  # the argument's name
@@ -89,7 +89,10 @@ class FusedPlan:
         """
         if layer not in self.alignments or q.shape[2] != k.shape[2]:
             return None  # a cache: generation
-        if self.wanted == "auto" and not (q.is_cuda and q.shape[-1] <= MAX_TRITON_WIDTH):
+        if (
+            self.wanted == "auto"
+            and choose("Taps", "auto", [v], options.get("softcap")) != "triton"
+        ):
             return None
         obstacle = self.obstacle or _obstacle(options)
         if obstacle:

@@ -116,7 +116,7 @@ def flash_attention(
         check_cu_seqlens(OP, cu_seqlens, rows, q)
     check_masks(OP, causal, window, softcap)
     checks.check_positive(OP, "scale", scale, optional=True)
-    chosen = choose(OP, impl, q, (width,))
+    chosen = choose(OP, impl, [q], softcap)
     factor = width**-0.5 if scale is None else float(scale)
     masks = causal, window, softcap
     dense = len(rows) == 2
@@ -257,7 +257,7 @@ class AttentionAlignment:
                 window=geometry.window, softcap=geometry.softcap, scale=student.scale,
                 scale_teacher=factor, divergence=self.divergence, beta=self.beta,
             )  # fmt: skip
-        choose(LOSS, student.impl, q_teacher, (q_teacher.shape[-1],))
+        choose(LOSS, student.impl, [student.q, q_teacher], geometry.softcap)
         if not packed:
             q_teacher, k_teacher = q_teacher.flatten(0, 1), k_teacher.flatten(0, 1)
             weight = None if weight is None else weight.flatten()

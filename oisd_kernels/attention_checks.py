@@ -1,6 +1,7 @@
 """Argument checks and the choice of implementation that the attention ops share."""
 
 from collections.abc import Sequence
+from functools import reduce
 from types import ModuleType
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 from oisd_kernels import attention_torch, checks
 
 IMPLEMENTATIONS = ("torch", "triton", "cuda", "reference")
-MAX_TRITON_WIDTH = 256
 
 
 def check_layer(
@@ -57,14 +57,20 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, rows: Sequence[int], q: Tensor
         raise checks.argument_error(op, "cu_seqlens", wanted, offsets, remedy)
 
 
-def choose(op: str, impl: object, q: Tensor, widths: Sequence[int], sampled: bool = False) -> str:
-    """ "reference", "torch", "triton" or "cuda"; "auto" is "triton" on a GPU, "torch" elsewhere.
+def choose(
+    op: str, impl: object, layers: Sequence[Tensor], softcap: float | None, sampled: bool = False
+) -> str:
+    """ "reference", "torch", "triton" or "cuda", for the queries of one layer or of two.
 
-    Sampled keys are "torch" everywhere. Raises ValueError where the choice cannot run; what "cuda"
-    cannot do beyond that, `attention_cuda.check_supported` says when it is launched.
+    "auto" is "triton" on a GPU where there is a tile for the head dimension and the dtype, and
+    "torch" elsewhere; so are sampled keys. Raises ValueError where the choice cannot run; what
+    "cuda" cannot do beyond that, `attention_cuda.check_supported` says when it is launched.
     """
+    q = layers[0]
     if impl == "auto":
-        impl = "triton" if q.is_cuda and not sampled else "torch"
+        impl = "torch"
+        if q.is_cuda and not sampled and _width(layers) <= _widest(layers, softcap):
+            impl = "triton"
     if impl not in IMPLEMENTATIONS:
         here = ", ".join(f'"{name}"' for name in ("auto", *IMPLEMENTATIONS))
         raise checks.argument_error(op, "impl", f"be one of {here}", repr(impl))
@@ -77,26 +83,42 @@ def choose(op: str, impl: object, q: Tensor, widths: Sequence[int], sampled: boo
             op, "q", 'be on a CUDA device with impl="cuda"', q.device, remedy
         )
     if impl in ("triton", "cuda"):
-        _check_triton(op, q, widths)
+        _check_triton(op, layers, softcap)
     return str(impl)
 
 
-def _check_triton(op: str, q: Tensor, widths: Sequence[int]) -> None:
-    if max(widths) > MAX_TRITON_WIDTH:
-        wanted = f'have a head dimension K of at most {MAX_TRITON_WIDTH} with impl="triton"'
-        raise checks.argument_error(op, "q", wanted, f"K = {max(widths)}", 'use impl="torch"')
+def _width(layers: Sequence[Tensor]) -> int:
+    return max(q.shape[-1] for q in layers)
+
+
+def _widest(layers: Sequence[Tensor], softcap: float | None) -> int:
+    """The largest head dimension that Triton's kernels have a tile for; 0 without Triton."""
+    try:
+        from oisd_kernels import attention_triton  # triton is not to be had on every machine
+    except ImportError:
+        return 0
+    dtype = reduce(torch.promote_types, (q.dtype for q in layers))
+    return attention_triton.widest(layers[0], dtype, softcap)
+
+
+def _check_triton(op: str, layers: Sequence[Tensor], softcap: float | None) -> None:
+    q = layers[0]
     try:
         from oisd_kernels import attention_triton
     except ImportError as error:
         wanted = "be one of those that can run here"
         remedy = f'{error}; install triton, or use impl="torch"'
         raise checks.argument_error(op, "impl", wanted, "'triton'", remedy) from error
-    if torch.compiler.is_compiling() or q.is_cuda:
-        return
-    kernel = getattr(attention_triton, "attention_forward_kernel", None)
-    if type(kernel).__name__ != "InterpretedFunction":
-        remedy = "set TRITON_INTERPRET=1 before Triton is imported to try it on a CPU"
-        raise checks.argument_error(op, "q", 'be on a GPU with impl="triton"', q.device, remedy)
+    if not q.is_cuda and not torch.compiler.is_compiling():
+        kernel = attention_triton.attention_forward_kernel
+        if type(kernel).__name__ != "InterpretedFunction":
+            remedy = "set TRITON_INTERPRET=1 before Triton is imported to try it on a CPU"
+            raise checks.argument_error(op, "q", 'be on a GPU with impl="triton"', q.device, remedy)
+    width, widest = _width(layers), _widest(layers, softcap)
+    if width > widest:
+        wanted = f'have a head dimension K of at most {widest} with impl="triton" here'
+        got = f"K = {width} of {q.dtype}"
+        raise checks.argument_error(op, "q", wanted, got, 'use impl="torch"')
 
 
 def functions(impl: str) -> ModuleType:

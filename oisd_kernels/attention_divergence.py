@@ -135,8 +135,7 @@ def attention_divergence(
             shape = f"[{'S, ' if own else ''}{layout}]"
             checks.check_tensor(OP, name, x, shape, [*own, *sizes], device=device)
     checks.check_choice(OP, "reduction", reduction, checks.REDUCTIONS)
-    widths = q.shape[-1], q_teacher.shape[-1]
-    chosen = choose(OP, impl, q, widths, sampled=key_index is not None)
+    chosen = choose(OP, impl, [q, q_teacher], softcap, sampled=key_index is not None)
     options = _Options(
         token_weight, cu_seqlens, causal, window, softcap, scale, scale_teacher, divergence, beta,
         key_index, lse, lse_teacher, reduction,

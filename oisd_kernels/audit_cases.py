@@ -8,33 +8,21 @@ binary (shapes and strides, beyond their divisibility by 16) are those of Qwen3-
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from oisd_kernels import rows_triton, tiled_gradient, tiled_values
+from oisd_kernels.audit_attention import attention_cases
+from oisd_kernels.audit_case import DTYPES, Case
+from oisd_kernels.audit_case import empty as _empty
 from oisd_kernels.rows_torch import FinalRows, RowMath
 from oisd_kernels.tiled_launch import Head, Scores
 
 VOCABULARY, ROWS = 151936, 1024
 SLICED = 10_000  # a vocabulary that a gradient takes in few slices, the last of them in part
 PLAIN, ALL = "plain", "bias, softcap, temperature"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call of a launcher; `full` leaves it out of the sweep unless that was asked for."""
-
-    name: str
-    launch: Callable[[], object]
-    full: bool = False
-
-
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def row_cases(capability: int) -> Iterator[Case]:
@@ -169,4 +157,9 @@ def tiled_gradient_cases(capability: int) -> Iterator[Case]:
         yield Case(f"gradient of {of}, {name}, {options}", run, full)
 
 
-CASES: list[Callable[[int], Iterator[Case]]] = [row_cases, tiled_cases, tiled_gradient_cases]
+CASES: list[Callable[[int], Iterator[Case]]] = [
+    row_cases,
+    tiled_cases,
+    tiled_gradient_cases,
+    attention_cases,
+]

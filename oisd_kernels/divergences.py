@@ -73,3 +73,13 @@ def terms(
         teacher = p * (tl.minimum(x, 0.0) - l1p - LOG_BETA)  # p * log(p/m)
         student = q * (s + LOG_1M_BETA)  # -q * log(q/m)
         return BETA * teacher - (1 - BETA) * student, s, q
+
+
+@triton.jit
+def inner(D, DIVERGENCE: tl.constexpr, LOG_ODDS: tl.constexpr):
+    """`inner` of `terms` alone, of "jsd" (LOG_ODDS = log(beta/(1-beta))) and "reverse_kl"."""
+    if DIVERGENCE == "reverse_kl":
+        return D
+    else:
+        x = D + LOG_ODDS
+        return tl.maximum(x, 0.0) + log1p_exp_neg(tl.abs(x))

@@ -1,0 +1,191 @@
+"""How attention is cut into programs: tile sizes, and which tiles there are in a pack.
+
+Nothing here waits for the device: the tables are made on it, and what the host needs to know, the
+number of programs, is a bound.
+
+Letters: N tokens, B sequences, P programs.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from oisd_kernels.attention_geometry import Geometry
+
+
+class Tile(NamedTuple):
+    m: int  # queries
+    n: int  # keys
+    warps: int
+    stages: int
+    split: bool = False  # plain gradients: blocks that need no mask in a loop of their own
+
+
+# By architecture: (kernel, operands, largest head dimension). "align" has the teacher's scores
+# beside the plain gradient; "alone", instead of it, and "window" are there where they need another
+# tile. Not tuned: the first without a spill in the cases of `audit_attention`. What has no tile is
+# refused.
+TILES: dict[int, dict[tuple[str, str, int], Tile]] = {
+    80: {
+        ("forward", "half", 64): Tile(128, 64, 8, 3),
+        ("forward", "half", 128): Tile(128, 64, 8, 3),
+        ("forward window", "half", 128): Tile(128, 32, 8, 2),
+        ("forward", "half", 256): Tile(64, 32, 8, 2),
+        ("forward", "fp32", 64): Tile(64, 32, 8, 2),
+        ("forward", "fp32", 128): Tile(32, 32, 8, 2),
+        ("statistics", "half", 64): Tile(128, 64, 8, 3),
+        ("statistics", "half", 128): Tile(128, 64, 8, 3),
+        ("statistics", "half", 256): Tile(32, 32, 8, 1),
+        ("statistics", "fp32", 64): Tile(64, 32, 8, 2),
+        ("statistics", "fp32", 128): Tile(16, 16, 8, 1),
+        ("dq", "half", 64): Tile(128, 64, 8, 3, True),
+        ("dq", "half", 128): Tile(128, 32, 8, 3, True),
+        ("dq", "half", 256): Tile(32, 32, 8, 1),
+        ("dq", "fp32", 64): Tile(32, 32, 8, 2),
+        ("dq", "fp32", 128): Tile(32, 16, 8, 1),
+        ("dq align", "half", 64): Tile(128, 32, 8, 2),
+        ("dq alone", "half", 64): Tile(128, 64, 8, 2),
+        ("dq align", "half", 128): Tile(64, 32, 8, 2),
+        ("dq alone", "half", 128): Tile(128, 32, 8, 2),
+        ("dq align", "half", 256): Tile(32, 32, 8, 1),
+        ("dq align", "fp32", 64): Tile(16, 32, 8, 1),
+        ("dq align", "fp32", 128): Tile(16, 16, 8, 1),
+        ("dkdv", "half", 64): Tile(32, 64, 8, 2, True),
+        ("dkdv", "half", 128): Tile(32, 64, 8, 2, True),
+        ("dkdv", "half", 256): Tile(16, 32, 8, 1),
+        ("dkdv", "fp32", 64): Tile(32, 32, 8, 1),
+        ("dkdv", "fp32", 128): Tile(16, 16, 8, 1),
+        ("dkdv align", "half", 64): Tile(32, 64, 8, 1),
+        ("dkdv align", "half", 128): Tile(32, 64, 8, 2),
+        ("dkdv align", "half", 256): Tile(16, 32, 8, 1),
+        ("dkdv align", "fp32", 64): Tile(16, 32, 8, 1),
+        ("dkdv align", "fp32", 128): Tile(16, 16, 8, 1),
+    },
+}
+# 99 KB of shared memory; its compiler needs more registers for float32 than sm_80's has.
+TILES[86] = {key: tile for key, tile in TILES[80].items() if key[1:] != ("fp32", 128)} | {
+    ("forward", "half", 128): Tile(64, 32, 8, 2),
+    ("statistics", "half", 128): Tile(128, 64, 8, 2),
+    ("dq alone", "half", 128): Tile(64, 32, 8, 2),
+    ("dkdv align", "half", 64): Tile(32, 32, 8, 2),
+    ("dkdv alone", "half", 128): Tile(32, 32, 8, 2),
+}
+TILES[90] = TILES[80] | {
+    ("forward window", "half", 128): Tile(128, 64, 8, 3),
+    ("dq", "half", 128): Tile(128, 64, 8, 3),
+    ("dq align", "half", 64): Tile(128, 64, 8, 2),
+    ("dq align", "half", 128): Tile(128, 64, 8, 2),
+    ("dq alone", "half", 128): Tile(128, 64, 8, 2),
+    ("dkdv", "half", 64): Tile(32, 128, 8, 3),
+    ("dkdv", "half", 128): Tile(32, 128, 8, 2),
+    ("dkdv window", "half", 128): Tile(32, 64, 8, 2, True),
+    ("dkdv align", "half", 64): Tile(32, 128, 8, 3),
+}
+TILES[100] = TILES[90] | {
+    ("dq", "half", 128): Tile(128, 64, 8, 3, True),
+    ("dkdv", "half", 64): Tile(32, 128, 8, 1),
+    ("dkdv", "half", 128): Tile(32, 128, 8, 1),
+    ("dkdv window", "half", 128): Tile(32, 128, 8, 1),
+    ("dkdv align", "half", 64): Tile(32, 128, 8, 1),
+    ("dkdv align", "half", 128): Tile(32, 32, 8, 1),
+}
+INTERPRETED = Tile(16, 16, 4, 1)
+
+
+def launch_tile(
+    capability: int, kernel: str, dtype: torch.dtype, width: int, geometry: Geometry
+) -> Tile:
+    """The tile for a compute capability (90 for sm_90); 0 is the interpreter.
+
+    kernel: "forward", "statistics"; "dq" and "dkdv", the plain gradient, " align" behind them for
+        the alignment beside it, " alone" for the alignment alone.
+    width: the largest head dimension, student's or teacher's.
+    """
+    if width > widest(capability, dtype, geometry.softcap):
+        capped = "" if geometry.softcap is None else " with a softcap"
+        raise ValueError(
+            f"attention_triton: K must be at most {widest(capability, dtype, geometry.softcap)} in "
+            f'{dtype}{capped} on sm_{capability}, got {width}; use impl="torch", or bfloat16'
+        )
+    if capability == 0:
+        return INTERPRETED
+    tiles = TILES[_known(capability)]
+    if geometry.softcap is not None:
+        width = 2 * width  # its registers are those of the next width's tile
+    size = 64 if width <= 64 else 128 if width <= 128 else 256
+    kind = _operands(dtype), size
+    names = [kernel, kernel.replace(" alone", " align")]
+    if geometry.window is not None:
+        names = [f"{name} window" for name in names] + names
+    return next(tiles[name, *kind] for name in names if (name, *kind) in tiles)
+
+
+def widest(capability: int, dtype: torch.dtype, softcap: float | None) -> int:
+    """The largest head dimension that there is a tile for; 0: the dtype cannot run."""
+    if capability == 0:
+        return 256
+    if dtype == torch.float64:
+        return 0
+    operands = _operands(dtype)
+    largest = max(size for _, kind, size in TILES[_known(capability)] if kind == operands)
+    return largest // 2 if operands == "fp32" and softcap is not None else largest
+
+
+def _known(capability: int) -> int:
+    """The architecture whose tiles serve; after sm_100 shared memory is that of sm_86 again."""
+    return 86 if capability >= 120 else max((c for c in TILES if c <= capability), default=86)
+
+
+def _operands(dtype: torch.dtype) -> str:
+    return "fp32" if dtype == torch.float32 else "half"
+
+
+class Tiles(NamedTuple):
+    """Sequences cut into tiles, in their order."""
+
+    table: Tensor  # [3, P] int32: begin and end of the sequence, first token; begin >= end: surplus
+    sequence: Tensor  # [P]
+    first: Tensor  # [B]: place of a sequence's first tile
+    programs: int  # P
+
+    @classmethod
+    def of(cls, geometry: Geometry, tokens: int, block: int) -> "Tiles":
+        offsets, B, longest = geometry.cu_seqlens.long(), geometry.sequences, geometry.max_length
+        programs = tokens // block + min(B, tokens)
+        if longest is not None:
+            programs = min(programs, B * -(-longest // block))
+        counts = (offsets.diff() + (block - 1)) // block
+        ends = counts.cumsum(0)
+        place = torch.arange(programs, device=offsets.device)
+        sequence = torch.searchsorted(ends, place, right=True).clamp_max(B - 1)
+        first = ends - counts
+        begin = offsets[sequence]
+        # Past the last tile it reaches the end of the last sequence, or goes beyond.
+        start = begin + (place - first[sequence]) * block
+        table = torch.stack((begin, offsets[sequence + 1], start)).int()
+        return cls(table, sequence, first, programs)
+
+
+class Work(NamedTuple):
+    """Which blocks of queries have a row of weight other than 0: see `attention_dkdv_kernel`."""
+
+    first: Tensor  # [programs of the keys]
+    rank: Tensor  # [blocks + 1]
+    live: Tensor  # [blocks]
+    kept: Tensor  # [N + 1]
+
+    @classmethod
+    def of(cls, geometry: Geometry, keys: Tiles, weight: Tensor, block: int) -> "Work":
+        N = len(weight)
+        queries = Tiles.of(geometry, N, block)
+        kept = pad((weight != 0).cumsum(0, dtype=torch.int32), (1, 0))
+        _, end, start = queries.table.long()
+        start = start.minimum(end)
+        some = kept[(start + block).minimum(end)] > kept[start]
+        rank = pad(some.cumsum(0, dtype=torch.int32), (1, 0))
+        wanted = torch.arange(1, queries.programs + 1, device=rank.device, dtype=torch.int32)
+        found = torch.searchsorted(rank, wanted).clamp_max(queries.programs) - 1
+        live = queries.table[2][found]
+        return cls(queries.first[keys.sequence].int(), rank, live, kept)

@@ -1,0 +1,91 @@
+"""The launches of the attention kernels, for `oisd_kernels.audit_cases`.
+
+32 query heads on 8 key heads. By default bf16 at K = 128 with jsd: forward, statistics, and the
+backward of both at once, which makes every kernel. `full` adds the rest: every tile of the
+launcher's table, and at K = 128 every option.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from oisd_kernels import attention_triton
+from oisd_kernels.attention_geometry import Alignment, Geometry, Teacher
+from oisd_kernels.attention_tiles import widest
+from oisd_kernels.audit_case import DTYPES, Case, empty
+
+TOKENS, SEQUENCES, HEADS, KEY_HEADS = 8192, 8, 32, 8
+FORMS = {
+    "causal": (True, None, None),
+    "causal, window": (True, 1024, None),
+    "causal, window, softcap": (True, 1024, 30.0),
+    "full": (False, None, None),
+    "full, window": (False, 1024, None),
+}
+DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
+# dtype, K, the teacher's K, mask, divergences
+CONFIGURATIONS = [
+    ("bf16", 128, 128, "causal", DIVERGENCES),
+    ("bf16", 64, 64, "causal", DIVERGENCES),
+    ("bf16", 256, 256, "causal", ("jsd",)),
+    *(("fp32", size, size, "causal", ("jsd",)) for size in (64, 128)),
+    ("fp16", 128, 128, "causal", ("jsd",)),
+    ("bf16", 96, 96, "causal", ("jsd",)),
+    ("bf16", 64, 128, "causal", ("jsd",)),
+    ("bf16", 128, 64, "causal", ("jsd",)),
+    *(("bf16", size, size, "causal, window, softcap", ("jsd",)) for size in (64, 128, 256)),
+    ("fp32", 64, 64, "causal, window, softcap", ("jsd",)),
+    ("bf16", 128, 128, "causal, window", DIVERGENCES),
+    *(("bf16", 128, 128, form, ("jsd",)) for form in ("full", "full, window")),
+]
+
+
+def attention_cases(capability: int) -> Iterator[Case]:
+    for name, width, width_t, form, divergences in CONFIGURATIONS:
+        if max(width, width_t) <= widest(capability, DTYPES[name], FORMS[form][2]):
+            yield from _cases(capability, name, width, width_t, form, divergences)
+
+
+def _cases(
+    capability: int,
+    name: str,
+    width: int,
+    width_t: int,
+    form: str,
+    divergences: tuple[str, ...],
+) -> Iterator[Case]:
+    dtype, target = DTYPES[name], {"capability": capability}
+    label = f"{name}, K={width}" + (f"/{width_t}" if width_t != width else "") + f", {form}"
+    q, qt = (empty(TOKENS, HEADS, size, dtype=dtype) for size in (width, width_t))
+    k, kt = (empty(TOKENS, KEY_HEADS, size, dtype=dtype) for size in (width, width_t))
+    lse, row = empty(HEADS, TOKENS), empty(TOKENS)
+    causal, window, softcap = FORMS[form]
+    offsets = empty(SEQUENCES + 1, dtype=torch.int32)
+    geometry = Geometry(offsets, SEQUENCES, None, causal, window, softcap)
+    teacher = Teacher(qt, kt, lse, width_t**-0.5)
+    scale = width**-0.5
+    student = q, k, geometry, scale
+    plain = {"v": k, "out": q, "d_out": q, "d_lse": lse}
+    usual = (name, width, width_t, form) == CONFIGURATIONS[0][:4]
+    if width == width_t:
+        forward = partial(attention_triton.forward, q, k, k, geometry, scale, **target)
+        yield Case(f"forward, {label}", forward, not usual)
+        alone = partial(attention_triton.logsumexp, *student, **target)
+        yield Case(f"logsumexp, {label}", alone, True)
+        backward = partial(attention_triton.backward, *student, lse, **plain, **target)
+        yield Case(f"plain, {label}", backward, True)
+    for divergence in divergences:
+        full = not usual or divergence != "jsd"
+        statistics = partial(
+            attention_triton.statistics,
+            q, k, lse, scale, teacher, row != 0, divergence, 0.5, geometry, **target,
+        )  # fmt: skip
+        yield Case(f"{divergence}, {label}", statistics, full)
+        alignment = Alignment(teacher, row, lse, divergence, 0.5)
+        for extra, what in ((plain, "and plain"), ({}, "alone")):
+            backward = partial(
+                attention_triton.backward,
+                *student, lse, **extra, alignment=alignment, **target,
+            )  # fmt: skip
+            yield Case(f"{divergence} {what}, {label}", backward, full or not extra)

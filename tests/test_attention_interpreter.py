@@ -1,0 +1,498 @@
+"""The Triton attention kernels in the interpreter, against float64 autograd through the reference.
+
+The interpreter is chosen when triton is imported, so the tests run in a process of their own. Its
+tiles are 16 x 16: 17 tokens are two of them.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_reference import (
+    DIVERGENCES,
+    GRADIENT_BOUND,
+    assert_gradient_close,
+    assert_loss_close,
+    leaf,
+    normal,
+    relative_error,
+)
+from torch import Tensor
+from torch.nn.functional import softplus
+
+pytest.importorskip("triton")
+
+from oisd_kernels import attention_triton, reference
+from oisd_kernels.attention_geometry import Alignment, Geometry, Teacher
+
+INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETER, reason="runs in the interpreter's process")
+BOUND = GRADIENT_BOUND | {torch.float64: 1e-10}
+# The interpreter truncates to bf16 where a GPU rounds: twice the error, and all in one direction.
+HALF_BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
+FORMS = [
+    pytest.param((True, None, None), id="causal"),
+    pytest.param((False, None, None), id="full"),
+    pytest.param((True, 3, None), id="window3"),
+    pytest.param((False, 5, 2.0), id="window5-full-softcap"),
+    pytest.param((True, None, 2.0), id="softcap"),
+]
+SCALE, SCALE_T = 0.4, 0.25
+
+
+def interpret(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, *arguments]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout
+
+
+@pytest.mark.skipif(INTERPRETER, reason="this is the interpreter's process")
+def test_the_interpreter_passes():
+    interpret()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.skipif(INTERPRETER, reason="this is the interpreter's process")
+def test_the_interpreter_passes_the_long_cases():
+    interpret("-m", "slow")
+
+
+def geometry(lengths, form=(True, None, None)) -> Geometry:
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
+    return Geometry(offsets, len(lengths), None, *form)
+
+
+def inputs(N, H=2, J=1, Jt=2, K=6, Kt=20, dtype=torch.float64, spread=1.5):
+    """Student q, k, v and teacher q, k, packed."""
+    shapes = ((H, K), (J, K), (J, K), (H, Kt), (Jt, Kt))
+    return [(spread * normal(N, *x, seed=seed)).to(dtype) for seed, x in enumerate(shapes)]
+
+
+def eager(q, k, v, geometry, scale) -> tuple[Tensor, Tensor]:
+    """out [N, H, K], lse [H, N], sequence by sequence."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    outs, lses = [], []
+    offsets = geometry.cu_seqlens.tolist()
+    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+        rows = slice(begin, end)
+        scores = scale * torch.einsum("ihk,jhk->hij", q[rows], k[rows])
+        if geometry.softcap is not None:
+            scores = geometry.softcap * torch.tanh(scores / geometry.softcap)
+        ahead = torch.arange(end - begin)[None] - torch.arange(end - begin)[:, None]
+        hidden = ahead > 0 if geometry.causal else torch.zeros_like(ahead, dtype=torch.bool)
+        if geometry.window is not None:
+            hidden = hidden | (ahead.abs() >= geometry.window)
+        scores = scores.masked_fill(hidden, -math.inf)
+        outs.append(torch.einsum("hij,jhk->ihk", scores.softmax(-1), v[rows]))
+        lses.append(scores.logsumexp(-1))
+    return torch.cat(outs), torch.cat(lses, 1)
+
+
+def row_loss(q, k, qt, kt, geometry, divergence, beta, token_weight=None) -> Tensor:
+    return reference.attention_divergence(
+        q, k, qt, kt, token_weight=token_weight, cu_seqlens=geometry.cu_seqlens,
+        causal=geometry.causal, window=geometry.window, softcap=geometry.softcap,
+        scale=SCALE, scale_teacher=SCALE_T, divergence=divergence, beta=beta,
+    )  # fmt: skip
+
+
+class Truth:
+    """Float64 autograd on the same inputs: plain gradient, that of the alignment."""
+
+    def __init__(self, q, k, v, qt, kt, geometry, d_out=None, d_lse=None):
+        self.q, self.k, self.v = (leaf(x.double()) for x in (q, k, v))
+        self.qt, self.kt, self.geometry = qt.double(), kt.double(), geometry
+        self.out, self.lse = eager(self.q, self.k, self.v, geometry, SCALE)
+
+    def plain(self, d_out, d_lse):
+        total = (self.out * d_out.double()).sum() + (self.lse * d_lse.double()).sum()
+        return torch.autograd.grad(total, (self.q, self.k, self.v), retain_graph=True)
+
+    def alignment(self, weight, divergence, beta):
+        rows = row_loss(
+            self.q, self.k, self.qt, self.kt, self.geometry, divergence, beta, weight.double()
+        )
+        return rows.detach(), torch.autograd.grad(rows.sum(), (self.q, self.k))
+
+
+def aligned(q, k, qt, kt, geometry, divergence, beta, weight):
+    """Value, statistic, lse and the alignment for a backward, all by the kernels."""
+    lse = attention_triton.logsumexp(q, k, geometry, SCALE)
+    teacher = Teacher(qt, kt, attention_triton.logsumexp(qt, kt, geometry, SCALE_T), SCALE_T)
+    keep = weight != 0
+    value, statistic = attention_triton.statistics(
+        q, k, lse, SCALE, teacher, keep, divergence, beta, geometry
+    )
+    alignment = Alignment(teacher, weight / q.shape[1], statistic, divergence, beta)
+    return value, lse, alignment
+
+
+def signed_weights(N, dtype=torch.float64) -> Tensor:
+    """Of both signs, some 0."""
+    weight = normal(N, seed=9).to(dtype)
+    weight[::4] = 0
+    return weight
+
+
+def check_alignment(got, truth, bound, floor=1e-6):
+    for a, b in zip(got, truth, strict=True):
+        assert_gradient_close(a, b, bound, floor)
+
+
+# The functions
+
+
+@inside
+@pytest.mark.parametrize("form", FORMS)
+def test_attention(form):
+    lengths = [17, 0, 1, 2]
+    where = geometry(lengths, form)
+    q, k, v, qt, kt = inputs(20)
+    truth = Truth(q, k, v, qt, kt, where)
+    out, lse = attention_triton.forward(q, k, v, where, SCALE)
+    torch.testing.assert_close(out, truth.out.detach(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(lse, truth.lse.detach(), rtol=0, atol=1e-12)
+    assert out.is_contiguous() and torch.equal(attention_triton.logsumexp(q, k, where, SCALE), lse)
+    d_out, d_lse = normal(*out.shape, seed=7), normal(*lse.shape, seed=8)
+    got = attention_triton.backward(q, k, where, SCALE, lse, v=v, out=out, d_out=d_out, d_lse=d_lse)
+    assert all(x.is_contiguous() for x in got)
+    check_alignment(got, truth.plain(d_out, d_lse), 1e-12)
+
+
+@inside
+@pytest.mark.parametrize("form", FORMS[:4])
+@pytest.mark.parametrize("divergence, beta", [("jsd", 0.3), ("forward_kl", 0.5)])
+def test_alignment(form, divergence, beta):
+    compare(form, divergence, beta, torch.float64)
+
+
+@inside
+@pytest.mark.parametrize("divergence, beta", DIVERGENCES[1:2] + DIVERGENCES[4:])
+def test_alignment_of_other_divergences(divergence, beta):
+    compare((True, None, None), divergence, beta, torch.float64)
+
+
+@inside
+@pytest.mark.parametrize("divergence, beta", DIVERGENCES[1:2] + DIVERGENCES[3:])
+def test_float32(divergence, beta):
+    compare((True, None, None), divergence, beta, torch.float32)
+
+
+@inside
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("divergence, beta", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("heads", [(4, 1, 4), (4, 4, 1)], ids=["heads4-of-1", "heads4-of-4"])
+def test_every_combination(form, divergence, beta, dtype, heads):
+    compare(form, divergence, beta, dtype, [33, 0, 1, 2, 20], heads=heads, widths=(64, 16))
+
+
+def compare(form, divergence, beta, dtype, lengths=(17, 0, 1, 2), heads=(2, 1, 2), widths=(6, 20)):
+    """Value, statistic, the alignment's gradient, and that both at once are the sum of the two."""
+    where, N = geometry(lengths, form), sum(lengths)
+    q, k, v, qt, kt = inputs(N, *heads, *widths, dtype=dtype)
+    weight = signed_weights(N, dtype)
+    truth = Truth(q, k, v, qt, kt, where)
+    loss, gradient = truth.alignment(weight, divergence, beta)
+    value, lse, alignment = aligned(q, k, qt, kt, where, divergence, beta, weight)
+    assert value.dtype == lse.dtype == dtype
+    assert not value[weight == 0].any()
+    assert_loss_close(weight * value, loss, 1e-12 if dtype == torch.float64 else 1e-5)
+    if divergence == "forward_kl":
+        assert alignment.statistic.shape == (0, 0)
+    else:
+        check_statistic(truth, alignment, weight)
+    alone = attention_triton.backward(q, k, where, SCALE, lse, alignment=alignment)
+    assert alone[2] is None
+    check_alignment(alone[:2], gradient, BOUND[dtype])
+    assert not alone[0][weight == 0].any()
+    out, _ = attention_triton.forward(q, k, v, where, SCALE)
+    d_out, d_lse = normal(*out.shape, seed=7).to(dtype), normal(*lse.shape, seed=8).to(dtype)
+    both = attention_triton.backward(
+        q, k, where, SCALE, lse, v=v, out=out, d_out=d_out, d_lse=d_lse, alignment=alignment
+    )
+    plain = truth.plain(d_out, d_lse)
+    check_alignment(
+        both[:2], [a + b for a, b in zip(plain[:2], gradient, strict=True)], BOUND[dtype]
+    )
+    check_alignment(both[2:], plain[2:], BOUND[dtype])
+
+
+def check_statistic(truth, alignment, weight):
+    """Of `Alignment`, from the maps themselves."""
+    identity = torch.eye(len(weight)).double()[:, None]  # values that make `out` the map
+    H = truth.q.shape[1]
+    maps = []
+    for x, y, factor in ((truth.q, truth.k, SCALE), (truth.qt, truth.kt, SCALE_T)):
+        values = identity.expand(-1, y.shape[1], -1)
+        maps.append(eager(x, y, values, truth.geometry, factor)[0].detach())
+    student, teacher = maps  # [N, H, N]
+    seen = student > 0
+    ratio = torch.where(seen, teacher, 1).log() - torch.where(seen, student, 1).log()
+    if alignment.divergence == "jsd":
+        ratio = softplus(ratio + math.log(alignment.beta / (1 - alignment.beta)))
+    else:
+        ratio = -ratio
+    want = torch.where(weight[:, None] != 0, (student * ratio).sum(-1), 0).T
+    assert alignment.statistic.shape == (H, len(weight)) and want.norm() > 1e-2
+    bound = 1e-10 if alignment.statistic.dtype == torch.float64 else 2e-6
+    assert relative_error(alignment.statistic, want) < bound
+
+
+@inside
+@pytest.mark.parametrize("divergence, beta", DIVERGENCES[1:2] + DIVERGENCES[3:])
+def test_a_teacher_equal_to_the_student(divergence, beta):
+    where, weight = geometry([17]), torch.ones(17, dtype=torch.float64)
+    q, k, _, _, _ = inputs(17)
+    lse = attention_triton.logsumexp(q, k, where, SCALE)
+    teacher = Teacher(q, k, lse, SCALE)
+    value, statistic = attention_triton.statistics(
+        q, k, lse, SCALE, teacher, None, divergence, beta, where
+    )
+    alignment = Alignment(teacher, weight, statistic, divergence, beta)
+    got = attention_triton.backward(q, k, where, SCALE, lse, alignment=alignment)
+    if divergence == "jsd":
+        statistic = statistic + math.log1p(-beta)
+    for x in (value, statistic, *got[:2]):
+        assert x.numel() == 0 or float(x.abs().max()) < 1e-13
+
+
+@inside
+@pytest.mark.parametrize("divergence, beta", DIVERGENCES[1:2] + DIVERGENCES[3:])
+@pytest.mark.parametrize("case", ["large", "near", "one-hot-teacher", "one-hot-student"])
+def test_extreme_scores(case, divergence, beta):
+    """In float32: scores of +-60, maps 1e-3 apart, one-hot against uniform."""
+    where, N = geometry([17]), 17
+    q, k, v, qt, kt = inputs(N, 1, 1, 1, 16, 16)
+    q, qt = (
+        60 * x / (f * (x[:, 0] @ y[:, 0].T).abs().max())
+        for x, y, f in ((q, k, SCALE), (qt, kt, SCALE_T))
+    )
+    if case == "near":
+        q = q / 10
+        qt, kt = q * (SCALE / SCALE_T) + 1e-4 * qt, k
+    elif case == "one-hot-teacher":
+        q = 1e-3 * q
+    elif case == "one-hot-student":
+        qt = 1e-3 * qt
+    q, k, v, qt, kt = (x.float() for x in (q, k, v, qt, kt))
+    weight = torch.ones(N)
+    truth = Truth(q, k, v, qt, kt, where)
+    loss, gradient = truth.alignment(weight, divergence, beta)
+    value, lse, alignment = aligned(q, k, qt, kt, where, divergence, beta, weight)
+    assert_loss_close(value, loss, 1e-5)
+    if case == "near":
+        assert (value - loss).abs().max() < 2e-7
+    got = attention_triton.backward(q, k, where, SCALE, lse, alignment=alignment)
+    # Of maps 1e-3 apart scores of size 6, rounded at 1e-7, leave 1e-4.
+    bound = 1e-3 if case == "near" else 1e-4
+    check_alignment(got[:2], gradient, bound, floor=1e-4 if case == "near" else 1e-3)
+
+
+@inside
+@pytest.mark.parametrize("beta", [0.5, 0.1])
+def test_disjoint_maps(beta):
+    """In float32: the KL from the mixture is a constant but for e^-28 of it, the gradient's size.
+
+    The truth is the centred form in float64: autograd would lose the same digits.
+    """
+    where, N = geometry([17]), 17
+    q, k, _, qt, kt = inputs(N, 1, 1, 1, 16, 16, spread=0.3)
+    # The first feature splits the keys by parity.
+    k[..., 0] = kt[..., 0] = (1 - 2 * (torch.arange(N) % 2))[:, None]
+    q[..., 0], qt[..., 0] = 14 / SCALE, -14 / SCALE_T
+    q, k, qt, kt = (x.float() for x in (q, k, qt, kt))
+    weight = signed_weights(N, torch.float32)
+    _, lse, alignment = aligned(q, k, qt, kt, where, "jsd", beta, weight)
+    got = attention_triton.backward(q, k, where, SCALE, lse, alignment=alignment)
+    hidden = torch.ones(N, N, dtype=torch.bool).triu(1)
+    lq, lp = (
+        (scale * x[:, 0].double() @ y[:, 0].double().T).masked_fill(hidden, -1e9).log_softmax(-1)
+        for x, y, scale in ((q, k, SCALE), (qt, kt, SCALE_T))
+    )
+    s = softplus(lp - lq + math.log(beta / (1 - beta)), threshold=1e9)
+    mean = (lq.exp() * s).sum(-1, keepdim=True)
+    kept = weight != 0
+    assert float(mean[1:].log().max()) < -20
+    error = relative_error(alignment.statistic[0][kept], mean[kept, 0])
+    assert error < 1e-4, error
+    d_scores = SCALE * (beta - 1) * weight.double()[:, None] * lq.exp() * (s - mean)
+    truth = (d_scores @ k[:, 0].double())[:, None], (d_scores.T @ q[:, 0].double())[:, None]
+    check_alignment(got[:2], truth, 1e-4, floor=1e-12)
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_inputs(dtype):
+    where, N = geometry([17, 3]), 20
+    tensors = inputs(N, dtype=dtype)
+    q, k, v, qt, kt = tensors
+    weight = 1e-9 * signed_weights(N, torch.float32)  # below float16's range
+    truth = Truth(*tensors, where)
+    loss, gradient = truth.alignment(weight, "jsd", 0.5)
+    value, lse, alignment = aligned(q, k, qt, kt, where, "jsd", 0.5, weight)
+    assert value.dtype == lse.dtype == torch.float32
+    assert_loss_close(1e9 * weight * value, 1e9 * loss, 1e-4)
+    # Outputs of the student's dtype would underflow in float16; a float32 student keeps them.
+    got = attention_triton.backward(q.float(), k.float(), where, SCALE, lse, alignment=alignment)
+    check_alignment(got[:2], gradient, 1e-4, floor=1e-11)
+    out, _ = attention_triton.forward(q, k, v, where, SCALE)
+    torch.testing.assert_close(out.double(), truth.out.detach(), rtol=1e-2, atol=1e-3)
+    out = truth.out.detach().to(dtype)  # rounded as on a GPU: delta would double the truncation
+    d_out, d_lse = normal(*out.shape, seed=7).to(dtype), torch.zeros_like(lse)
+    got = attention_triton.backward(q, k, where, SCALE, lse, v=v, out=out, d_out=d_out)
+    assert [x.dtype for x in (out, *got)] == [dtype] * 4
+    check_alignment(got, truth.plain(d_out, d_lse), HALF_BOUND[dtype])
+
+
+@inside
+def test_strides_and_mixed_dtypes():
+    where, N = geometry([17]), 17
+    q, k, v, qt, kt = inputs(N)
+    q = q.transpose(0, 1).contiguous().transpose(0, 1)
+    k = torch.cat((k, k), -1)[..., :6]
+    qt, kt = qt.float(), torch.stack((kt, kt), -1)[..., 0].float()
+    weight = signed_weights(N)
+    truth = Truth(q, k, v, qt, kt, where)
+    loss, gradient = truth.alignment(weight, "jsd", 0.5)
+    value, lse, alignment = aligned(q, k, qt, kt, where, "jsd", 0.5, weight)
+    assert_loss_close(weight * value, loss, 1e-6)
+    got = attention_triton.backward(q, k, where, SCALE, lse, alignment=alignment)
+    check_alignment(got[:2], gradient, 1e-6)
+
+
+@inside
+def test_several_students():
+    where, N = geometry([9, 3]), 12
+    q, k, _, qt, kt = inputs(N)
+    layers = [(q, k), (2 * q, k.flip(0))]
+    keep = signed_weights(N) != 0
+    lse = [attention_triton.logsumexp(*x, where, SCALE) for x in layers]
+    teacher = Teacher(qt, kt, attention_triton.logsumexp(qt, kt, where, SCALE_T), SCALE_T)
+    settings = "jsd", 0.3, where
+    value, statistic = attention_triton.statistics(
+        [x[0] for x in layers], [x[1] for x in layers], lse, SCALE, teacher, keep, *settings
+    )
+    assert value.shape == (2, N) and statistic.shape == (2, 2, N)
+    for s, (queries, keys) in enumerate(layers):
+        want = row_loss(queries, keys, qt, kt, where, "jsd", 0.3)
+        torch.testing.assert_close(value[s], want * keep, rtol=1e-10, atol=1e-12)
+
+
+# What rows and sequences may hold
+
+
+@inside
+@pytest.mark.parametrize("both", [False, True], ids=["alone", "and-plain"])
+def test_rows_of_weight_0_may_hold_nan(both):
+    where, N = geometry([18, 16]), 34
+    q, k, v, qt, kt = inputs(N)
+    weight = torch.zeros(N, dtype=torch.float64)
+    weight[3:10], weight[20] = 1.5, -2.0
+    weight[5] = 0
+    dead = weight == 0
+    unseen = torch.zeros(N, dtype=torch.bool)
+    unseen[10:18] = unseen[21:] = True  # by causality: no kept row comes later
+    truth = Truth(q, k, v, qt, kt, where)
+    loss, gradient = truth.alignment(weight, "jsd", 0.5)
+    lse = attention_triton.logsumexp(q, k, where, SCALE)
+    qt[dead], kt[unseen] = math.nan, math.nan
+    d_out, d_lse = normal(*q.shape, seed=7), normal(*lse.shape, seed=8)
+    extra = {}
+    if both:
+        out = truth.out.detach()
+        extra = {"v": v, "out": out, "d_out": d_out, "d_lse": d_lse}
+        plain = truth.plain(d_out, d_lse)[:2]
+        gradient = [a + b for a, b in zip(plain, gradient, strict=True)]
+    else:
+        q[dead], k[unseen], lse[:, dead] = math.nan, math.nan, math.nan
+    lse_t = attention_triton.logsumexp(qt, kt, where, SCALE_T)
+    assert lse_t[:, dead].isnan().all() and not lse_t[:, ~dead].isnan().any()
+    teacher = Teacher(qt, kt, lse_t, SCALE_T)
+    value, statistic = attention_triton.statistics(
+        q, k, lse, SCALE, teacher, ~dead, "jsd", 0.5, where
+    )
+    assert_loss_close(weight * value, loss, 1e-12)
+    alignment = Alignment(teacher, weight / 2, statistic, "jsd", 0.5)
+    got = attention_triton.backward(q, k, where, SCALE, lse, alignment=alignment, **extra)
+    check_alignment(got[:2], gradient, 1e-12)
+
+
+@inside
+def test_nan_and_infinity_stay_in_their_sequence():
+    lengths = [18, 5, 17]
+    where, N = geometry(lengths), 40
+    q, k, v, qt, kt = inputs(N)
+    k[17, 0, 0], qt[30, 0, 0] = math.nan, math.inf
+    weight = torch.ones(N, dtype=torch.float64)
+    value, lse, alignment = aligned(q, k, qt, kt, where, "jsd", 0.5, weight)
+    out, _ = attention_triton.forward(q, k, v, where, SCALE)
+    d_out = normal(*out.shape, seed=7)
+    got = attention_triton.backward(
+        q, k, where, SCALE, lse, v=v, out=out, d_out=d_out, alignment=alignment
+    )
+    assert value[17].isnan() and value[30].isnan() and not value[:17].isnan().any()
+    clean = slice(18, 23)
+    middle = geometry(lengths[1:2])
+    alone = [x[clean] for x in (q, k, v, qt, kt)]
+    truth = Truth(*alone, middle)
+    _, gradient = truth.alignment(weight[clean], "jsd", 0.5)
+    plain = truth.plain(d_out[clean], torch.zeros(2, 5))
+    check_alignment(
+        [x[clean] for x in got],
+        [plain[0] + gradient[0], plain[1] + gradient[1], plain[2]],
+        1e-12,
+    )
+    assert got[0][17].isnan().any() and got[0][30].isnan().any()
+
+
+@inside
+def test_all_rows_of_weight_0():
+    where, N = geometry([17, 2]), 19
+    q, k, _, qt, kt = inputs(N)
+    weight = torch.zeros(N, dtype=torch.float64)
+    value, lse, alignment = aligned(q, k, qt, kt, where, "jsd", 0.5, weight)
+    got = attention_triton.backward(q, k, where, SCALE, lse, alignment=alignment)
+    for x in (value, alignment.statistic, *got[:2]):
+        assert torch.equal(x, torch.zeros_like(x))
+
+
+@inside
+@pytest.mark.parametrize("lengths", [[], [0, 0]], ids=["no-sequence", "empty-sequences"])
+def test_no_tokens(lengths):
+    where = geometry(lengths)
+    q, k, v, qt, kt = inputs(0)
+    weight = torch.zeros(0, dtype=torch.float64)
+    value, lse, alignment = aligned(q, k, qt, kt, where, "jsd", 0.5, weight)
+    out, _ = attention_triton.forward(q, k, v, where, SCALE)
+    got = attention_triton.backward(
+        q, k, where, SCALE, lse, v=v, out=out, d_out=out, alignment=alignment
+    )
+    assert value.shape == (0,) and lse.shape == (2, 0) and out.shape == q.shape
+    assert [x.shape for x in got] == [q.shape, k.shape, v.shape]
+
+
+@inside
+def test_two_runs_are_equal():
+    where, N = geometry([17, 9]), 26
+    q, k, v, qt, kt = inputs(N, dtype=torch.float32)
+    weight, d_out = signed_weights(N, torch.float32), normal(*q.shape, seed=7).float()
+    runs = []
+    for _ in range(2):
+        value, lse, alignment = aligned(q, k, qt, kt, where, "jsd", 0.5, weight)
+        out, _ = attention_triton.forward(q, k, v, where, SCALE)
+        got = attention_triton.backward(
+            q, k, where, SCALE, lse, v=v, out=out, d_out=d_out, alignment=alignment
+        )
+        runs.append((value, lse, alignment.statistic, out, *got))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
