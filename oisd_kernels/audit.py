@@ -1,6 +1,7 @@
 """Compiles every Triton kernel for GPUs that are not here, and says what came out.
 
     python -m oisd_kernels.audit [--arch sm_80 sm_90 gfx942] [--kernel NAME ...] [--full] [--json]
+                                 [--record FILE]
 
 What is compiled is what the launchers pick: the cases of `oisd_kernels.audit_cases` call them with
 tensors without storage (device "meta"), and their launches are recorded instead of run, down to
@@ -8,13 +9,17 @@ the divisibility of each argument, which decides over spills. Kernels are found 
 which ends in `_kernel`; one that no case launches is a failure, as are spills, stack, shared memory
 beyond the architecture's limit, a kernel with `tl.dot` but without tensor-core instructions, and an
 empty binary, which is what Triton makes of a tile that is too large for sm_100. Without --full,
-cases that resemble another one are left out.
+cases that resemble another one are left out. With --record, what came out is kept in FILE, one line
+of JSON a launch, and a launch that it holds is not compiled again as long as its source, arguments,
+tile and Triton are the same; so a sweep can be stopped and taken up. A whole sweep of an
+architecture drops the lines that nothing launches any more.
 
 Must run without TRITON_INTERPRET, which replaces the compiler.
 """
 
 import argparse
 import dataclasses
+import hashlib
 import importlib
 import json
 import math
@@ -84,6 +89,14 @@ class Launch:
         return repr(
             (self.kernel.__name__, self.signature, self.constexprs, self.attrs, self.options)
         )
+
+    def source(self) -> ASTSource:
+        return ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
+
+    def digest(self, arch: str) -> str:
+        """Of all that decides over the binary."""
+        text = repr((self.source().hash(), self.options, arch, triton.__version__))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -183,8 +196,7 @@ class Binary(NamedTuple):
 
 def audit(launch: Launch, arch: str) -> Usage:
     """Compiles one launch and reads its binary."""
-    source = ASTSource(launch.kernel, launch.signature, launch.constexprs, launch.attrs)
-    compiled = triton.compile(source, target=target(arch), options=launch.options)
+    compiled = triton.compile(launch.source(), target=target(arch), options=launch.options)
     read = _amd_binary if arch.startswith("gfx") else _nvidia_binary
     binary = read(compiled.asm)
     limits = ARCHITECTURES[arch]
@@ -241,6 +253,41 @@ def occupancy(limits: Limits, threads: int, registers: int, shared: int) -> int:
     )
 
 
+class Record:
+    """Usages by the digest of their launch, in a file of JSON lines; without a path, nothing."""
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        lines = path.read_text().splitlines() if path is not None and path.exists() else []
+        self.rows: dict[str, dict[str, Any]] = {
+            row["digest"]: row for row in map(json.loads, lines)
+        }
+
+    def usage(self, launch: Launch, arch: str) -> Usage:
+        """From the file, or compiled and added to it."""
+        digest = launch.digest(arch)
+        if digest in self.rows:
+            held = self.rows[digest]
+            usage = Usage(**{field.name: held[field.name] for field in dataclasses.fields(Usage)})
+            return dataclasses.replace(usage, case=launch.case)
+        usage = audit(launch, arch)
+        more = {"problems": usage.problems(), "triton": triton.__version__, "digest": digest}
+        self.rows[digest] = dataclasses.asdict(usage) | more
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.rows[digest]) + "\n")
+        return usage
+
+    def keep(self, swept: dict[str, list[Launch]]) -> None:
+        """Drops what no launch of a swept architecture has any more; the rest in their order."""
+        if self.path is None:
+            return
+        rows = [row for row in self.rows.values() if row["arch"] not in swept]
+        for arch, recorded in swept.items():
+            rows += [self.rows[launch.digest(arch)] for launch in recorded]
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def unregistered(recorded: Iterable[Launch]) -> list[str]:
     """Kernels that no case launches."""
     return sorted(kernels().keys() - {launch.kernel.__name__ for launch in recorded})
@@ -276,25 +323,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kernel", nargs="+", help="these kernels alone")
     parser.add_argument("--full", action="store_true", help="every combination of options")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="what is compiled is kept here")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
 
-    usages, missing = [], set()
+    usages, missing, swept, record = [], set(), {}, Record(options.record)
     if not options.json:
         print(COLUMNS.format("kernel", "case", "arch", "warps", "stages", "regs", "spills",
                              "stack", "shared", "occ.", "tensor core"))  # fmt: skip
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for arch in options.arch:
-            todo = launches(arch, options.full)
+            todo = swept[arch] = launches(arch, options.full)
             missing.update(unregistered(todo))
             for launch in todo:
                 if options.kernel and launch.kernel.__name__ not in options.kernel:
                     continue
-                usages.append(audit(launch, arch))
+                usages.append(record.usage(launch, arch))
                 if not options.json:
                     print(_row(usages[-1]), flush=True)
+    if options.full and not options.kernel:
+        record.keep(swept)
     failed = [usage for usage in usages if usage.problems()]
     if options.json:
         rows = [dataclasses.asdict(usage) | {"problems": usage.problems()} for usage in usages]

@@ -41,7 +41,7 @@ def row_cases(capability: int) -> Iterator[Case]:
             yield Case(
                 name,
                 partial(rows_triton.final_rows, z, bias, labels, math_("jsd"), True, True),
-                full,
+                full or labels is None,
             )
         for name, operand in DTYPES.items():
             yield Case(
@@ -62,7 +62,7 @@ def row_cases(capability: int) -> Iterator[Case]:
                     z, z, final, bias, index, factor, math_(divergence), operand is not None,
                     True, operand or torch.float32,
                 ),
-                full or (divergence != "jsd" and name in ("no", "fp32")),
+                full or (divergence != "jsd" and name != "bf16"),
             )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def tiled_cases(capability: int) -> Iterator[Case]:
         run = partial(_tiled_values, states, weight, bias, of, scores, stats, capability)
         wanted = ", statistics" if stats else ""
         extreme = everything == stats if name == "bf16" else everything and stats
-        full = name not in ("bf16", "fp32") or not extreme
+        full = name not in ("bf16", "fp32") or not extreme or (of == "logprob" and not stats)
         yield Case(f"{of}, {name}{wanted}, {options}", run, full)
 
 

@@ -111,6 +111,7 @@ PRODUCTS = {
         ("weight", "odd"): Product(64, 16, 8, 2),
     },
 }
+PRODUCTS[86] = PRODUCTS[80] | {("hidden", "half"): Product(64, 64, 8, 3)}  # 128 spill
 INTERPRETED = Product(16, 16, 4, 1)
 
 
@@ -282,7 +283,7 @@ class Backward:
             BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_D=tile.d,
             OPERAND=TL[head.operand], ACC=TL[head.compute],
             PRECISION=head.precision(head.operand),
-            num_warps=tile.warps, num_stages=tile.stages,
+            **tile.options(),
         )  # fmt: skip
         return tiles
 

@@ -25,16 +25,22 @@ class Tile(NamedTuple):
     d: int  # width
     warps: int
     stages: int
+    registers: int | None = None  # of a thread, at most, for NVIDIA
+
+    def options(self) -> dict[str, int]:
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 # By architecture, number of accumulators, and operands: "half", where "more" has bias, softcap,
 # statistics or a gradient to hold; "fp32"; "odd" where an address or a stride is no multiple of 16
-# and loads cannot be vectorised. Without spills, not tuned.
+# and loads cannot be vectorised. Without spills, not tuned. With a limit of 255 registers, which is
+# the hardware's, ptxas does not spill a few to fit another block.
 TILES = {
     80: {
         (1, "half"): Tile(128, 128, 64, 8, 3),
         (1, "more"): Tile(128, 128, 64, 8, 3),
-        (1, "fp32"): Tile(64, 64, 16, 8, 3),
+        (1, "fp32"): Tile(64, 32, 32, 8, 3),
         (1, "odd"): Tile(64, 32, 16, 8, 2),
         (2, "half"): Tile(64, 128, 64, 8, 3),
         (2, "more"): Tile(128, 64, 64, 8, 3),
@@ -64,10 +70,13 @@ TILES = {
 }
 TILES[86] = TILES[80] | {(2, "more"): Tile(128, 64, 32, 8, 3)}  # 99 KB of shared memory
 TILES[100] = TILES[90] | {
-    (1, "fp32"): Tile(64, 64, 32, 8, 3),
+    (1, "more"): Tile(128, 64, 64, 8, 4, 255),
+    (1, "fp32"): Tile(64, 32, 32, 4, 3),
+    (1, "odd"): Tile(64, 32, 16, 4, 2),
     (2, "half"): Tile(128, 64, 64, 8, 4),
-    (2, "fp32"): Tile(64, 64, 32, 8, 2),
-    (2, "odd"): Tile(64, 32, 16, 8, 2),
+    (2, "more"): Tile(128, 64, 64, 8, 4, 255),
+    (2, "fp32"): Tile(64, 64, 32, 8, 2, 255),
+    (2, "odd"): Tile(64, 32, 16, 4, 2),
 }
 INTERPRETED = Tile(16, 32, 16, 4, 1)
 

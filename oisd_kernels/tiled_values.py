@@ -164,7 +164,7 @@ class _Slab:
             BLOCK_N=tile.n, BLOCK_V=tile.v, BLOCK_D=tile.d,
             OPERAND=TL[head.operand], ACC=TL[head.compute],
             PRECISION=head.precision(head.operand),
-            num_warps=tile.warps, num_stages=tile.stages,
+            **tile.options(),
         )  # fmt: skip
         return out, top1
 

@@ -13,16 +13,16 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interprete
 outside = pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 
 
-def passes_in_the_interpreter(file: str) -> None:
+def passes_in_the_interpreter(file: str, *options: str, timeout: float = 280) -> None:
     """The tests of `file` pass where TRITON_INTERPRET=1."""
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file, *options],
         cwd=Path(file).parents[1],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "failed" not in done.stdout and "passed" in done.stdout, done.stdout

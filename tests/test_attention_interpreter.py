@@ -5,13 +5,10 @@ tiles are 16 x 16: 17 tokens are two of them.
 """
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreter import interpreted, outside, passes_in_the_interpreter
 from test_reference import (
     DIVERGENCES,
     GRADIENT_BOUND,
@@ -29,8 +26,6 @@ pytest.importorskip("triton")
 from oisd_kernels import attention_triton, reference
 from oisd_kernels.attention_geometry import Alignment, Geometry, Teacher
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
-inside = pytest.mark.skipif(not INTERPRETER, reason="runs in the interpreter's process")
 BOUND = GRADIENT_BOUND | {torch.float64: 1e-10}
 # The interpreter truncates to bf16 where a GPU rounds: twice the error, and all in one direction.
 HALF_BOUND = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -44,25 +39,16 @@ FORMS = [
 SCALE, SCALE_T = 0.4, 0.25
 
 
-def interpret(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, *arguments]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout
-
-
-@pytest.mark.skipif(INTERPRETER, reason="this is the interpreter's process")
+@outside
 def test_the_interpreter_passes():
-    interpret()
+    passes_in_the_interpreter(__file__)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-@pytest.mark.skipif(INTERPRETER, reason="this is the interpreter's process")
+@outside
 def test_the_interpreter_passes_the_long_cases():
-    interpret("-m", "slow")
+    passes_in_the_interpreter(__file__, "-m", "slow", timeout=1400)
 
 
 def geometry(lengths, form=(True, None, None)) -> Geometry:
@@ -151,7 +137,7 @@ def check_alignment(got, truth, bound, floor=1e-6):
 # The functions
 
 
-@inside
+@interpreted
 @pytest.mark.parametrize("form", FORMS)
 def test_attention(form):
     lengths = [17, 0, 1, 2]
@@ -168,26 +154,26 @@ def test_attention(form):
     check_alignment(got, truth.plain(d_out, d_lse), 1e-12)
 
 
-@inside
+@interpreted
 @pytest.mark.parametrize("form", FORMS[:4])
 @pytest.mark.parametrize("divergence, beta", [("jsd", 0.3), ("forward_kl", 0.5)])
 def test_alignment(form, divergence, beta):
     compare(form, divergence, beta, torch.float64)
 
 
-@inside
+@interpreted
 @pytest.mark.parametrize("divergence, beta", DIVERGENCES[1:2] + DIVERGENCES[4:])
 def test_alignment_of_other_divergences(divergence, beta):
     compare((True, None, None), divergence, beta, torch.float64)
 
 
-@inside
+@interpreted
 @pytest.mark.parametrize("divergence, beta", DIVERGENCES[1:2] + DIVERGENCES[3:])
 def test_float32(divergence, beta):
     compare((True, None, None), divergence, beta, torch.float32)
 
 
-@inside
+@interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("divergence, beta", DIVERGENCES)
@@ -249,7 +235,7 @@ def check_statistic(truth, alignment, weight):
     assert relative_error(alignment.statistic, want) < bound
 
 
-@inside
+@interpreted
 @pytest.mark.parametrize("divergence, beta", DIVERGENCES[1:2] + DIVERGENCES[3:])
 def test_a_teacher_equal_to_the_student(divergence, beta):
     where, weight = geometry([17]), torch.ones(17, dtype=torch.float64)
@@ -267,7 +253,7 @@ def test_a_teacher_equal_to_the_student(divergence, beta):
         assert x.numel() == 0 or float(x.abs().max()) < 1e-13
 
 
-@inside
+@interpreted
 @pytest.mark.parametrize("divergence, beta", DIVERGENCES[1:2] + DIVERGENCES[3:])
 @pytest.mark.parametrize("case", ["large", "near", "one-hot-teacher", "one-hot-student"])
 def test_extreme_scores(case, divergence, beta):
@@ -299,7 +285,7 @@ def test_extreme_scores(case, divergence, beta):
     check_alignment(got[:2], gradient, bound, floor=1e-4 if case == "near" else 1e-3)
 
 
-@inside
+@interpreted
 @pytest.mark.parametrize("beta", [0.5, 0.1])
 def test_disjoint_maps(beta):
     """In float32: the KL from the mixture is a constant but for e^-28 of it, the gradient's size.
@@ -331,7 +317,7 @@ def test_disjoint_maps(beta):
     check_alignment(got[:2], truth, 1e-4, floor=1e-12)
 
 
-@inside
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_inputs(dtype):
     where, N = geometry([17, 3]), 20
@@ -355,7 +341,7 @@ def test_half_precision_inputs(dtype):
     check_alignment(got, truth.plain(d_out, d_lse), HALF_BOUND[dtype])
 
 
-@inside
+@interpreted
 def test_strides_and_mixed_dtypes():
     where, N = geometry([17]), 17
     q, k, v, qt, kt = inputs(N)
@@ -371,7 +357,7 @@ def test_strides_and_mixed_dtypes():
     check_alignment(got[:2], gradient, 1e-6)
 
 
-@inside
+@interpreted
 def test_several_students():
     where, N = geometry([9, 3]), 12
     q, k, _, qt, kt = inputs(N)
@@ -392,7 +378,7 @@ def test_several_students():
 # What rows and sequences may hold
 
 
-@inside
+@interpreted
 @pytest.mark.parametrize("both", [False, True], ids=["alone", "and-plain"])
 def test_rows_of_weight_0_may_hold_nan(both):
     where, N = geometry([18, 16]), 34
@@ -428,7 +414,7 @@ def test_rows_of_weight_0_may_hold_nan(both):
     check_alignment(got[:2], gradient, 1e-12)
 
 
-@inside
+@interpreted
 def test_nan_and_infinity_stay_in_their_sequence():
     lengths = [18, 5, 17]
     where, N = geometry(lengths), 40
@@ -456,7 +442,7 @@ def test_nan_and_infinity_stay_in_their_sequence():
     assert got[0][17].isnan().any() and got[0][30].isnan().any()
 
 
-@inside
+@interpreted
 def test_all_rows_of_weight_0():
     where, N = geometry([17, 2]), 19
     q, k, _, qt, kt = inputs(N)
@@ -467,7 +453,7 @@ def test_all_rows_of_weight_0():
         assert torch.equal(x, torch.zeros_like(x))
 
 
-@inside
+@interpreted
 @pytest.mark.parametrize("lengths", [[], [0, 0]], ids=["no-sequence", "empty-sequences"])
 def test_no_tokens(lengths):
     where = geometry(lengths)
@@ -482,7 +468,7 @@ def test_no_tokens(lengths):
     assert [x.shape for x in got] == [q.shape, k.shape, v.shape]
 
 
-@inside
+@interpreted
 def test_two_runs_are_equal():
     where, N = geometry([17, 9]), 26
     q, k, v, qt, kt = inputs(N, dtype=torch.float32)

@@ -94,6 +94,26 @@ def test_a_problem_is_seen(change):
     assert len(replace(USAGE, **change).problems()) == 1
 
 
+def test_a_record_spares_what_it_holds(tmp_path, monkeypatch):
+    path, compiled = tmp_path / "audit.jsonl", []
+
+    def compile_(launch: audit.Launch, arch: str) -> audit.Usage:
+        compiled.append(launch)
+        return replace(USAGE, kernel=launch.kernel.__name__, case=launch.case, arch=arch)
+
+    monkeypatch.setattr(audit, "audit", compile_)
+    first, second = audit.launches("sm_90")[:2]
+    assert audit.Record(path).usage(first, "sm_90") == audit.Record(path).usage(first, "sm_90")
+    audit.Record(path).usage(first, "sm_100")
+    audit.Record(path).usage(second, "sm_90")
+    audit.Record(path).usage(replace(second, options=second.options | {"num_stages": 9}), "sm_90")
+    assert compiled[:3] == [first, first, second] and len(compiled) == 4
+    audit.Record(path).keep({"sm_90": [second, first]})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = [first.digest("sm_100"), second.digest("sm_90"), first.digest("sm_90")]
+    assert [row["digest"] for row in rows] == kept
+
+
 def test_an_elementwise_kernel_needs_no_tensor_core():
     assert replace(USAGE, matrix=False, tensor_core={}).problems() == []
 
