@@ -4,8 +4,9 @@
 
 A checkpoint is written beside its final place, its files' digests last, flushed to disk and then
 renamed: a folder named step-N is complete. One whose digests do not match is passed over, with a
-warning, for the one before. Weights are safetensors in Hugging Face's format; the optimizer's and
-the schedule's state is read with `weights_only=True`, so a checkpoint executes nothing.
+warning, for the one before. Weights are safetensors in Hugging Face's format, or adapters alone in
+PEFT's; the optimizer's and the schedule's state is read with `weights_only=True`, so a checkpoint
+executes nothing.
 
 A run's random numbers and its place in the data are functions of (seed, step), so the step number
 in the checkpoint is all there is to save of them.
@@ -28,6 +29,7 @@ from typing import Any
 import tomli_w
 import torch
 
+from oisd import adapters
 from oisd.config import TrainConfig, differences, load_recipe, to_tables
 from oisd.jsonl import read_rows
 
@@ -112,7 +114,10 @@ class RunFolder:
         try:
             shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir()
-            model.save_pretrained(writing, safe_serialization=True)
+            if adapters.is_adapted(model):
+                adapters.save(model, writing)
+            else:
+                model.save_pretrained(writing, safe_serialization=True)
             tokenizer.save_pretrained(writing)
             torch.save({**state, "step": step}, writing / "trainer_state.pt")
             digests = {file.name: _digest(file) for file in sorted(writing.iterdir())}

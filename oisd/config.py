@@ -42,6 +42,28 @@ class ModelConfig:
     """Attention of the layers, as transformers names it: "sdpa" or "eager"."""
     trust_remote_code: bool = False
     """Run Python code that a model repository ships. Off unless asked for."""
+    lora_rank: int = 0
+    """Rank r of LoRA adapters, the only weights trained then; 0 to train the model itself."""
+    lora_alpha: float = 32.0
+    """An adapter adds lora_alpha / r * B A to its layer's weight. The same at every rank."""
+    lora_dropout: float = 0.0
+    """Of what enters an adapter. Rollouts are without it, so that it widens the ratios."""
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Names of the linear layers with adapters ("q_proj", ...), or all but the head."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        targets = list(self.lora_targets)
+        _require(self.lora_rank >= 0, "model.lora_rank", "at least 0", self.lora_rank)
+        _require(self.lora_alpha > 0, "model.lora_alpha", "above 0", self.lora_alpha)
+        _require(0 <= self.lora_dropout < 1, "model.lora_dropout", "in [0, 1)", self.lora_dropout)
+        wanted = 'names of layers, each once, or "all-linear" alone'
+        named = bool(targets) and all(targets) and len(set(targets)) == len(targets)
+        named = named and (len(targets) == 1 or "all-linear" not in targets)
+        _require(named, "model.lora_targets", wanted, targets)
+        wanted = "without the head (the lens reads its weight alone, an adapter it would not see)"
+        head = any(target.split(".")[-1] in ("lm_head", "embed_out") for target in targets)
+        _require(not head, "model.lora_targets", wanted, targets)
 
 
 @dataclass(frozen=True)
@@ -220,31 +242,13 @@ class AlignmentConfig:
         )
         if self.think_weight or self.attention_weight:
             _require(len(layers) > 0, "oisd.student_layers", "at least one layer", list(layers))
-        _require(self.think_weight >= 0, "oisd.think_weight", "at least 0", self.think_weight)
-        _require(
-            self.attention_weight >= 0, "oisd.attention_weight", "at least 0", self.attention_weight
-        )
-        _require(
-            self.advantage_clip is None or self.advantage_clip > 0,
-            "oisd.advantage_clip",
-            "above 0",
-            self.advantage_clip,
-        )
-        _require(
-            self.lens_temperature > 0, "oisd.lens_temperature", "above 0", self.lens_temperature
-        )
-        _require(
-            0 < self.beta < 1,
-            "oisd.beta",
-            'in (0, 1); for a pure KL use divergence = "forward_kl" or "reverse_kl"',
-            self.beta,
-        )
-        _require(
-            self.attention_steps is None or self.attention_steps > 0,
-            "oisd.attention_steps",
-            "at least 1",
-            self.attention_steps,
-        )
+        for name in ("think_weight", "attention_weight"):
+            _require(getattr(self, name) >= 0, f"oisd.{name}", "at least 0", getattr(self, name))
+        for name in ("advantage_clip", "lens_temperature"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"oisd.{name}", "above 0", value)
+        wanted = 'in (0, 1); for a pure KL use divergence = "forward_kl" or "reverse_kl"'
+        _require(0 < self.beta < 1, "oisd.beta", wanted, self.beta)
         _require(
             (self.key_window is None) == (self.key_stride is None),
             "oisd.key_window and oisd.key_stride",
@@ -257,7 +261,7 @@ class AlignmentConfig:
             "another than 'fused' with sampled keys (oisd.key_window)",
             self.attention_kernel,
         )
-        for name in ("key_window", "key_stride"):
+        for name in ("attention_steps", "key_window", "key_stride"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"oisd.{name}", "at least 1", value)
 

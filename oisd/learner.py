@@ -112,6 +112,8 @@ class Learner:
         """Add a micro-batch's gradient; to `own`, where asked for, that of each loss alone."""
         losses, metrics = self.objective(batch, totals, step)
         for name, gradients in own.items():
+            if not losses[name].requires_grad:  # no adapter is beneath what it looks at
+                continue
             found = torch.autograd.grad(
                 losses[name], self.parameters, retain_graph=True, allow_unused=True
             )

@@ -184,6 +184,7 @@ def _load(path: str, config: LookRun) -> Policy:
         ),
         seed=config.seed,
         device=device,
+        round_frozen=False,  # the lens runs in float32
     )
     policy.model.eval()
     return policy

@@ -38,15 +38,16 @@ class Objective:
         self.config = config
         self.is_tapped = False
         align = config.oisd
-        self.taps = Taps(
-            policy.model,
-            student_layers=list(align.student_layers) if align.active else [],
-            attention=align.attention_weight > 0,
-            lens_norm=align.lens_norm,
-            attention_kernel=self._attention_kernel(),
-            divergence=align.divergence,
-            beta=align.beta,
-        )
+        with policy.autocast():  # frozen layers beside adapters run in it alone
+            self.taps = Taps(
+                policy.model,
+                student_layers=list(align.student_layers) if align.active else [],
+                attention=align.attention_weight > 0,
+                lens_norm=align.lens_norm,
+                attention_kernel=self._attention_kernel(),
+                divergence=align.divergence,
+                beta=align.beta,
+            )
         self.coefficients = {"grpo": 1.0}
         if align.think_weight:
             self.coefficients["think"] = align.think_weight

@@ -19,6 +19,11 @@ through an adapter) and samples elsewhere.
                   in transformers' cache also under autocast, where parameters are
     sampling      24 C V: scores, log-probs and their float64 copies with noise
 
+With LoRA, A parameters of adapters: gradients 4 A, AdamW 8 A, copies 2 A (and 2 V D of a head that
+is the embedding too); parameters 4 (P + A), or, under bf16 autocast, 2 a parameter of the frozen
+linear layers and 4 of the others. The unembedding has no gradient. Each adapter keeps its r numbers
+a token, and frozen norms keep less than is counted here: up to a quarter of a layer's activations.
+
 The coefficients of the activations, the eager maps and the cache are measured, by tests, as what
 autograd keeps for tiny models and for plain PyTorch losses. What is not counted: fragmentation, the
 CUDA context, communication buffers; `USABLE` leaves room for them.
@@ -74,6 +79,24 @@ class Shape:
         norms = 2 * self.width + (2 * self.head_dim if self.qk_norm else 0)
         bias = queries + 2 * keys if self.qkv_bias else 0
         return attention + bias + 3 * self.width * self.feed_forward + norms
+
+    @property
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """Inputs and outputs of a layer's projections, by the names that most models give them."""
+        d, f = self.width, self.feed_forward
+        queries, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
+        return {
+            "q_proj": (d, queries), "k_proj": (d, keys), "v_proj": (d, keys),
+            "o_proj": (queries, d), "gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d),
+        }  # fmt: skip
+
+    @property
+    def linear_parameters(self) -> int:
+        """Parameters of all linear layers that are not the embedding too."""
+        weights = sum(rows * columns for rows, columns in self.linear_layers.values())
+        bias = (self.heads + 2 * self.key_heads) * self.head_dim if self.qkv_bias else 0
+        head = 0 if self.tied else self.vocabulary * self.width
+        return self.layers * (weights + bias) + head
 
     @property
     def parameters(self) -> int:
@@ -150,6 +173,8 @@ class MemoryPlan:
     longest: int
     at_once: int
     checkpointing: bool
+    trained: int
+    """Parameters that are: all, or those of the adapters."""
     resident: dict[str, int]
     """Held from beginning to end."""
     update: dict[str, int]
@@ -185,23 +210,31 @@ class MemoryPlan:
 def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
     """The memory of a run; see the module's docstring for each formula."""
     p, s = shape.parameters, len(config.oisd.student_layers)
+    targets = lora_targets(config, shape)
+    adapters = shape.layers * config.model.lora_rank * sum(sum(size) for size in targets.values())
+    trained = adapters or p
     half = config.model.dtype == "bfloat16"
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
     # A row that is longer than the budget makes a micro-batch of its own.
     tokens = max(config.run.tokens_per_microbatch, longest)
     layer = layer_activations(shape, half) * tokens
+    layer += (2 if half else 4) * config.model.lora_rank * len(targets) * tokens
     boundary = 4 * shape.width * tokens
     full, checkpointed = shape.layers * layer, shape.layers * boundary + layer
     on = config.model.gradient_checkpointing
     head_map = 4 * tokens * shape.vocabulary
     think, attention = config.oisd.think_weight > 0, config.oisd.attention_weight > 0
+    copies = 2 * trained
+    if adapters and shape.tied:
+        copies += 2 * shape.vocabulary * shape.width
+    rounded = shape.linear_parameters if adapters and half else 0
     update = {
-        "gradients": 4 * p,
-        "bf16 copies": 2 * p if half else 0,
+        "gradients": 4 * trained,
+        "bf16 copies": copies if half else 0,
         "activations": checkpointed if on else full,
         "head": DEFAULT_BYTES["cuda"]
         + 4 * ((s if think else 0) + 1) * shape.width * tokens
-        + 4 * shape.vocabulary * shape.width,
+        + (0 if adapters else 4 * shape.vocabulary * shape.width),
         "attention maps": s * tokens * (4 * shape.projections + 16 * shape.heads) * attention,
     }
     rows = max(1, tokens // longest)
@@ -223,16 +256,37 @@ def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
         longest=longest,
         at_once=at_once,
         checkpointing=on,
-        resident={"parameters": 4 * p, "AdamW": 8 * p},
+        trained=trained,
+        resident={
+            "parameters": 4 * p - 2 * rounded + 4 * adapters,
+            "AdamW": 8 * trained,
+        },
         update=update,
         eager=eager,
         rollout={
-            "bf16 copies": 2 * p if half else 0,
+            "bf16 copies": copies if half else 0,
             "key-value cache": at_once * longest * cache,
             "sampling": 24 * at_once * shape.vocabulary,
         },
         other_checkpointing=full if on else checkpointed,
     )
+
+
+def lora_targets(config: TrainConfig, shape: Shape) -> dict[str, tuple[int, int]]:
+    """The linear layers of each block that get adapters; none without LoRA. Raises ConfigError."""
+    if not config.model.lora_rank:
+        return {}
+    known = shape.linear_layers
+    if config.model.lora_targets == ("all-linear",):
+        return known
+    names = [target.split(".")[-1] for target in config.model.lora_targets]
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"model.lora_targets: the plan knows {', '.join(known)}, got {name!r}; "
+                '"all-linear" is an upper bound'
+            )
+    return {name: known[name] for name in names}
 
 
 def layer_activations(shape: Shape, half: bool) -> int:
@@ -283,8 +337,11 @@ def assumptions(plan: MemoryPlan) -> list[str]:
     """What the figures rest on, a line each."""
     shape = plan.shape
     other = "without" if plan.checkpointing else "with"
+    kept = "float32"
+    if plan.trained != shape.parameters:
+        kept = f"frozen, linear layers in model.dtype, and {plan.trained:,} of adapters in float32,"
     lines = [
-        f"{shape.parameters:,} parameters ({shape.source}), float32 as in `oisd train`.",
+        f"{shape.parameters:,} parameters ({shape.source}), {kept} as in `oisd train`.",
         f"Micro-batches of {plan.tokens:,} padded tokens, rows of {plan.longest:,}; "
         f"{plan.at_once:,} completions sampled at once (rollout.batch_size), all of the full "
         f"length.",

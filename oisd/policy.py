@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from oisd import adapters
 from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.config import ConfigError, ModelConfig
 from oisd.data import check_vocabulary
+from oisd.layout import unwrap
 from oisd.rollout import Completions, sample
 
 
@@ -23,7 +25,7 @@ class Policy:
     model: Any
     tokenizer: Any
     dtype: torch.dtype
-    """float32, or bfloat16 for mixed precision over float32 parameters."""
+    """float32, or bfloat16 for mixed precision over float32 parameters (or frozen ones in bf16)."""
 
     @property
     def device(self) -> torch.device:
@@ -56,7 +58,8 @@ class Policy:
         """`oisd.rollout.sample` with this policy's model and special tokens."""
         with self.autocast():
             return sample(
-                self.model,
+                # PEFT's own `generate` would leave its settings in the model.
+                unwrap(self.model),
                 prompts,
                 rows,
                 pad_token_id=self.pad_token_id,
@@ -78,18 +81,30 @@ def load_policy(
     seed: int,
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
+    round_frozen: bool = True,
 ) -> Policy:
     """Load `config.path`, or the weights of a checkpoint of it, with float32 parameters.
 
+    Either may be the folder of an adapter, whose base model is then loaded beneath it: the one that
+    the folder names, or `config.path` for a checkpoint of a run with `lora_rank`. Such a run gets
+    new adapters where there is no checkpoint.
+
+    round_frozen: keep the layers that adapters freeze in `config.dtype`; not for who runs the model
+        outside `Policy.autocast`.
+
     Weights are read from safetensors alone. Raises ConfigError when the model cannot be loaded or
-    has no end-of-sequence token, DataError when the tokenizer has tokens that the model has not.
+    has no end-of-sequence token, or adapters do not fit it; DataError when the tokenizer has tokens
+    that the model has not.
     """
+    adapter = _adapter_folder(config, checkpoint)
     if config.path == "arithmetic" and checkpoint is None:
         model: Any = arithmetic_model(seed)
         model.set_attn_implementation(config.attn_implementation)
         tokenizer: Any = arithmetic_tokenizer()
     else:
         source = checkpoint or config.path
+        if adapter is not None:
+            source = config.path if config.lora_rank else adapters.base_path(adapter)
         trust = config.trust_remote_code
         try:
             model = AutoModelForCausalLM.from_pretrained(
@@ -99,10 +114,23 @@ def load_policy(
                 trust_remote_code=trust,
                 use_safetensors=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust)
+            shipped = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+            tokenizer = AutoTokenizer.from_pretrained(
+                adapter if shipped else source, trust_remote_code=trust
+            )
         except OSError as error:
-            raise ConfigError(f"model.path {str(source)!r} cannot be loaded: {error}") from error
+            named = f", the base of the adapter {str(adapter)!r}," if adapter else ""
+            raise ConfigError(
+                f"model.path {str(source)!r}{named} cannot be loaded: {error}"
+            ) from error
     check_vocabulary(tokenizer, model.config)
+    if adapter is not None:
+        model = adapters.load(model, adapter, trainable=config.lora_rank > 0)
+    elif config.lora_rank:
+        model = adapters.attach(model, config, seed=seed)
+    # After the adapters, which would take up their layer's dtype.
+    if round_frozen and (adapter is not None or config.lora_rank):
+        adapters.round_frozen(model, getattr(torch, config.dtype))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(model.to(device), tokenizer, getattr(torch, config.dtype))
@@ -112,3 +140,13 @@ def load_policy(
             "its tokenizer; completions would never end"
         )
     return policy
+
+
+def _adapter_folder(config: ModelConfig, checkpoint: Path | None) -> Path | None:
+    if config.lora_rank and adapters.is_adapter(config.path):
+        raise ConfigError(
+            f"model.path {config.path!r} is itself an adapter, which model.lora_rank = "
+            f"{config.lora_rank} would put another one on; merge it first (docs/lora.md)"
+        )
+    folder = Path(checkpoint or config.path)
+    return folder if adapters.is_adapter(folder) else None

@@ -16,13 +16,14 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from oisd import adapters
 from oisd.batch import Batch, assemble
 from oisd.checkpoint import RunFolder
 from oisd.config import AlignmentConfig, ConfigError, TrainConfig
@@ -51,6 +52,7 @@ class Trainer:
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         self.config = config
+        adapters.refuse_blank(config)
         self.processes = Processes(config.run.device)
         self.folder = RunFolder(config.run.output_dir)
         with _naming("reward.function"):
@@ -68,8 +70,9 @@ class Trainer:
         self.policy = load_policy(
             config.model, seed=config.run.seed, device=self.processes.device, checkpoint=checkpoint
         )
+        adapters.refuse_others(self.policy.model, config.model)
         self.policy.model.train()
-        num_bytes = sum(p.numel() * p.element_size() for p in self.policy.model.parameters())
+        num_bytes = adapters.trained_bytes(self.policy.model)
         if self.processes.is_first and checkpoint is None:
             # Weights and AdamW's two moments, and one checkpoint that is being written.
             self.folder.require_space(3 * num_bytes * (config.run.keep_checkpoints + 1))
@@ -127,9 +130,10 @@ class Trainer:
                 seed=self.config.run.seed,
                 on_step=progress.warmup,
             )
-        self.processes.broadcast(self.policy.model.state_dict().values())
+        # What adapters freeze each process has read from the same files.
+        self.processes.broadcast(p.detach() for p in self.learner.parameters)
         if self.config.grpo.kl_coef:
-            if self.processes.is_first:
+            if self.processes.is_first and not self.config.model.lora_rank:
                 self.policy.model.save_pretrained(self.folder.reference)
                 self.policy.tokenizer.save_pretrained(self.folder.reference)
             self.processes.barrier()
@@ -249,7 +253,7 @@ class Trainer:
         for m, (sequences, num_tokens) in enumerate(totals.tolist()):
             own = batch.select(((part == m) & live).nonzero().flatten().to(device))
             if self.reference is not None:
-                with self.reference.tapped():
+                with self._as_reference(self.reference):
                     own = replace(own, ref_logprobs=self._logprobs(self.reference, own))
             # The first step is taken from the policy that sampled: its ratios are 1 by definition.
             if m > 0:
@@ -337,7 +341,9 @@ class Trainer:
                 )
 
     def _load_reference(self) -> Objective:
-        """The initial policy, frozen, for the KL term."""
+        """The initial policy, frozen, for the KL term: a copy, or this one without its adapters."""
+        if self.config.model.lora_rank:
+            return self.objective
         policy = load_policy(
             replace(self.config.model, gradient_checkpointing=False),
             seed=self.config.run.seed,
@@ -347,6 +353,10 @@ class Trainer:
         policy.model.requires_grad_(False).eval()
         off = AlignmentConfig(think_weight=0.0, attention_weight=0.0)
         return Objective(policy, replace(self.config, oisd=off))
+
+    def _as_reference(self, reference: Objective) -> AbstractContextManager[Any]:
+        is_policy = reference is self.objective  # whose taps are open already
+        return adapters.disabled(self.policy.model) if is_policy else reference.tapped()
 
     def _evaluate(self, progress: Progress) -> dict[str, float]:
         if not self.eval_examples:

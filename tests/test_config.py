@@ -37,6 +37,10 @@ OTHER: dict[str, dict[str, Any]] = {
         "path": "Qwen/Qwen3-4B",
         "dtype": "bfloat16",
         "gradient_checkpointing": True,
+        "lora_rank": 4,
+        "lora_alpha": 8.0,
+        "lora_dropout": 0.1,
+        "lora_targets": ("q_proj", "up_proj"),
         "attn_implementation": "eager",
         "trust_remote_code": True,
     },
@@ -182,7 +186,8 @@ def wrong_values(hint: Any) -> list[tuple[Any, str]]:
     if type(None) in arguments:
         return wrong_values(next(a for a in arguments if a is not type(None)))
     if typing.get_origin(hint) is tuple:
-        return [(3, "a list"), ("ab", "a list"), (["a", "b"], "a"), ([True, True], "a")]
+        wrong_items = [1, 2] if arguments[0] is str else ["a", "b"]
+        return [(3, "a list"), ("ab", "a list"), (wrong_items, "a"), ([True, True], "a")]
     return {
         int: [("1", "an integer"), (1.0, "an integer"), (True, "an integer"), ([], "an integer")],
         float: [("1", "a number"), (True, "a number"), ([1.0], "a number")],
@@ -210,6 +215,13 @@ def test_whole_numbers_stand_for_floats():
 # ---------------------------------------------------------------- ranges
 
 RANGES = {
+    "model.lora_rank": ([-1], [0, 4]),
+    "model.lora_alpha": ([0.0, -1.0, float("nan")], [0.5]),
+    "model.lora_dropout": ([-0.1, 1.0], [0.0, 0.5]),
+    "model.lora_targets": (
+        [[], [""], ["q_proj", "q_proj"], ["q_proj", "all-linear"], ["q_proj", "model.lm_head"]],
+        [["q_proj"], ["self_attn.q_proj", "k_proj"], ["all-linear"]],
+    ),
     "data.limit": ([0, -1], [1]),
     "data.max_prompt_tokens": ([0], [1]),
     "rollout.prompts_per_step": ([0], [1]),

@@ -115,6 +115,14 @@ def test_each_other_trainer_is_imported_by_its_integration_alone(file):
             assert trainer not in packages(file)
 
 
+@pytest.mark.parametrize("file", OISD)
+def test_only_the_adapters_import_peft_and_only_when_asked(file):
+    if not file.startswith("oisd/integrations/"):
+        assert file == "oisd/adapters.py" or "peft" not in packages(file)
+    top = [node for node in syntax(file).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not any(name.split(".")[0] == "peft" for name in imports(file, top))
+
+
 def test_trl_is_imported_somewhere():
     assert {"trl", "transformers"} <= packages("oisd/integrations/trl.py")
 

@@ -1,0 +1,188 @@
+"""LoRA through PEFT: adapters beside a model's frozen linear layers, made, saved and read.
+
+    y = W x + lora_alpha / r * B A x        A [r, in] random, B [out, r] zero at first
+
+Only A and B are trained, in float32 (Hu et al. 2021). The default lora_alpha = 32 at every rank and
+adapters on all layers follow Schulman et al., "LoRA Without Regret" (2025).
+
+What is frozen needs no float32 master copy. Under bf16 autocast W is kept in bf16: the rounding
+that autocast would do again in each forward, for it caches copies of trained weights alone. The
+numbers are the same to the bit, at 2 bytes a parameter instead of 4 and a copy. Embeddings (with
+the head, where the two are tied) and norms stay float32, as autocast leaves them.
+
+Adapters are not merged while they are trained: W + B A would be rounded, so that rollouts were of
+another model than the update's, and a resumed run of another than the one that was killed.
+
+peft is imported where an adapter is asked for or found, and nowhere else in the trainer.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from oisd.config import ConfigError, ModelConfig, TrainConfig
+
+_CONFIG = "adapter_config.json"
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether a folder holds an adapter in PEFT's format, rather than a whole model."""
+    return (Path(folder) / _CONFIG).is_file()
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a loaded model has adapters, in PEFT's wrapper or put there by transformers."""
+    return hasattr(model, "peft_config")
+
+
+def base_path(folder: Path) -> str:
+    """The base model that an adapter's folder names. Raises ConfigError where it names none."""
+    try:
+        base = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError) as error:
+        raise ConfigError(f"{folder / _CONFIG} is not PEFT's: {error!r}") from error
+    if not base:
+        raise ConfigError(f"{folder / _CONFIG} names no base model: set base_model_name_or_path")
+    return base
+
+
+def attach(model: Any, config: ModelConfig, *, seed: int) -> Any:
+    """`model` in PEFT's wrapper with new adapters; everything else is frozen.
+
+    seed: of A; the global random state is neither used nor changed.
+    Raises ConfigError where `config.lora_targets` names what is not a linear layer of the model, or
+    its head, and where peft is not installed.
+    """
+    peft = _peft()
+    every = config.lora_targets == ("all-linear",)
+    if not every:
+        _require_linear_layers(model, config.lora_targets)
+    lora = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if every else list(config.lora_targets),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = peft.get_peft_model(model, lora)
+    # A folder by its full path: an adapter may be read from another working directory.
+    base = Path(config.path)
+    lora.base_model_name_or_path = str(base.resolve()) if base.exists() else config.path
+    return model
+
+
+def load(model: Any, folder: Path, *, trainable: bool) -> Any:
+    """`model` in PEFT's wrapper with the adapters of a folder, float32.
+
+    Raises ConfigError where they do not fit the model, and where peft is not installed.
+    """
+    peft = _peft()
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"the adapter {str(folder)!r} does not fit {type(model).__name__}: {error}"
+        ) from error
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write the adapters alone, as safetensors in PEFT's format."""
+    # Else PEFT asks the Hub, at each checkpoint, how large the base model's vocabulary is.
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+
+
+def round_frozen(model: Any, dtype: torch.dtype) -> None:
+    """Keep frozen linear layers, of adapters that are not trained too, in the forward's dtype."""
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight is not embedding:
+            if not any(parameter.requires_grad for parameter in module.parameters()):
+                module.to(dtype)
+
+
+@contextmanager
+def disabled(model: Any) -> Iterator[None]:
+    """The model as it was before its adapters: the reference of a KL term, without a copy.
+
+    In eval mode, as a frozen copy would be.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def refuse_blank(config: TrainConfig) -> None:
+    """Raise ConfigError for adapters beside weights that have learnt nothing, or are to."""
+    if config.model.lora_rank and (config.model.path == "arithmetic" or config.warmup.steps):
+        raise ConfigError(
+            "model.lora_rank must be 0 with a blank model or a warm-up, got "
+            f"{config.model.lora_rank}: train without adapters first, then adapt the checkpoint "
+            "(model.path = .../checkpoints/step-N, warmup.steps = 0)"
+        )
+
+
+def refuse_others(model: nn.Module, config: ModelConfig) -> None:
+    """Raise ConfigError for a model to be trained that came with adapters of another run."""
+    if is_adapted(model) and not config.lora_rank:
+        raise ConfigError(
+            f"model.path {config.path!r} is an adapter, which is not trained on: merge it into its "
+            "base first (docs/lora.md)"
+        )
+
+
+def trained_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters that are trained: what a checkpoint holds, but for the optimizer."""
+    trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    return sum(p.numel() * p.element_size() for p in trained)
+
+
+def _require_linear_layers(model: Any, targets: tuple[str, ...]) -> None:
+    """Each name must be found, as PEFT finds it: at the end of a module's path."""
+    modules = [(name, module) for name, module in model.named_modules() if name]
+    head = model.get_output_embeddings()
+    known = sorted({n.rsplit(".", 1)[-1] for n, m in modules if _is_linear(m) and m is not head})
+    for target in targets:
+        found = [m for name, m in modules if f".{name}".endswith(f".{target}")]
+        if any(module is head for module in found):
+            raise ConfigError(
+                f"model.lora_targets must leave out the head, got {target!r}: the lens reads its "
+                "weight alone, an adapter it would not see"
+            )
+        if not found or not all(_is_linear(module) for module in found):
+            close = difflib.get_close_matches(target, known, n=1, cutoff=0.5)
+            meant = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(
+                f"model.lora_targets must name linear layers of {type(model).__name__} "
+                f"({', '.join(known)}), got {target!r}{meant}"
+            )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # GPT-2's layers are linear ones of another class.
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError(
+            "adapters need peft, which cannot be imported "
+            f"({error}): pip install 'oisd[lora]', or set model.lora_rank = 0"
+        ) from error
+    return peft
