@@ -109,16 +109,16 @@ def _check_triton(op: str, layers: Sequence[Tensor], softcap: float | None) -> N
         wanted = "be one of those that can run here"
         remedy = f'{error}; install triton, or use impl="torch"'
         raise checks.argument_error(op, "impl", wanted, "'triton'", remedy) from error
-    if not q.is_cuda and not torch.compiler.is_compiling():
-        kernel = attention_triton.attention_forward_kernel
-        if type(kernel).__name__ != "InterpretedFunction":
-            remedy = "set TRITON_INTERPRET=1 before Triton is imported to try it on a CPU"
-            raise checks.argument_error(op, "q", 'be on a GPU with impl="triton"', q.device, remedy)
     width, widest = _width(layers), _widest(layers, softcap)
     if width > widest:
         wanted = f'have a head dimension K of at most {widest} with impl="triton" here'
         got = f"K = {width} of {q.dtype}"
         raise checks.argument_error(op, "q", wanted, got, 'use impl="torch"')
+    if not q.is_cuda and not torch.compiler.is_compiling():
+        kernel = attention_triton.attention_forward_kernel
+        if type(kernel).__name__ != "InterpretedFunction":
+            remedy = "set TRITON_INTERPRET=1 before Triton is imported to try it on a CPU"
+            raise checks.argument_error(op, "q", 'be on a GPU with impl="triton"', q.device, remedy)
 
 
 def functions(impl: str) -> ModuleType:
