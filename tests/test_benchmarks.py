@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import sys
@@ -343,6 +344,47 @@ def test_a_wrong_row_anywhere_is_seen():
     found = case.implementations[0].make(inputs)()
     found["d_hidden"][0, 299] *= 1.5
     assert "d_hidden" in cases.verdict(found, want, case.bound)[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("factor, right", [(1.0, True), (1.01, False), (0.0, False)])
+def test_a_planted_error_is_refused(factor, right, dtype):
+    """A gradient 1 % off, and one of zeros, beside the right one."""
+    case = lens_cases.case(Shape(HEAD, "test", 2, 300), "cpu", dtype)
+    chunked = next(i for i in case.implementations if i.name == "ours: chunked")
+
+    def planted(inputs):
+        run = chunked.make(inputs)
+
+        def altered():
+            found = run()
+            return found | {name: factor * x for name, x in found.items() if name[:2] == "d_"}
+
+        return altered
+
+    rows = runner.run_case(replace(case, implementations=[Implementation("x", planted)]), OPTIONS)
+    assert rows[0]["status"] == ("ok" if right else "wrong")
+    assert right or "d_hidden" in rows[0]["reason"]
+
+
+def cube() -> Case:
+    def run(given):
+        return lambda: {"loss": given["x"] ** 3, "d_x": 3 * given["x"] ** 2}
+
+    return Case(
+        "cube/3", "lens", "cpu", torch.float32, {"N": 3}, "none",
+        inputs=lambda: {"x": torch.tensor([1.0, 2.0, 3.0])},
+        truth=lambda given: run({"x": given["x"].double()})(),
+        implementations=[Implementation("ours", run)],
+        yardstick=lambda given: Yardstick(lambda: sum(range(2000)), 1e3),
+        flops=1e3, bytes=1e3, bound=Bound(1e-5, 1e-4),
+    )  # fmt: skip
+
+
+def test_a_case_is_a_few_lines():
+    assert len(inspect.getsource(cube).splitlines()) < 15
+    (row,) = runner.run_case(cube(), OPTIONS)
+    assert row["status"] == "ok"
 
 
 def test_saturated_is_within_3_percent_of_uniform():
