@@ -15,7 +15,7 @@ def test_two_set_up_commands_of_one_line_each():
     assert len(commands) == 2
     assert all("-c constraints.txt" in command for command in commands)
     assert commands[0].endswith(".venv/bin/oisd train")
-    assert commands[1].endswith(".venv/bin/pytest")
+    assert commands[1].endswith(".venv/bin/pytest -n 2 --dist worksteal")
 
 
 def test_ci_runs_the_commands_of_the_readme():
