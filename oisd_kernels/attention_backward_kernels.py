@@ -412,6 +412,8 @@ def attention_dkdv_kernel(
         HEAD_DIM, BLOCK_N, BLOCK_K, True, OPERAND,
     )  # fmt: skip
     v, kt, dv, boost = k, k, 0.0, 1.0
+    if ALIGN and BLOCK_KT != BLOCK_K:  # a variable of a loop keeps its shape
+        kt = tl.zeros([BLOCK_N, BLOCK_KT], k.dtype)
     dk = tl.zeros([BLOCK_N, BLOCK_K], ACC)
     if PLAIN:
         v = load_rows(
