@@ -11,7 +11,6 @@ superfluous blocks end at once.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -63,9 +62,9 @@ def logsumexp(q: Tensor, k: Tensor, geometry: Geometry, scale: float) -> Tensor:
 
 
 def statistics(
-    q: Tensor | Sequence[Tensor],  # [N, H, K], or S of them; so k and lse
-    k: Tensor | Sequence[Tensor],  # [N, J, K]
-    lse: Tensor | Sequence[Tensor],  # [H, N]
+    q: Tensor,  # [N, H, K] or [S, N, H, K]
+    k: Tensor,  # [N, J, K] or [S, N, J, K]
+    lse: Tensor,  # [H, N] or [S, H, N]
     scale: float,
     teacher: Teacher,
     keep: Tensor | None,  # [N] bool
@@ -77,8 +76,7 @@ def statistics(
 
     Of S student layers [S, N] and [S, H, N]; each layer computes the teacher's scores again.
     """
-    if isinstance(q, Tensor):
-        assert isinstance(k, Tensor) and isinstance(lse, Tensor)
+    if q.dim() == 3:
         return _statistics(q, k, lse, scale, teacher, keep, divergence, beta, geometry)
     layers = [
         _statistics(*layer, scale, teacher, keep, divergence, beta, geometry)

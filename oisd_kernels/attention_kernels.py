@@ -1,7 +1,8 @@
 """Attention forward and the divergence of two attention maps: scores live in registers alone.
 
     attention_forward_kernel       out and logsumexp; logsumexp alone without V
-    attention_statistics_kernel    divergence of a row and head, and what its gradient needs
+    attention_statistics_kernel    divergence of a row and head, and what its gradient needs, of
+                                   several students: a block of the teacher's scores serves them all
     attention_delta_kernel         rowsum(dO * O), minus the gradient of the logsumexp
 
 A program takes a tile of queries of one sequence and one head (a table made on the device says
@@ -9,8 +10,8 @@ which, so tiles never straddle sequences and the host waits for nothing) and wal
 of keys that its queries see. Blocks that all of them see whole are worked on without masks, the
 others in a second loop. Scores are in base 2 where only their exponentials are wanted.
 
-Tokens are counted over the whole pack; i are queries, j keys. Letters: N tokens, H query heads,
-J key heads, K head dimension, P programs. "Full" blocks need no mask.
+Tokens are counted over the whole pack; i are queries, j keys. Letters: S student layers, N tokens,
+H query heads, J key heads, K head dimension, P programs. "Full" blocks need no mask.
 """
 
 # pyright: reportGeneralTypeIssues=false
@@ -35,6 +36,12 @@ def tile_at(Tiles, t, programs):
 def head_at(X, row, head, stride_n, stride_h):
     """Address of token `row` of a head; both products may pass 2^31."""
     return X + row.to(tl.int64) * stride_n + head.to(tl.int64) * stride_h
+
+
+@triton.jit
+def layer_at(X, n: tl.constexpr, stride_s):
+    """Address of student layer n."""
+    return X + tl.full([], n, tl.int64) * stride_s
 
 
 @triton.jit
@@ -222,53 +229,64 @@ def load_lse(Lse, i, mask):
 
 @triton.jit
 def statistics_block(
-    value, statistic, q, qt, lse, lse_t, i, j, end, window, K, Kt, stride_kn, stride_ktn,
-    DIVERGENCE: tl.constexpr, BETA: tl.constexpr, LOG_BETA: tl.constexpr,
+    values, statistics, q, qt, lse, lse_t, i, j, end, window, K, Kt, stride_ks, stride_kn, stride_ktn,
+    STUDENTS: tl.constexpr, DIVERGENCE: tl.constexpr, BETA: tl.constexpr, LOG_BETA: tl.constexpr,
     LOG_1M_BETA: tl.constexpr, SCALE: tl.constexpr, SCALE_T: tl.constexpr, SOFTCAP: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_T: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KT: tl.constexpr,
     OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the terms of a block of keys; K and Kt point to it."""
-    k = load_rows(K, j < end, stride_kn, HEAD_DIM, BLOCK_N, BLOCK_K, MASKED, OPERAND)
-    z = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+    """Adds the terms of a block of keys, of each student; K and Kt point to it."""
     kt = load_rows(Kt, j < end, stride_ktn, HEAD_DIM_T, BLOCK_N, BLOCK_KT, MASKED, OPERAND)
     zt = tl.dot(qt, tl.trans(kt), input_precision=PRECISION, out_dtype=ACC)
-    s, _ = scores(z, SCALE, SOFTCAP, 1.0)
     st, _ = scores(zt, SCALE_T, SOFTCAP, 1.0)
+    seen = True
     if MASKED:
         seen = visible(i[:, None], j[None, :], end, window, CAUSAL, WINDOW)
-        s = tl.where(seen, s, -float("inf"))
         st = tl.where(seen, st, -float("inf"))
-    lq = log_probability(s, lse[:, None])
     lp = log_probability(st, lse_t[:, None])
-    term, inner, p = terms(lp, lq, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA)
-    value += tl.sum(term, 1)
-    if DIVERGENCE == "jsd":
-        statistic += tl.sum(p * inner, 1)
-    elif DIVERGENCE == "reverse_kl":
-        statistic -= tl.sum(p * inner, 1)
-    return value, statistic
+    new_values, new_statistics = (), ()
+    for n in tl.static_range(STUDENTS):
+        k = load_rows(
+            layer_at(K, n, stride_ks), j < end, stride_kn,
+            HEAD_DIM, BLOCK_N, BLOCK_K, MASKED, OPERAND,
+        )  # fmt: skip
+        z = tl.dot(q[n], tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+        s, _ = scores(z, SCALE, SOFTCAP, 1.0)
+        if MASKED:
+            s = tl.where(seen, s, -float("inf"))
+        lq = log_probability(s, lse[n][:, None])
+        term, inner, p = terms(lp, lq, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA)
+        new_values += (values[n] + tl.sum(term, 1),)
+        if DIVERGENCE == "jsd":
+            new_statistics += (statistics[n] + tl.sum(p * inner, 1),)
+        elif DIVERGENCE == "reverse_kl":
+            new_statistics += (statistics[n] - tl.sum(p * inner, 1),)
+        else:
+            new_statistics += (statistics[n],)
+    return new_values, new_statistics
 
 
 @triton.jit
 def attention_statistics_kernel(
-    Q,  # [N, H, K]
-    K,  # [N, J, K]
+    Q,  # [S, N, H, K]
+    K,  # [S, N, J, K]
     Qt,  # [N, H, Kt]: teacher
     Kt,  # [N, Jt, Kt]
-    Lse,  # [H, N]
+    Lse,  # [S, H, N]
     LseT,  # [H, N]
     Keep,  # [N]
-    Value,  # [H, N]
-    Statistic,  # [H, N]
+    Value,  # [S, H, N]
+    Statistic,  # [S, H, N]
     Tiles,  # [3, P]
     tokens,
     group,
     group_t,
     window,
+    stride_qs,
     stride_qn,
     stride_qh,
+    stride_ks,
     stride_kn,
     stride_kh,
     stride_qtn,
@@ -276,6 +294,7 @@ def attention_statistics_kernel(
     stride_ktn,
     stride_kth,
     HAS_KEEP: tl.constexpr,
+    STUDENTS: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     BETA: tl.constexpr,
     LOG_BETA: tl.constexpr,
@@ -308,45 +327,50 @@ def attention_statistics_kernel(
         rows = tl.load(Keep + i, mask=rows, other=0) != 0
         a = tl.min(tl.where(rows, i, end), 0)
         b = tl.max(tl.where(rows, i + 1, begin), 0)
-    value = tl.zeros([BLOCK_M], ACC)
-    statistic = tl.zeros([BLOCK_M], ACC)
+    layer = tl.num_programs(1).to(tl.int64) * tokens
+    values, statistics = (), ()
+    for _ in tl.static_range(STUDENTS):
+        values += (tl.zeros([BLOCK_M], ACC),)
+        statistics += (tl.zeros([BLOCK_M], ACC),)
     if a < b:
         lanes = tl.arange(0, BLOCK_N)
-        q = load_rows(
-            head_at(Q, start, h, stride_qn, stride_qh), rows, stride_qn,
-            HEAD_DIM, BLOCK_M, BLOCK_K, True, OPERAND,
-        )  # fmt: skip
         qt = load_rows(
             head_at(Qt, start, h, stride_qtn, stride_qth), rows, stride_qtn,
             HEAD_DIM_T, BLOCK_M, BLOCK_KT, True, OPERAND,
         )  # fmt: skip
-        lse = load_lse(Lse + per_row, i, rows)
         lse_t = load_lse(LseT + per_row, i, rows)
+        q, lse = (), ()
+        for n in tl.static_range(STUDENTS):
+            at = head_at(layer_at(Q, n, stride_qs), start, h, stride_qn, stride_qh)
+            q += (load_rows(at, rows, stride_qn, HEAD_DIM, BLOCK_M, BLOCK_K, True, OPERAND),)
+            lse += (load_lse(Lse + n * layer + per_row, i, rows),)
         lo, hi, full_lo, full_hi = keys_of(begin, end, a, b, window, CAUSAL, WINDOW)
         blocks, left, right = blocks_of(lo, hi, full_lo, full_hi, BLOCK_N)
         for n in range(left, right):
             step = n * BLOCK_N
-            value, statistic = statistics_block(
-                value, statistic, q, qt, lse, lse_t, i, lo + step + lanes, end, window,
+            values, statistics = statistics_block(
+                values, statistics, q, qt, lse, lse_t, i, lo + step + lanes, end, window,
                 head_at(K, lo + step, h // group, stride_kn, stride_kh),
                 head_at(Kt, lo + step, h // group_t, stride_ktn, stride_kth),
-                stride_kn, stride_ktn, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA, SCALE, SCALE_T,
-                SOFTCAP, CAUSAL, WINDOW, HEAD_DIM, HEAD_DIM_T, BLOCK_N, BLOCK_K, BLOCK_KT, OPERAND,
-                ACC, PRECISION, False,
+                stride_ks, stride_kn, stride_ktn, STUDENTS, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA,
+                SCALE, SCALE_T, SOFTCAP, CAUSAL, WINDOW, HEAD_DIM, HEAD_DIM_T, BLOCK_N, BLOCK_K,
+                BLOCK_KT, OPERAND, ACC, PRECISION, False,
             )  # fmt: skip
         for n in range(0, blocks - (right - left)):
             step = tl.where(n < left, n, n + right - left) * BLOCK_N
-            value, statistic = statistics_block(
-                value, statistic, q, qt, lse, lse_t, i, lo + step + lanes, end, window,
+            values, statistics = statistics_block(
+                values, statistics, q, qt, lse, lse_t, i, lo + step + lanes, end, window,
                 head_at(K, lo + step, h // group, stride_kn, stride_kh),
                 head_at(Kt, lo + step, h // group_t, stride_ktn, stride_kth),
-                stride_kn, stride_ktn, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA, SCALE, SCALE_T,
-                SOFTCAP, CAUSAL, WINDOW, HEAD_DIM, HEAD_DIM_T, BLOCK_N, BLOCK_K, BLOCK_KT, OPERAND,
-                ACC, PRECISION, True,
+                stride_ks, stride_kn, stride_ktn, STUDENTS, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA,
+                SCALE, SCALE_T, SOFTCAP, CAUSAL, WINDOW, HEAD_DIM, HEAD_DIM_T, BLOCK_N, BLOCK_K,
+                BLOCK_KT, OPERAND, ACC, PRECISION, True,
             )  # fmt: skip
-    tl.store(Value + per_row + i, tl.where(rows, value, 0.0), mask=i < end)
-    if DIVERGENCE != "forward_kl":
-        tl.store(Statistic + per_row + i, tl.where(rows, statistic, 0.0), mask=i < end)
+    for n in tl.static_range(STUDENTS):
+        at = n * layer + per_row + i
+        tl.store(Value + at, tl.where(rows, values[n], 0.0), mask=i < end)
+        if DIVERGENCE != "forward_kl":
+            tl.store(Statistic + at, tl.where(rows, statistics[n], 0.0), mask=i < end)
 
 
 @triton.jit

@@ -111,8 +111,7 @@ def attention_pass(
             scale_teacher,
         )  # fmt: skip
         value, statistic = run.statistics(
-            q.unbind(0), k.unbind(0), (out.lse if lse is None else lse).unbind(0), scale, teacher,
-            keep, divergence, beta, geometry,
+            q, k, out.lse if lse is None else lse, scale, teacher, keep, divergence, beta, geometry
         )  # fmt: skip
         if divergence != "forward_kl":
             out = out._replace(statistic=statistic)

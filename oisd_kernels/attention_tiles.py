@@ -21,6 +21,11 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     split: bool = False  # plain gradients: blocks that need no mask in a loop of their own
+    registers: int | None = None  # of a thread, at most
+
+    def options(self) -> dict[str, int]:
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 # By architecture: (kernel, operands, largest head dimension). "align" has the teacher's scores

@@ -12,7 +12,6 @@ as in `attention_blocks`.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,8 +19,6 @@ from torch import Tensor
 from oisd_kernels.attention_blocks import Block, Group, Tile, groups
 from oisd_kernels.attention_geometry import Alignment, Geometry, Teacher
 from oisd_kernels.attention_rows import Scratch, compute_dtype, row_sums, score_pull
-
-Layers = Tensor | Sequence[Tensor]
 
 
 def forward(
@@ -43,9 +40,9 @@ def logsumexp(
 
 
 def statistics(
-    q: Layers,  # [N, H, K], or S of them
-    k: Layers,
-    lse: Layers,  # [H, N], or S of them
+    q: Tensor,  # [N, H, K] or [S, N, H, K]
+    k: Tensor,  # [N, J, K] or [S, N, J, K]
+    lse: Tensor,  # [H, N] or [S, H, N]
     scale: float,
     teacher: Teacher,
     keep: Tensor | None,  # [N] bool
@@ -58,14 +55,13 @@ def statistics(
     With S layers both have S in front, and a block of the teacher's scores serves all of them. The
     statistic is the `Alignment`'s.
     """
-    if isinstance(q, Tensor):
-        assert isinstance(k, Tensor) and isinstance(lse, Tensor)
+    if q.dim() == 3:
         value, statistic = statistics(
-            [q], [k], [lse], scale, teacher, keep, divergence, beta, geometry
+            q[None], k[None], lse[None], scale, teacher, keep, divergence, beta, geometry
         )
         return value[0], statistic[0]
     tokens, heads, _ = teacher.q.shape
-    compute = compute_dtype(*q, *k, teacher.q, teacher.k)
+    compute = compute_dtype(q, k, teacher.q, teacher.k)
     value = teacher.q.new_zeros(len(q), tokens, dtype=compute)
     has_statistic = divergence != "forward_kl"
     statistic = value.new_zeros((len(q), heads, tokens) if has_statistic else (len(q), 0, 0))

@@ -14,7 +14,6 @@ P programs.
 # (a launch has keywords and unpacked tuples that the kernel's signature does not show)
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +32,7 @@ from oisd_kernels.attention_tiles import Tiles, Work, launch_tile
 from oisd_kernels.attention_tiles import widest as _widest
 
 DELTA_ROWS = 32
+STUDENTS = 4  # that a launch of the statistics takes at most
 LOG2E = 1.4426950408889634
 
 TL = {
@@ -71,9 +71,9 @@ def logsumexp(
 
 
 def statistics(
-    q: Tensor | Sequence[Tensor],  # [N, H, K], or S of them; so k and lse
-    k: Tensor | Sequence[Tensor],
-    lse: Tensor | Sequence[Tensor],
+    q: Tensor,  # [N, H, K] or [S, N, H, K]
+    k: Tensor,  # [N, J, K] or [S, N, J, K]
+    lse: Tensor,  # [H, N] or [S, H, N]
     scale: float,
     teacher: Teacher,
     keep: Tensor | None,  # [N] bool
@@ -84,18 +84,17 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Divergence [N], the mean over heads, 0 where not kept; statistic [H, N] of `Alignment`.
 
-    Of S student layers [S, N] and [S, H, N]; each layer computes the teacher's scores again. The
+    Of S student layers [S, N] and [S, H, N]; up to four of them share the teacher's scores. The
     forward KL has no statistic: [0, 0], [S, 0, 0].
     """
-    if isinstance(q, Tensor):
-        assert isinstance(k, Tensor) and isinstance(lse, Tensor)
-        return _statistics(q, k, lse, scale, teacher, keep, divergence, beta, geometry, capability)
-    layers = [
-        _statistics(*layer, scale, teacher, keep, divergence, beta, geometry, capability)
-        for layer in zip(q, k, lse, strict=True)
-    ]
-    value, statistic = zip(*layers, strict=True)
-    return torch.stack(value), torch.stack(statistic)
+    settings = scale, teacher, keep, divergence, beta, geometry, capability
+    if q.dim() == 3:
+        value, statistic = statistics(q[None], k[None], lse[None], *settings)
+        return value[0], statistic[0]
+    parts = -(-len(q) // STUDENTS)
+    groups = zip(*(x.tensor_split(parts) for x in (q, k, lse)), strict=True)
+    value, statistic = zip(*(_statistics(*group, *settings) for group in groups), strict=True)
+    return torch.cat(value).mean(1), torch.cat(statistic)
 
 
 def backward(
@@ -163,7 +162,7 @@ def _forward(
             *_strides(q), *_strides(k), *_strides(values), *_strides(out),
             SCALE=scale, **_mask(geometry), HAS_V=v is not None,
             HEAD_DIM=K, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=_block(K),
-            **_arithmetic(q, dtype), num_warps=tile.warps, num_stages=tile.stages,
+            **_arithmetic(q, dtype), **tile.options(),
         )  # fmt: skip
     return out if v is None else out[..., :width].contiguous(), lse
 
@@ -183,26 +182,31 @@ def _statistics(
     dtype = _common(q, k, teacher.q, teacher.k)
     compute = _compute(dtype)
     q, k, qt, kt = (_ready(x, dtype) for x in (q, k, teacher.q, teacher.k))
-    N, H, K = q.shape
-    value = q.new_zeros(H, N, dtype=compute)
-    statistic = torch.zeros_like(value) if divergence != "forward_kl" else value.new_empty(0, 0)
+    S, N, H, K = q.shape
+    value = q.new_zeros(S, H, N, dtype=compute)
+    statistic = torch.zeros_like(value) if divergence != "forward_kl" else value.new_empty(S, 0, 0)
     if N > 0:
         width = max(K, qt.shape[2])
-        tile = launch_tile(_capability(q, capability), "statistics", dtype, width, geometry)
+        tile = launch_tile(_capability(q, capability), _statistics_name(S), dtype, width, geometry)
         tiles = Tiles.of(geometry, N, tile.m)
         attention_statistics_kernel[(tiles.programs, H)](
             q, k, qt, kt, _rows(lse, compute), _rows(teacher.lse, compute),
             None if keep is None else keep.to(torch.uint8), value, statistic, tiles.table,
-            N, H // k.shape[1], H // kt.shape[1], _window(geometry, N),
+            N, H // k.shape[2], H // kt.shape[1], _window(geometry, N),
             *_strides(q), *_strides(k), *_strides(qt), *_strides(kt),
-            HAS_KEEP=keep is not None, DIVERGENCE=divergence, BETA=beta,
+            HAS_KEEP=keep is not None, STUDENTS=S, DIVERGENCE=divergence, BETA=beta,
             LOG_BETA=math.log(beta), LOG_1M_BETA=math.log1p(-beta),
             SCALE=scale, SCALE_T=teacher.scale, **_mask(geometry),
             HEAD_DIM=K, HEAD_DIM_T=qt.shape[2], BLOCK_M=tile.m, BLOCK_N=tile.n,
             BLOCK_K=_block(K), BLOCK_KT=_block(qt.shape[2]),
-            **_arithmetic(q, dtype), num_warps=tile.warps, num_stages=tile.stages,
+            **_arithmetic(q, dtype), **tile.options(),
         )  # fmt: skip
-    return value.mean(0), statistic
+    return value, statistic
+
+
+def _statistics_name(students: int) -> str:
+    """In the table of tiles: q of each student and of the teacher lies in shared memory."""
+    return "statistics" if students == 1 else f"statistics of {2 if students == 2 else STUDENTS}"
 
 
 def _delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None, compute: torch.dtype) -> Tensor:
@@ -275,7 +279,7 @@ class _Backward:
             attention_dq_kernel[(tiles.programs, H)](
                 *inputs, boost, dq, tiles.table, *numbers, *strides, *_strides(dq),
                 **options, SPLIT=tile.split and alignment is None, **constants,
-                BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages,
+                BLOCK_M=tile.m, BLOCK_N=tile.n, **tile.options(),
             )  # fmt: skip
         tile = launch_tile(self.capability, f"dkdv{suffix}", *kind)
         tiles = Tiles.of(self.geometry, N, tile.n)
@@ -285,7 +289,7 @@ class _Backward:
                 *inputs, boost, dk, dv, tiles.table, *(work or (None,) * 4),
                 *numbers, *strides, *_strides(dk), *_strides(dv),
                 **options, SPLIT=tile.split and alignment is None, **constants,
-                BLOCK_M=tile.m, BLOCK_N=tile.n, num_warps=tile.warps, num_stages=tile.stages,
+                BLOCK_M=tile.m, BLOCK_N=tile.n, **tile.options(),
             )  # fmt: skip
 
     def _launches(
@@ -382,12 +386,10 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.detach().to(dtype).contiguous()
 
 
-def _strides(x: Tensor) -> tuple[int, int]:
-    """Of tokens and heads; a stride that nothing uses must not enter the binary."""
-    token, head = (
-        stride if size > 1 else 0 for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True)
-    )
-    return token, head
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Of all dimensions but K; a stride that nothing uses must not enter the binary."""
+    sizes = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    return tuple(stride if size > 1 else 0 for size, stride in sizes)
 
 
 def _block(width: int) -> int:

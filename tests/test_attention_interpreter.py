@@ -358,21 +358,28 @@ def test_strides_and_mixed_dtypes():
 
 
 @interpreted
-def test_several_students():
-    where, N = geometry([9, 3]), 12
+@pytest.mark.parametrize("divergence", ["jsd", "reverse_kl", "forward_kl"])
+@pytest.mark.parametrize("students", [2, 3, 6])
+def test_several_students(students, divergence):
+    """Each as if it were alone, in launches of up to four; rows of weight 0 may hold NaN."""
+    where, N = geometry([18, 3]), 21
     q, k, _, qt, kt = inputs(N)
-    layers = [(q, k), (2 * q, k.flip(0))]
+    q, k = (torch.stack([(1 + n / 4) * x.roll(n, 0) for n in range(students)]) for x in (q, k))
     keep = signed_weights(N) != 0
-    lse = [attention_triton.logsumexp(*x, where, SCALE) for x in layers]
-    teacher = Teacher(qt, kt, attention_triton.logsumexp(qt, kt, where, SCALE_T), SCALE_T)
-    settings = "jsd", 0.3, where
-    value, statistic = attention_triton.statistics(
-        [x[0] for x in layers], [x[1] for x in layers], lse, SCALE, teacher, keep, *settings
+    lse = torch.stack(
+        [attention_triton.logsumexp(*x, where, SCALE) for x in zip(q, k, strict=True)]
     )
-    assert value.shape == (2, N) and statistic.shape == (2, 2, N)
-    for s, (queries, keys) in enumerate(layers):
-        want = row_loss(queries, keys, qt, kt, where, "jsd", 0.3)
-        torch.testing.assert_close(value[s], want * keep, rtol=1e-10, atol=1e-12)
+    teacher = Teacher(qt, kt, attention_triton.logsumexp(qt, kt, where, SCALE_T), SCALE_T)
+    settings = SCALE, teacher, keep, divergence, 0.3, where
+    want = [row_loss(*x, qt, kt, where, divergence, 0.3) for x in zip(q, k, strict=True)]
+    q[:, ~keep], qt[~keep] = math.nan, math.nan
+    value, statistic = attention_triton.statistics(q, k, lse, *settings)
+    assert value.shape == (students, N)
+    torch.testing.assert_close(value, torch.stack(want) * keep, rtol=1e-10, atol=1e-12)
+    assert float((value[0] - value[-1]).abs().max()) > 1e-2
+    for n in range(students):
+        alone = attention_triton.statistics(q[n], k[n], lse[n], *settings)
+        assert torch.equal(value[n], alone[0]) and torch.equal(statistic[n], alone[1])
 
 
 # What rows and sequences may hold

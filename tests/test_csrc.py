@@ -145,9 +145,9 @@ def test_the_order_of_warps_and_blocks_does_not_matter(case, emulator, monkeypat
 def test_several_students_meet_one_teacher(emulator):
     inputs = Inputs(replace(CASES[0], lengths=(20,)))
     answers = inputs.answers()
-    layers = [[x, 0.5 * x] for x in (inputs.q, inputs.k)]
-    lse = [inputs.eager(q.double(), k.double(), k.double(), inputs.scale)[1].float()
-           for q, k in zip(*layers, strict=True)]  # fmt: skip
+    layers = [torch.stack((x, 0.5 * x)) for x in (inputs.q, inputs.k)]
+    lse = torch.stack([inputs.eager(q.double(), k.double(), k.double(), inputs.scale)[1].float()
+                       for q, k in zip(*layers, strict=True)])  # fmt: skip
     rest = (inputs.scale, inputs.teacher(answers), None, "jsd", 0.5, inputs.geometry())
     value, statistic = attention_cuda.statistics(*layers, lse, *rest)
     assert value.shape == (2, 20) and statistic.shape == (2, 2, 20)
