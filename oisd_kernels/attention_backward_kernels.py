@@ -40,6 +40,7 @@ from oisd_kernels.attention_kernels import (
     head_at,
     keys_of,
     load_rows,
+    product,
     scores,
     store_rows,
     tile_at,
@@ -87,18 +88,22 @@ def d_scores(
 
 @triton.jit
 def dq_block(
-    acc, q, qt, d_out, lse, lse_t, factor, shift, i, j, end, hi, window, boost,
-    K, V, Kt, stride_kn, stride_vn, stride_ktn,
-    PLAIN: tl.constexpr, ALIGN: tl.constexpr, DIVERGENCE: tl.constexpr, LOG_ODDS: tl.constexpr,
-    SCALE: tl.constexpr, SCALE_T: tl.constexpr, SOFTCAP: tl.constexpr,
+    acc, q, qt, d_out, lse, lse_t, factor, shift, i, own, j, end, hi, window, boost,
+    Q, dOut, Qt, stride_qn, stride_don, stride_qtn, K, V, Kt, stride_kn, stride_vn, stride_ktn,
+    DEPTH: tl.constexpr, PLAIN: tl.constexpr, ALIGN: tl.constexpr, DIVERGENCE: tl.constexpr,
+    LOG_ODDS: tl.constexpr, SCALE: tl.constexpr, SCALE_T: tl.constexpr, SOFTCAP: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_T: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KT: tl.constexpr,
     OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds dS K of a block of keys; K, V, Kt point to it. Keys from `hi` on are seen by no row."""
     rows = j < hi
     k = load_rows(K, rows, stride_kn, HEAD_DIM, BLOCK_N, BLOCK_K, MASKED, OPERAND)
-    z = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+    nothing = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    z = product(
+        q, k, nothing, Q, own, stride_qn, K, rows, stride_kn,
+        HEAD_DIM, BLOCK_K, DEPTH, OPERAND, PRECISION,
+    )  # fmt: skip
     s, t = scores(z, SCALE, SOFTCAP, LOG2E)
     lq = s - lse[:, None]
     p = tl.exp2(lq)
@@ -106,14 +111,20 @@ def dq_block(
     tail = 0.0
     if ALIGN:
         kt = load_rows(Kt, rows, stride_ktn, HEAD_DIM_T, BLOCK_N, BLOCK_KT, MASKED, OPERAND)
-        zt = tl.dot(qt, tl.trans(kt), input_precision=PRECISION, out_dtype=ACC)
+        zt = product(
+            qt, kt, nothing, Qt, own, stride_qtn, Kt, rows, stride_ktn,
+            HEAD_DIM_T, BLOCK_KT, DEPTH, OPERAND, PRECISION,
+        )  # fmt: skip
         x, tail = alignment(
             x, tail, zt, lq, lse_t[:, None], factor[:, None],
             PLAIN, DIVERGENCE, LOG_ODDS, SCALE_T, SOFTCAP,
         )  # fmt: skip
     if PLAIN:
         v = load_rows(V, rows, stride_vn, HEAD_DIM, BLOCK_N, BLOCK_K, MASKED, OPERAND)
-        x = tl.dot(d_out, tl.trans(v), x, input_precision=PRECISION, out_dtype=ACC)
+        x = product(
+            d_out, v, x, dOut, own, stride_don, V, rows, stride_vn,
+            HEAD_DIM, BLOCK_K, DEPTH, OPERAND, PRECISION,
+        )  # fmt: skip
     ds = d_scores(p, x, tail, t, factor[:, None], PLAIN, ALIGN, DIVERGENCE, SOFTCAP)
     if MASKED:
         seen = visible(i[:, None], j[None, :], end, window, CAUSAL, WINDOW)
@@ -159,6 +170,7 @@ def attention_dq_kernel(
     ALIGN: tl.constexpr,
     TILES: tl.constexpr,
     SPLIT: tl.constexpr,
+    DEPTH: tl.constexpr,
     BOOST: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     LOG_ODDS: tl.constexpr,
@@ -201,23 +213,17 @@ def attention_dq_kernel(
     if a < b:
         per_row = h.to(tl.int64) * tokens
         lanes = tl.arange(0, BLOCK_N)
-        q = load_rows(
-            head_at(Q, start, h, stride_qn, stride_qh), rows, stride_qn,
-            HEAD_DIM, BLOCK_M, BLOCK_K, True, OPERAND,
-        )  # fmt: skip
+        Q = head_at(Q, start, h, stride_qn, stride_qh)
+        dOut = head_at(dOut, start, h, stride_don, stride_doh)
+        Qt = head_at(Qt, start, h, stride_qtn, stride_qth)
+        q = load_rows(Q, rows, stride_qn, HEAD_DIM, BLOCK_M, BLOCK_K, True, OPERAND)
         lse = tl.load(Lse + per_row + i, mask=rows, other=0.0)
         shift = tl.load(Shift + per_row + i, mask=rows, other=0.0)
         d_out, qt, lse_t, factor, boost = q, q, lse, lse, 1.0
         if PLAIN:
-            d_out = load_rows(
-                head_at(dOut, start, h, stride_don, stride_doh), rows, stride_don,
-                HEAD_DIM, BLOCK_M, BLOCK_K, True, OPERAND,
-            )  # fmt: skip
+            d_out = load_rows(dOut, rows, stride_don, HEAD_DIM, BLOCK_M, BLOCK_K, True, OPERAND)
         if ALIGN:
-            qt = load_rows(
-                head_at(Qt, start, h, stride_qtn, stride_qth), rows, stride_qtn,
-                HEAD_DIM_T, BLOCK_M, BLOCK_KT, True, OPERAND,
-            )  # fmt: skip
+            qt = load_rows(Qt, rows, stride_qtn, HEAD_DIM_T, BLOCK_M, BLOCK_KT, True, OPERAND)
             lse_t = tl.load(LseT + per_row + i, mask=rows, other=0.0)
             factor = tl.load(Factor + i, mask=rows, other=0.0)
         if BOOST:
@@ -228,13 +234,14 @@ def attention_dq_kernel(
             for n in range(left, right):
                 step = lo + n * BLOCK_N
                 acc = dq_block(
-                    acc, q, qt, d_out, lse, lse_t, factor, shift, i, step + lanes, end, hi, window,
-                    boost, head_at(K, step, h // group, stride_kn, stride_kh),
+                    acc, q, qt, d_out, lse, lse_t, factor, shift, i, rows, step + lanes, end, hi,
+                    window, boost, Q, dOut, Qt, stride_qn, stride_don, stride_qtn,
+                    head_at(K, step, h // group, stride_kn, stride_kh),
                     head_at(V, step, h // group, stride_vn, stride_vh),
                     head_at(Kt, step, h // group_t, stride_ktn, stride_kth),
-                    stride_kn, stride_vn, stride_ktn, PLAIN, ALIGN, DIVERGENCE, LOG_ODDS, SCALE,
-                    SCALE_T, SOFTCAP, CAUSAL, WINDOW, HEAD_DIM, HEAD_DIM_T, BLOCK_N, BLOCK_K,
-                    BLOCK_KT, OPERAND, ACC, PRECISION, False,
+                    stride_kn, stride_vn, stride_ktn, DEPTH, PLAIN, ALIGN, DIVERGENCE, LOG_ODDS,
+                    SCALE, SCALE_T, SOFTCAP, CAUSAL, WINDOW, HEAD_DIM, HEAD_DIM_T, BLOCK_M, BLOCK_N,
+                    BLOCK_K, BLOCK_KT, OPERAND, ACC, PRECISION, False,
                 )  # fmt: skip
             blocks -= right - left
         for n in range(0, blocks):
@@ -242,13 +249,14 @@ def attention_dq_kernel(
             if SPLIT:
                 step = lo + tl.where(n < left, n, n + right - left) * BLOCK_N
             acc = dq_block(
-                acc, q, qt, d_out, lse, lse_t, factor, shift, i, step + lanes, end, hi, window,
-                boost, head_at(K, step, h // group, stride_kn, stride_kh),
+                acc, q, qt, d_out, lse, lse_t, factor, shift, i, rows, step + lanes, end, hi,
+                window, boost, Q, dOut, Qt, stride_qn, stride_don, stride_qtn,
+                head_at(K, step, h // group, stride_kn, stride_kh),
                 head_at(V, step, h // group, stride_vn, stride_vh),
                 head_at(Kt, step, h // group_t, stride_ktn, stride_kth),
-                stride_kn, stride_vn, stride_ktn, PLAIN, ALIGN, DIVERGENCE, LOG_ODDS, SCALE,
-                SCALE_T, SOFTCAP, CAUSAL, WINDOW, HEAD_DIM, HEAD_DIM_T, BLOCK_N, BLOCK_K, BLOCK_KT,
-                OPERAND, ACC, PRECISION, True,
+                stride_kn, stride_vn, stride_ktn, DEPTH, PLAIN, ALIGN, DIVERGENCE, LOG_ODDS,
+                SCALE, SCALE_T, SOFTCAP, CAUSAL, WINDOW, HEAD_DIM, HEAD_DIM_T, BLOCK_M, BLOCK_N,
+                BLOCK_K, BLOCK_KT, OPERAND, ACC, PRECISION, True,
             )  # fmt: skip
     if BOOST:
         acc = acc * tl.load(Boost + 1)
@@ -276,12 +284,13 @@ def queries_of(begin, end, a, b, window, CAUSAL: tl.constexpr, WINDOW: tl.conste
 
 @triton.jit
 def dkdv_block(
-    dk, dv, k, v, kt, i, j, end, window, boost,
+    dk, dv, k, v, kt, i, j, own, end, window, boost,
+    K, V, Kt, stride_kn, stride_vn, stride_ktn,
     Q, dOut, Qt, Lse, LseT, Factor, Shift, stride_qn, stride_don, stride_qtn,
-    PLAIN: tl.constexpr, ALIGN: tl.constexpr, DIVERGENCE: tl.constexpr, LOG_ODDS: tl.constexpr,
-    SCALE: tl.constexpr, SCALE_T: tl.constexpr, SOFTCAP: tl.constexpr,
+    DEPTH: tl.constexpr, PLAIN: tl.constexpr, ALIGN: tl.constexpr, DIVERGENCE: tl.constexpr,
+    LOG_ODDS: tl.constexpr, SCALE: tl.constexpr, SCALE_T: tl.constexpr, SOFTCAP: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_T: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KT: tl.constexpr,
     OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Adds dS^T Q and P^T dO of a block of queries; Q, dOut, Qt point to it, the others to rows."""
@@ -289,12 +298,18 @@ def dkdv_block(
     factor, tail = 0.0, 0.0
     if ALIGN:
         factor = tl.load(Factor + i, mask=rows, other=0.0)
+    kept = rows
     if PLAIN:
         q = load_rows(Q, rows, stride_qn, HEAD_DIM, BLOCK_M, BLOCK_K, MASKED, OPERAND)
     else:
         # A row without weight may hold NaN, and 0 * NaN is NaN.
-        q = load_rows(Q, factor != 0, stride_qn, HEAD_DIM, BLOCK_M, BLOCK_K, True, OPERAND)
-    z = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=ACC)
+        kept = factor != 0
+        q = load_rows(Q, kept, stride_qn, HEAD_DIM, BLOCK_M, BLOCK_K, True, OPERAND)
+    nothing = tl.zeros([BLOCK_N, BLOCK_M], ACC)
+    z = product(
+        k, q, nothing, K, own, stride_kn, Q, kept, stride_qn,
+        HEAD_DIM, BLOCK_K, DEPTH, OPERAND, PRECISION,
+    )  # fmt: skip
     s, t = scores(z, SCALE, SOFTCAP, LOG2E)
     lq = s - tl.load(Lse + i, mask=rows, other=0.0)[None, :]
     p = tl.exp2(lq)
@@ -302,7 +317,10 @@ def dkdv_block(
     if ALIGN:
         factor = factor[None, :]
         qt = load_rows(Qt, rows, stride_qtn, HEAD_DIM_T, BLOCK_M, BLOCK_KT, MASKED, OPERAND)
-        zt = tl.dot(kt, tl.trans(qt), input_precision=PRECISION, out_dtype=ACC)
+        zt = product(
+            kt, qt, nothing, Kt, own, stride_ktn, Qt, rows, stride_qtn,
+            HEAD_DIM_T, BLOCK_KT, DEPTH, OPERAND, PRECISION,
+        )  # fmt: skip
         lse_t = tl.load(LseT + i, mask=rows, other=0.0)[None, :]
         x, tail = alignment(
             x, tail, zt, lq, lse_t, factor, PLAIN, DIVERGENCE, LOG_ODDS, SCALE_T, SOFTCAP
@@ -315,7 +333,10 @@ def dkdv_block(
         if MASKED:
             weight = tl.where(seen, p, 0.0)
         dv = tl.dot(weight.to(OPERAND), d_out, dv, input_precision=PRECISION, out_dtype=ACC)
-        x = tl.dot(v, tl.trans(d_out), x, input_precision=PRECISION, out_dtype=ACC)
+        x = product(
+            v, d_out, x, V, own, stride_vn, dOut, rows, stride_don,
+            HEAD_DIM, BLOCK_K, DEPTH, OPERAND, PRECISION,
+        )  # fmt: skip
     ds = d_scores(p, x, tail, t, factor, PLAIN, ALIGN, DIVERGENCE, SOFTCAP)
     if MASKED:
         ds = tl.where(seen, ds, 0.0)
@@ -368,6 +389,7 @@ def attention_dkdv_kernel(
     ALIGN: tl.constexpr,
     TILES: tl.constexpr,
     SPLIT: tl.constexpr,
+    DEPTH: tl.constexpr,
     BOOST: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     LOG_ODDS: tl.constexpr,
@@ -407,42 +429,36 @@ def attention_dkdv_kernel(
     j = start + tl.arange(0, BLOCK_N)
     keys = j < end
     lanes = tl.arange(0, BLOCK_M)
-    k = load_rows(
-        head_at(K, start, head, stride_kn, stride_kh), keys, stride_kn,
-        HEAD_DIM, BLOCK_N, BLOCK_K, True, OPERAND,
-    )  # fmt: skip
+    K = head_at(K, start, head, stride_kn, stride_kh)
+    V = head_at(V, start, head, stride_vn, stride_vh)
+    k = load_rows(K, keys, stride_kn, HEAD_DIM, BLOCK_N, BLOCK_K, True, OPERAND)
     v, kt, dv, boost = k, k, 0.0, 1.0
     if ALIGN and BLOCK_KT != BLOCK_K:  # a variable of a loop keeps its shape
         kt = tl.zeros([BLOCK_N, BLOCK_KT], k.dtype)
     dk = tl.zeros([BLOCK_N, BLOCK_K], ACC)
     if PLAIN:
-        v = load_rows(
-            head_at(V, start, head, stride_vn, stride_vh), keys, stride_vn,
-            HEAD_DIM, BLOCK_N, BLOCK_K, True, OPERAND,
-        )  # fmt: skip
+        v = load_rows(V, keys, stride_vn, HEAD_DIM, BLOCK_N, BLOCK_K, True, OPERAND)
         dv = tl.zeros([BLOCK_N, BLOCK_K], ACC)
     if BOOST:
         boost = tl.load(Boost)
     for h in range(head * group, head * group + group):
         row = tl.cast(h, tl.int64) * tokens
-        h_t = tl.cast(h // group_t, tl.int32)
+        head_t = head_at(Kt, start, tl.cast(h // group_t, tl.int32), stride_ktn, stride_kth)
         if ALIGN:
-            kt = load_rows(
-                head_at(Kt, start, h_t, stride_ktn, stride_kth), keys, stride_ktn,
-                HEAD_DIM_T, BLOCK_N, BLOCK_KT, True, OPERAND,
-            )  # fmt: skip
+            kt = load_rows(head_t, keys, stride_ktn, HEAD_DIM_T, BLOCK_N, BLOCK_KT, True, OPERAND)
         if SPLIT:
             for n in range(left, right):
                 at = lo + n * BLOCK_M
                 dk, dv = dkdv_block(
-                    dk, dv, k, v, kt, at + lanes, j, end, window, boost,
+                    dk, dv, k, v, kt, at + lanes, j, keys, end, window, boost,
+                    K, V, head_t, stride_kn, stride_vn, stride_ktn,
                     head_at(Q, at, tl.cast(h, tl.int32), stride_qn, stride_qh),
                     head_at(dOut, at, tl.cast(h, tl.int32), stride_don, stride_doh),
                     head_at(Qt, at, tl.cast(h, tl.int32), stride_qtn, stride_qth),
                     Lse + row, LseT + row, Factor, Shift + row, stride_qn, stride_don, stride_qtn,
-                    PLAIN, ALIGN, DIVERGENCE, LOG_ODDS, SCALE, SCALE_T, SOFTCAP, CAUSAL, WINDOW,
-                    HEAD_DIM, HEAD_DIM_T, BLOCK_M, BLOCK_K, BLOCK_KT, OPERAND, ACC, PRECISION,
-                    False,
+                    DEPTH, PLAIN, ALIGN, DIVERGENCE, LOG_ODDS, SCALE, SCALE_T, SOFTCAP, CAUSAL,
+                    WINDOW, HEAD_DIM, HEAD_DIM_T, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_KT, OPERAND, ACC,
+                    PRECISION, False,
                 )  # fmt: skip
         for n in range(first, blocks - (right - left) if SPLIT else blocks):
             if SPLIT:
@@ -452,13 +468,15 @@ def attention_dkdv_kernel(
             else:
                 at = tl.load(Live + n)
             dk, dv = dkdv_block(
-                dk, dv, k, v, kt, at + lanes, j, end, window, boost,
+                dk, dv, k, v, kt, at + lanes, j, keys, end, window, boost,
+                K, V, head_t, stride_kn, stride_vn, stride_ktn,
                 head_at(Q, at, tl.cast(h, tl.int32), stride_qn, stride_qh),
                 head_at(dOut, at, tl.cast(h, tl.int32), stride_don, stride_doh),
                 head_at(Qt, at, tl.cast(h, tl.int32), stride_qtn, stride_qth),
                 Lse + row, LseT + row, Factor, Shift + row, stride_qn, stride_don, stride_qtn,
-                PLAIN, ALIGN, DIVERGENCE, LOG_ODDS, SCALE, SCALE_T, SOFTCAP, CAUSAL, WINDOW,
-                HEAD_DIM, HEAD_DIM_T, BLOCK_M, BLOCK_K, BLOCK_KT, OPERAND, ACC, PRECISION, True,
+                DEPTH, PLAIN, ALIGN, DIVERGENCE, LOG_ODDS, SCALE, SCALE_T, SOFTCAP, CAUSAL, WINDOW,
+                HEAD_DIM, HEAD_DIM_T, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_KT, OPERAND, ACC, PRECISION,
+                True,
             )  # fmt: skip
     if BOOST:
         dk = dk * tl.load(Boost + 1)

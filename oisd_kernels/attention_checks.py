@@ -63,19 +63,19 @@ def choose(
     """ "reference", "torch", "triton" or "cuda", for the queries of one layer or of two.
 
     "auto" is "triton" on a GPU where there is a tile for the head dimension and the dtype, and
-    "torch" elsewhere; so are sampled keys. Raises ValueError where the choice cannot run; what
+    "torch" elsewhere. Raises ValueError where the choice cannot run; what
     "cuda" cannot do beyond that, `attention_cuda.check_supported` says when it is launched.
     """
     q = layers[0]
     if impl == "auto":
         impl = "torch"
-        if q.is_cuda and not sampled and _width(layers) <= _widest(layers, softcap):
+        if q.is_cuda and _width(layers) <= _widest(layers, softcap):
             impl = "triton"
     if impl not in IMPLEMENTATIONS:
         here = ", ".join(f'"{name}"' for name in ("auto", *IMPLEMENTATIONS))
         raise checks.argument_error(op, "impl", f"be one of {here}", repr(impl))
-    if sampled and impl in ("triton", "cuda"):
-        remedy = 'use impl="auto" or "torch"'
+    if sampled and impl == "cuda":
+        remedy = 'use impl="auto", "triton" or "torch"'
         raise checks.argument_error(op, "impl", "be another beside key_index", repr(impl), remedy)
     if impl == "cuda" and not q.is_cuda:
         remedy = 'use impl="auto" or "torch"'

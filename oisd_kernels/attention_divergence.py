@@ -83,8 +83,8 @@ def attention_divergence(
         impl: "torch" (blocks of scores, any device; asks the device for lengths and kept rows),
             "triton" (kernels on a GPU, or under TRITON_INTERPRET=1; K at most 256), "reference"
             (maps in memory, plain autograd, which alone can be differentiated twice). "auto" is
-            "triton" on a GPU and "torch" elsewhere, with key_index "torch" everywhere. "cuda": the
-            kernels of csrc/, never "auto" yet; bf16 and fp16 at K of 64 and 128, docs/csrc.md.
+            "triton" on a GPU and "torch" elsewhere. "cuda": the kernels of csrc/, never "auto" yet;
+            bf16 and fp16 at K of 64 and 128, without key_index, docs/csrc.md.
 
     Returns:
         token_weight * divergence in nats, mean over heads, [B, T] or [N], with S in front

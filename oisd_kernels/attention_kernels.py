@@ -62,6 +62,29 @@ def load_rows(
 
 
 @triton.jit
+def product(
+    x, y, z, X, rows_x, stride_x, Y, rows_y, stride_y,
+    HEAD_DIM: tl.constexpr, BLOCK_K: tl.constexpr, DEPTH: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x y^T + z. With a DEPTH that many columns at a time, read from X and Y instead of x and y.
+
+    As operands of three tf32 products wide tiles take more registers than there are.
+    """
+    if DEPTH is None:
+        z = tl.dot(x, tl.trans(y), z, input_precision=PRECISION, out_dtype=z.dtype)
+    else:
+        X += tl.arange(0, z.shape[0])[:, None] * stride_x
+        Y += tl.arange(0, z.shape[1])[:, None] * stride_y
+        for first in range(0, BLOCK_K, DEPTH):
+            k = first + tl.arange(0, DEPTH)[None, :]
+            a = tl.load(X + k, mask=rows_x[:, None] & (k < HEAD_DIM), other=0.0).to(OPERAND)
+            b = tl.load(Y + k, mask=rows_y[:, None] & (k < HEAD_DIM), other=0.0).to(OPERAND)
+            z = tl.dot(a, tl.trans(b), z, input_precision=PRECISION, out_dtype=z.dtype)
+    return z
+
+
+@triton.jit
 def store_rows(X, x, rows, stride_n, HEAD_DIM: tl.constexpr):
     k = tl.arange(0, x.shape[1])
     at = X + tl.arange(0, x.shape[0])[:, None] * stride_n + k[None, :]
@@ -229,16 +252,22 @@ def load_lse(Lse, i, mask):
 
 @triton.jit
 def statistics_block(
-    values, statistics, q, qt, lse, lse_t, i, j, end, window, K, Kt, stride_ks, stride_kn, stride_ktn,
-    STUDENTS: tl.constexpr, DIVERGENCE: tl.constexpr, BETA: tl.constexpr, LOG_BETA: tl.constexpr,
-    LOG_1M_BETA: tl.constexpr, SCALE: tl.constexpr, SCALE_T: tl.constexpr, SOFTCAP: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_T: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KT: tl.constexpr,
+    values, statistics, q, qt, lse, lse_t, i, rows, j, end, window,
+    Q, Qt, stride_qs, stride_qn, stride_qtn, K, Kt, stride_ks, stride_kn, stride_ktn,
+    STUDENTS: tl.constexpr, DEPTH: tl.constexpr, DIVERGENCE: tl.constexpr, BETA: tl.constexpr,
+    LOG_BETA: tl.constexpr, LOG_1M_BETA: tl.constexpr, SCALE: tl.constexpr, SCALE_T: tl.constexpr,
+    SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr,
+    HEAD_DIM_T: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_KT: tl.constexpr,
     OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the terms of a block of keys, of each student; K and Kt point to it."""
+    """Adds the terms of a block of keys, of each student; K and Kt point to it, Q, Qt to rows."""
     kt = load_rows(Kt, j < end, stride_ktn, HEAD_DIM_T, BLOCK_N, BLOCK_KT, MASKED, OPERAND)
-    zt = tl.dot(qt, tl.trans(kt), input_precision=PRECISION, out_dtype=ACC)
+    nothing = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    zt = product(
+        qt, kt, nothing, Qt, rows, stride_qtn, Kt, j < end, stride_ktn,
+        HEAD_DIM_T, BLOCK_KT, DEPTH, OPERAND, PRECISION,
+    )  # fmt: skip
     st, _ = scores(zt, SCALE_T, SOFTCAP, 1.0)
     seen = True
     if MASKED:
@@ -247,11 +276,12 @@ def statistics_block(
     lp = log_probability(st, lse_t[:, None])
     new_values, new_statistics = (), ()
     for n in tl.static_range(STUDENTS):
-        k = load_rows(
-            layer_at(K, n, stride_ks), j < end, stride_kn,
-            HEAD_DIM, BLOCK_N, BLOCK_K, MASKED, OPERAND,
+        Kn = layer_at(K, n, stride_ks)
+        k = load_rows(Kn, j < end, stride_kn, HEAD_DIM, BLOCK_N, BLOCK_K, MASKED, OPERAND)
+        z = product(
+            q[n], k, nothing, layer_at(Q, n, stride_qs), rows, stride_qn, Kn, j < end, stride_kn,
+            HEAD_DIM, BLOCK_K, DEPTH, OPERAND, PRECISION,
         )  # fmt: skip
-        z = tl.dot(q[n], tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
         s, _ = scores(z, SCALE, SOFTCAP, 1.0)
         if MASKED:
             s = tl.where(seen, s, -float("inf"))
@@ -295,6 +325,7 @@ def attention_statistics_kernel(
     stride_kth,
     HAS_KEEP: tl.constexpr,
     STUDENTS: tl.constexpr,
+    DEPTH: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     BETA: tl.constexpr,
     LOG_BETA: tl.constexpr,
@@ -334,14 +365,13 @@ def attention_statistics_kernel(
         statistics += (tl.zeros([BLOCK_M], ACC),)
     if a < b:
         lanes = tl.arange(0, BLOCK_N)
-        qt = load_rows(
-            head_at(Qt, start, h, stride_qtn, stride_qth), rows, stride_qtn,
-            HEAD_DIM_T, BLOCK_M, BLOCK_KT, True, OPERAND,
-        )  # fmt: skip
+        Q = head_at(Q, start, h, stride_qn, stride_qh)
+        Qt = head_at(Qt, start, h, stride_qtn, stride_qth)
+        qt = load_rows(Qt, rows, stride_qtn, HEAD_DIM_T, BLOCK_M, BLOCK_KT, True, OPERAND)
         lse_t = load_lse(LseT + per_row, i, rows)
         q, lse = (), ()
         for n in tl.static_range(STUDENTS):
-            at = head_at(layer_at(Q, n, stride_qs), start, h, stride_qn, stride_qh)
+            at = layer_at(Q, n, stride_qs)
             q += (load_rows(at, rows, stride_qn, HEAD_DIM, BLOCK_M, BLOCK_K, True, OPERAND),)
             lse += (load_lse(Lse + n * layer + per_row, i, rows),)
         lo, hi, full_lo, full_hi = keys_of(begin, end, a, b, window, CAUSAL, WINDOW)
@@ -349,22 +379,24 @@ def attention_statistics_kernel(
         for n in range(left, right):
             step = n * BLOCK_N
             values, statistics = statistics_block(
-                values, statistics, q, qt, lse, lse_t, i, lo + step + lanes, end, window,
+                values, statistics, q, qt, lse, lse_t, i, rows, lo + step + lanes, end, window,
+                Q, Qt, stride_qs, stride_qn, stride_qtn,
                 head_at(K, lo + step, h // group, stride_kn, stride_kh),
                 head_at(Kt, lo + step, h // group_t, stride_ktn, stride_kth),
-                stride_ks, stride_kn, stride_ktn, STUDENTS, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA,
-                SCALE, SCALE_T, SOFTCAP, CAUSAL, WINDOW, HEAD_DIM, HEAD_DIM_T, BLOCK_N, BLOCK_K,
-                BLOCK_KT, OPERAND, ACC, PRECISION, False,
+                stride_ks, stride_kn, stride_ktn, STUDENTS, DEPTH, DIVERGENCE, BETA, LOG_BETA,
+                LOG_1M_BETA, SCALE, SCALE_T, SOFTCAP, CAUSAL, WINDOW, HEAD_DIM, HEAD_DIM_T, BLOCK_M,
+                BLOCK_N, BLOCK_K, BLOCK_KT, OPERAND, ACC, PRECISION, False,
             )  # fmt: skip
         for n in range(0, blocks - (right - left)):
             step = tl.where(n < left, n, n + right - left) * BLOCK_N
             values, statistics = statistics_block(
-                values, statistics, q, qt, lse, lse_t, i, lo + step + lanes, end, window,
+                values, statistics, q, qt, lse, lse_t, i, rows, lo + step + lanes, end, window,
+                Q, Qt, stride_qs, stride_qn, stride_qtn,
                 head_at(K, lo + step, h // group, stride_kn, stride_kh),
                 head_at(Kt, lo + step, h // group_t, stride_ktn, stride_kth),
-                stride_ks, stride_kn, stride_ktn, STUDENTS, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA,
-                SCALE, SCALE_T, SOFTCAP, CAUSAL, WINDOW, HEAD_DIM, HEAD_DIM_T, BLOCK_N, BLOCK_K,
-                BLOCK_KT, OPERAND, ACC, PRECISION, True,
+                stride_ks, stride_kn, stride_ktn, STUDENTS, DEPTH, DIVERGENCE, BETA, LOG_BETA,
+                LOG_1M_BETA, SCALE, SCALE_T, SOFTCAP, CAUSAL, WINDOW, HEAD_DIM, HEAD_DIM_T, BLOCK_M,
+                BLOCK_N, BLOCK_K, BLOCK_KT, OPERAND, ACC, PRECISION, True,
             )  # fmt: skip
     for n in tl.static_range(STUDENTS):
         at = n * layer + per_row + i

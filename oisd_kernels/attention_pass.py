@@ -7,6 +7,7 @@ of a length. The teacher's scores of a block serve all S student layers.
 Letters: S student layers, N tokens, H query heads, J key heads, K head dimension, M sampled keys.
 """
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -91,11 +92,7 @@ def attention_pass(
         keep = None if weight is None else (weight != 0).any(0)
         out = _allocate(call)
         if key_index is not None:
-            value = sampled_divergence(
-                q.unbind(0), k.unbind(0), scale, call.sampled_teacher(), key_index, keep,
-                divergence, beta, call.geometry(),
-            )  # fmt: skip
-            return out._replace(loss=_weighted(weight, value))
+            return _sampled(call, out, key_index, keep)
         run, geometry = functions(impl), call.geometry()
         # The torch functions compute the rows that count; the kernels skip tiles without one.
         some = {"keep": keep} if impl == "torch" else {}
@@ -118,6 +115,25 @@ def attention_pass(
         return out._replace(loss=_weighted(weight, value))
 
 
+def _sampled(
+    call: _Call, out: AttentionPass, key_index: Tensor, keep: Tensor | None
+) -> AttentionPass:
+    q, k, geometry = call.q, call.k, call.geometry()
+    settings = key_index, keep, call.divergence, call.beta, geometry
+    if call.impl == "torch":
+        layers = q.unbind(0), k.unbind(0)
+        value = sampled_divergence(*layers, call.scale, call.sampled_teacher(), *settings)
+        return out._replace(loss=_weighted(call.weight, value))
+    found = _sampled_kernels().statistics(q, k, call.scale, call.sampled_teacher(), *settings)
+    return AttentionPass(_weighted(call.weight, found.value), *found[1:])
+
+
+def _sampled_kernels() -> ModuleType:
+    from oisd_kernels import attention_sampled_triton  # triton is not to be had on every CPU
+
+    return attention_sampled_triton
+
+
 @attention_pass.register_fake
 def _(
     q, k, q_teacher, k_teacher, weight, cu_seqlens, key_index, lse, lse_teacher, length, causal,
@@ -138,7 +154,8 @@ def _allocate(call: _Call) -> AttentionPass:
     def zeros(*shape: int, wanted: bool = True) -> Tensor:
         return call.q.new_zeros(shape if wanted else [0] * len(shape), dtype=compute)
 
-    full = call.key_index is None
+    # Over sampled keys the torch functions keep nothing.
+    full = call.key_index is None or call.impl != "torch"
     return AttentionPass(
         zeros(layers, tokens),
         zeros(layers, heads, tokens, wanted=full and call.lse is None),
@@ -194,7 +211,7 @@ def _layer_gradient(
     call: _Call, layer: int, row_weight: Tensor, statistic: Tensor
 ) -> tuple[Tensor, Tensor]:
     q, k, geometry = call.q[layer], call.k[layer], call.geometry()
-    if call.key_index is not None:
+    if call.key_index is not None and call.impl == "torch":
         return sampled_backward(
             q, k, call.scale, call.sampled_teacher(), call.key_index, row_weight[layer],
             call.divergence, call.beta, geometry,
@@ -203,6 +220,10 @@ def _layer_gradient(
     teacher = Teacher(call.q_teacher, call.k_teacher, call.lse_teacher, call.scale_teacher)
     one = statistic if call.divergence == "forward_kl" else statistic[layer]
     alignment = Alignment(teacher, row_weight[layer], one, call.divergence, call.beta)
+    if call.key_index is not None:
+        return _sampled_kernels().backward(
+            q, k, call.scale, call.lse[layer], alignment, call.key_index, geometry
+        )
     run = functions(call.impl)
     dq, dk, _ = run.backward(q, k, geometry, call.scale, call.lse[layer], alignment=alignment)
     return dq, dk
@@ -212,11 +233,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     call, out = _Call(*inputs), AttentionPass(*output)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*out[1:])
-    if call.key_index is None:
-        call = call._replace(
-            lse=out.lse if call.lse is None else call.lse,
-            lse_teacher=out.lse_teacher if call.lse_teacher is None else call.lse_teacher,
-        )
+    call = call._replace(
+        lse=out.lse if call.lse is None else call.lse,
+        lse_teacher=out.lse_teacher if call.lse_teacher is None else call.lse_teacher,
+    )
     ctx.save_for_backward(out.statistic, *call[:_TENSORS])
     ctx.options = call[_TENSORS:]
 

@@ -1,5 +1,7 @@
 """The attention divergence over sampled keys, renormalised over them, in torch.
 
+`attention_sampled_triton` is the same in Triton.
+
 Rows are taken in blocks, each with its own keys gathered; a row's M scores are in memory at once,
 so that nothing need be kept for the backward. Of the M slots of a row those count that are not -1,
 not hidden by the masks and not a duplicate. Matmuls are float32 (float64 where an input is). The
@@ -129,20 +131,23 @@ def _blocks(
     tokens, slots = key_index.shape
     if tokens == 0 or slots == 0:
         return
-    place = torch.arange(tokens, device=key_index.device)
-    cu_seqlens = geometry.cu_seqlens.long()
-    start = cu_seqlens[torch.searchsorted(cu_seqlens[1:].contiguous(), place, right=True)]
-    rows = place if keep is None else keep.nonzero().flatten()
+    rows = torch.arange(tokens, device=key_index.device) if keep is None else keep.nonzero()[:, 0]
     for part in rows.split(max(BLOCK // (slots * size), 1)):
-        slot = key_index[part].sort(1).values
-        own = part - start[part]
-        hidden = (slot < 0) | torch.cat([slot[:, :1] < 0, slot[:, 1:] == slot[:, :-1]], 1)
-        ahead = slot - own[:, None]
-        if geometry.causal:
-            hidden |= ahead > 0
-        if geometry.window is not None:
-            hidden |= ahead.abs() >= geometry.window
-        index = torch.where(hidden, part[:, None], start[part][:, None] + slot)
+        index, hidden = slots_of(key_index, part, geometry)
         seeing = ~hidden.all(1)
         if seeing.any():
             yield _Block(part[seeing], index[seeing], hidden[seeing])
+
+
+def slots_of(key_index: Tensor, rows: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Tokens of the slots of some rows [R, M], in order, and which do not count: then any token."""
+    cu_seqlens = geometry.cu_seqlens.long()
+    start = cu_seqlens[torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)]
+    slot = key_index[rows].sort(1).values
+    hidden = (slot < 0) | torch.cat([slot[:, :1] < 0, slot[:, 1:] == slot[:, :-1]], 1)
+    ahead = slot - (rows - start)[:, None]
+    if geometry.causal:
+        hidden |= ahead > 0
+    if geometry.window is not None:
+        hidden |= ahead.abs() >= geometry.window
+    return torch.where(hidden, rows[:, None], start[:, None] + slot), hidden

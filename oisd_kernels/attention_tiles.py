@@ -6,7 +6,7 @@ number of programs, is a bound.
 Letters: N tokens, B sequences, P programs.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ class Tile(NamedTuple):
     stages: int
     split: bool = False  # plain gradients: blocks that need no mask in a loop of their own
     registers: int | None = None  # of a thread, at most
+    depth: int | None = None  # of the products over K, if less: `attention_kernels.product`
 
-    def options(self) -> dict[str, int]:
+    def options(self) -> dict[str, Any]:
         options = {"num_warps": self.warps, "num_stages": self.stages}
         return options if self.registers is None else options | {"maxnreg": self.registers}
 
@@ -35,42 +36,61 @@ class Tile(NamedTuple):
 TILES: dict[int, dict[tuple[str, str, int], Tile]] = {
     80: {
         ("forward", "half", 64): Tile(128, 64, 8, 3),
-        ("forward", "half", 128): Tile(128, 64, 8, 3),
-        ("forward window", "half", 128): Tile(128, 32, 8, 2),
-        ("forward", "half", 256): Tile(64, 32, 8, 2),
+        ("forward", "half", 128): Tile(128, 64, 8, 3, registers=255),
+        ("forward", "half", 256): Tile(64, 32, 8, 2, registers=255),
         ("forward", "fp32", 64): Tile(64, 32, 8, 2),
-        ("forward", "fp32", 128): Tile(32, 32, 8, 2),
+        ("forward", "fp32", 128): Tile(16, 32, 4, 2),
+        ("forward window", "half", 128): Tile(128, 32, 8, 2),
         ("statistics", "half", 64): Tile(128, 64, 8, 3),
         ("statistics", "half", 128): Tile(128, 64, 8, 3),
-        ("statistics", "half", 256): Tile(32, 32, 8, 1),
+        ("statistics", "half", 256): Tile(64, 32, 4, 1, depth=64),
         ("statistics", "fp32", 64): Tile(64, 32, 8, 2),
-        ("statistics", "fp32", 128): Tile(16, 16, 8, 1),
+        ("statistics", "fp32", 128): Tile(64, 16, 4, 1, depth=32),
+        ("statistics of 2", "half", 64): Tile(128, 64, 8, 2),
+        ("statistics of 2", "half", 128): Tile(64, 64, 8, 2),
+        ("statistics of 2", "half", 256): Tile(64, 32, 4, 1, depth=64),
+        ("statistics of 2", "fp32", 64): Tile(32, 32, 8, 1),
+        ("statistics of 2", "fp32", 128): Tile(64, 16, 4, 1, depth=32),
+        ("statistics of 4", "half", 64): Tile(128, 64, 8, 1),
+        ("statistics of 4", "half", 128): Tile(64, 32, 8, 1),
+        ("statistics of 4", "half", 256): Tile(64, 16, 4, 1, depth=64),
+        ("statistics of 4", "fp32", 64): Tile(32, 16, 8, 1),
+        ("statistics of 4", "fp32", 128): Tile(16, 16, 4, 1, depth=32),
         ("dq", "half", 64): Tile(128, 64, 8, 3, True),
         ("dq", "half", 128): Tile(128, 32, 8, 3, True),
         ("dq", "half", 256): Tile(32, 32, 8, 1),
         ("dq", "fp32", 64): Tile(32, 32, 8, 2),
-        ("dq", "fp32", 128): Tile(32, 16, 8, 1),
+        ("dq", "fp32", 128): Tile(16, 16, 4, 1),
         ("dq align", "half", 64): Tile(128, 32, 8, 2),
-        ("dq alone", "half", 64): Tile(128, 64, 8, 2),
         ("dq align", "half", 128): Tile(64, 32, 8, 2),
-        ("dq alone", "half", 128): Tile(128, 32, 8, 2),
-        ("dq align", "half", 256): Tile(32, 32, 8, 1),
+        ("dq align", "half", 256): Tile(32, 32, 8, 1, depth=64),
         ("dq align", "fp32", 64): Tile(16, 32, 8, 1),
-        ("dq align", "fp32", 128): Tile(16, 16, 8, 1),
+        ("dq align", "fp32", 128): Tile(64, 16, 4, 1, depth=32),
+        ("dq alone", "half", 64): Tile(128, 64, 8, 2),
+        ("dq alone", "half", 128): Tile(128, 32, 8, 2),
         ("dkdv", "half", 64): Tile(32, 64, 8, 2, True),
         ("dkdv", "half", 128): Tile(32, 64, 8, 2, True),
-        ("dkdv", "half", 256): Tile(16, 32, 8, 1),
+        ("dkdv", "half", 256): Tile(16, 32, 8, 1, registers=255),
         ("dkdv", "fp32", 64): Tile(32, 32, 8, 1),
         ("dkdv", "fp32", 128): Tile(16, 16, 8, 1),
         ("dkdv align", "half", 64): Tile(32, 64, 8, 1),
-        ("dkdv align", "half", 128): Tile(32, 64, 8, 2),
-        ("dkdv align", "half", 256): Tile(16, 32, 8, 1),
+        ("dkdv align", "half", 128): Tile(32, 64, 8, 2, registers=255),
+        ("dkdv align", "half", 256): Tile(16, 32, 8, 1, depth=64),
         ("dkdv align", "fp32", 64): Tile(16, 32, 8, 1),
-        ("dkdv align", "fp32", 128): Tile(16, 16, 8, 1),
+        ("dkdv align", "fp32", 128): Tile(16, 16, 4, 1, depth=32),
+        ("dkdv alone", "half", 64): Tile(32, 64, 8, 1, registers=255),
+        ("dkdv alone", "fp32", 128): Tile(16, 64, 4, 1, depth=32),
+        ("sampled", "half", 128): Tile(16, 64, 4, 2, registers=128),
+        ("sampled", "half", 256): Tile(16, 32, 4, 1, registers=168),
+        ("sampled", "fp32", 64): Tile(16, 32, 4, 2, registers=168),
+        ("sampled", "fp32", 128): Tile(16, 32, 4, 1),
+        ("sampled dk", "half", 128): Tile(32, 16, 4, 1),
+        ("sampled dk", "half", 256): Tile(16, 16, 4, 1),
+        ("sampled dk", "fp32", 64): Tile(32, 16, 4, 1),
+        ("sampled dk", "fp32", 128): Tile(32, 16, 4, 1),
     },
 }
-# 99 KB of shared memory; its compiler needs more registers for float32 than sm_80's has.
-TILES[86] = {key: tile for key, tile in TILES[80].items() if key[1:] != ("fp32", 128)} | {
+TILES[86] = TILES[80] | {  # 99 KB of shared memory
     ("forward", "half", 128): Tile(64, 32, 8, 2),
     ("statistics", "half", 128): Tile(128, 64, 8, 2),
     ("dq alone", "half", 128): Tile(64, 32, 8, 2),
@@ -87,6 +107,7 @@ TILES[90] = TILES[80] | {
     ("dkdv", "half", 128): Tile(32, 128, 8, 2),
     ("dkdv window", "half", 128): Tile(32, 64, 8, 2, True),
     ("dkdv align", "half", 64): Tile(32, 128, 8, 3),
+    ("dkdv alone", "half", 64): Tile(32, 128, 8, 3),
 }
 TILES[100] = TILES[90] | {
     ("dq", "half", 128): Tile(128, 64, 8, 3, True),
@@ -94,9 +115,11 @@ TILES[100] = TILES[90] | {
     ("dkdv", "half", 128): Tile(32, 128, 8, 1),
     ("dkdv window", "half", 128): Tile(32, 128, 8, 1),
     ("dkdv align", "half", 64): Tile(32, 128, 8, 1),
+    ("dkdv alone", "half", 64): Tile(32, 128, 8, 1),
     ("dkdv align", "half", 128): Tile(32, 32, 8, 1),
 }
 INTERPRETED = Tile(16, 16, 4, 1)
+SIZES = 64, 128, 256
 
 
 def launch_tile(
@@ -104,8 +127,9 @@ def launch_tile(
 ) -> Tile:
     """The tile for a compute capability (90 for sm_90); 0 is the interpreter.
 
-    kernel: "forward", "statistics"; "dq" and "dkdv", the plain gradient, " align" behind them for
-        the alignment beside it, " alone" for the alignment alone.
+    kernel: "forward"; "statistics", " of 2" and " of 4" behind it for several students; "dq" and
+        "dkdv", the plain gradient, " align" behind them for the alignment beside it, " alone" for
+        the alignment alone; over sampled keys "sampled" and "sampled dk".
     width: the largest head dimension, student's or teacher's.
     """
     if width > widest(capability, dtype, geometry.softcap):
@@ -118,13 +142,12 @@ def launch_tile(
         return INTERPRETED
     tiles = TILES[_known(capability)]
     if geometry.softcap is not None:
-        width = 2 * width  # its registers are those of the next width's tile
-    size = 64 if width <= 64 else 128 if width <= 128 else 256
-    kind = _operands(dtype), size
+        width = min(2 * width, SIZES[-1])  # its registers are those of the next width's tile
     names = [kernel, kernel.replace(" alone", " align")]
     if geometry.window is not None:
         names = [f"{name} window" for name in names] + names
-    return next(tiles[name, *kind] for name in names if (name, *kind) in tiles)
+    keys = [(name, _operands(dtype), size) for size in SIZES if width <= size for name in names]
+    return next(tiles[key] for key in keys if key in tiles)
 
 
 def widest(capability: int, dtype: torch.dtype, softcap: float | None) -> int:

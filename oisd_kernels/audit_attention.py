@@ -1,21 +1,23 @@
 """The launches of the attention kernels, for `oisd_kernels.audit_cases`.
 
-32 query heads on 8 key heads. By default bf16 at K = 128 with jsd: forward, statistics, and the
-backward of both at once, which makes every kernel. `full` adds the rest: every tile of the
-launcher's table, and at K = 128 every option.
+32 query heads on 8 key heads. By default bf16 at K = 128 with jsd: forward, statistics, the
+backward of both at once, and over sampled keys, which makes every kernel. `full` adds the rest:
+every tile of the launcher's table, and at K = 128 every option.
 """
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
-from oisd_kernels import attention_triton
+from oisd_kernels import attention_sampled_triton, attention_triton
 from oisd_kernels.attention_geometry import Alignment, Geometry, Teacher
+from oisd_kernels.attention_sampled import SampledTeacher
 from oisd_kernels.attention_tiles import widest
 from oisd_kernels.audit_case import DTYPES, Case, empty
 
-TOKENS, SEQUENCES, HEADS, KEY_HEADS = 8192, 8, 32, 8
+TOKENS, SEQUENCES, HEADS, KEY_HEADS, SLOTS = 8192, 8, 32, 8, 320
 FORMS = {
     "causal": (True, None, None),
     "causal, window": (True, 1024, None),
@@ -82,6 +84,10 @@ def _cases(
             q, k, lse, scale, teacher, row != 0, divergence, 0.5, geometry, **target,
         )  # fmt: skip
         yield Case(f"{divergence}, {label}", statistics, full)
+        if form == "causal" and width == width_t:
+            settings = scale, teacher, row != 0, divergence, 0.5, geometry
+            yield from _several(settings, label, capability, name, width)
+            yield from _sampled(settings, label, capability, name, width, full)
         alignment = Alignment(teacher, row, lse, divergence, 0.5)
         for extra, what in ((plain, "and plain"), ({}, "alone")):
             backward = partial(
@@ -89,3 +95,38 @@ def _cases(
                 *student, lse, **extra, alignment=alignment, **target,
             )  # fmt: skip
             yield Case(f"{divergence} {what}, {label}", backward, full or not extra)
+
+
+def _several(
+    settings: tuple[Any, ...], label: str, capability: int, name: str, width: int
+) -> Iterator[Case]:
+    """The statistics of several students in one launch."""
+    for students in range(2, attention_triton.STUDENTS + 1):
+        q, k = (
+            empty(students, TOKENS, heads, width, dtype=DTYPES[name])
+            for heads in (HEADS, KEY_HEADS)
+        )
+        lse = empty(students, HEADS, TOKENS)
+        launch = partial(attention_triton.statistics, q, k, lse, *settings, capability=capability)
+        yield Case(f"{settings[3]} of {students}, {label}", launch, True)
+
+
+def _sampled(
+    settings: tuple[Any, ...], label: str, capability: int, name: str, width: int, full: bool
+) -> Iterator[Case]:
+    """Over sampled keys: statistics, and both gradients."""
+    scale, teacher, keep, divergence, beta, geometry = settings
+    q, k = (empty(TOKENS, heads, width, dtype=DTYPES[name]) for heads in (HEADS, KEY_HEADS))
+    index = empty(TOKENS, SLOTS, dtype=torch.int64)
+    other = SampledTeacher(teacher.q, teacher.k, teacher.scale)
+    statistics = partial(
+        attention_sampled_triton.statistics,
+        q[None], k[None], scale, other, index, keep, divergence, beta, geometry, capability,
+    )  # fmt: skip
+    yield Case(f"{divergence} sampled, {label}", statistics, full)
+    alignment = Alignment(teacher, empty(TOKENS), teacher.lse, divergence, beta)
+    backward = partial(
+        attention_sampled_triton.backward,
+        q, k, scale, teacher.lse, alignment, index, geometry, capability,
+    )  # fmt: skip
+    yield Case(f"{divergence} sampled gradient, {label}", backward, full)

@@ -80,7 +80,6 @@ def test_grouped_heads(heads, key_heads, block_size):
     assert_both(inputs, {"token_weight": weight_of(40).view(2, 20)})
 
 
-@torch_only
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize("divergence, beta", DIVERGENCES)
 def test_sampled_keys(divergence, beta, masks):
@@ -99,8 +98,6 @@ def test_sampled_keys(divergence, beta, masks):
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "packed"])
 @pytest.mark.parametrize("impl", ["reference", IMPL])
 def test_layers_are_one_after_the_other(impl, dense, sampling):
-    if sampling and IMPL == "triton":
-        pytest.skip("sampled keys are torch's")
     q, k, *teacher = [normal(*shape, seed=i) for i, shape in enumerate(
         [(3, 12, 4, 8), (3, 12, 2, 8), (12, 4, 8), (12, 1, 8)]
     )]  # fmt: skip
@@ -289,8 +286,7 @@ def test_opcheck(divergence):
     teacher = normal(7, 2, 4, seed=2), normal(7, 2, 4, seed=3)
     options = (None, True, 3, 2.0, 0.5, 0.4, divergence, 0.5, IMPL)
     weight = normal(2, 7, seed=4)
-    index = sampled(7, 3, 2) if IMPL == "torch" else None
-    for key_index in (None, index):
+    for key_index in (None, sampled(7, 3, 2)):
         tensors = (q, k, *teacher, weight, offsets([3, 4]), key_index, None, None)
         torch.library.opcheck(attention_pass, (*tensors, *options))
 
