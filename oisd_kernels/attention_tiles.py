@@ -80,7 +80,7 @@ TILES: dict[int, dict[tuple[str, str, int], Tile]] = {
         ("dkdv align", "fp32", 128): Tile(16, 16, 4, 1, depth=32),
         ("dkdv alone", "half", 64): Tile(32, 64, 8, 1, registers=255),
         ("dkdv alone", "fp32", 128): Tile(16, 64, 4, 1, depth=32),
-        ("sampled", "half", 128): Tile(16, 64, 4, 2, registers=128),
+        ("sampled", "half", 128): Tile(16, 64, 4, 2, registers=168),
         ("sampled", "half", 256): Tile(16, 32, 4, 1, registers=168),
         ("sampled", "fp32", 64): Tile(16, 32, 4, 2, registers=168),
         ("sampled", "fp32", 128): Tile(16, 32, 4, 1),
@@ -91,6 +91,8 @@ TILES: dict[int, dict[tuple[str, str, int], Tile]] = {
     },
 }
 TILES[86] = TILES[80] | {  # 99 KB of shared memory
+    ("statistics of 2", "half", 128): Tile(64, 32, 4, 1, depth=64),
+    ("statistics of 4", "half", 128): Tile(64, 16, 4, 1, depth=64),
     ("forward", "half", 128): Tile(64, 32, 8, 2),
     ("statistics", "half", 128): Tile(128, 64, 8, 2),
     ("dq alone", "half", 128): Tile(64, 32, 8, 2),
