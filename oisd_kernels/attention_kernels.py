@@ -39,9 +39,9 @@ def head_at(X, row, head, stride_n, stride_h):
 
 
 @triton.jit
-def layer_at(X, n: tl.constexpr, stride_s):
-    """Address of student layer n."""
-    return X + tl.full([], n, tl.int64) * stride_s
+def layer_at(X, n, stride_s):
+    """Address of student layer n; the product may pass 2^31."""
+    return X + tl.cast(n, tl.int64) * stride_s
 
 
 @triton.jit
@@ -251,9 +251,35 @@ def load_lse(Lse, i, mask):
 
 
 @triton.jit
+def student_block(
+    lp, nothing, q, lse, seen, rows, keys, Q, K, stride_qn, stride_kn,
+    DEPTH: tl.constexpr, DIVERGENCE: tl.constexpr, BETA: tl.constexpr, LOG_BETA: tl.constexpr,
+    LOG_1M_BETA: tl.constexpr, SCALE: tl.constexpr, SOFTCAP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """A student's terms of value and statistic, [BLOCK_M] each; Q and K point to the tile."""
+    k = load_rows(K, keys, stride_kn, HEAD_DIM, BLOCK_N, BLOCK_K, MASKED, OPERAND)
+    z = product(
+        q, k, nothing, Q, rows, stride_qn, K, keys, stride_kn,
+        HEAD_DIM, BLOCK_K, DEPTH, OPERAND, PRECISION,
+    )  # fmt: skip
+    s, _ = scores(z, SCALE, SOFTCAP, 1.0)
+    if MASKED:
+        s = tl.where(seen, s, -float("inf"))
+    term, inner, p = terms(
+        lp, log_probability(s, lse[:, None]), DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA
+    )
+    if DIVERGENCE == "reverse_kl":
+        inner = -inner
+    return tl.sum(term, 1), tl.sum(p * inner, 1)
+
+
+@triton.jit
 def statistics_block(
-    values, statistics, q, qt, lse, lse_t, i, rows, j, end, window,
-    Q, Qt, stride_qs, stride_qn, stride_qtn, K, Kt, stride_ks, stride_kn, stride_ktn,
+    value, statistic, q, qt, lse, lse_t, i, rows, j, end, window,
+    Q, Qt, Lse, students, layer, stride_qs, stride_qn, stride_qtn,
+    K, Kt, stride_ks, stride_kn, stride_ktn,
     STUDENTS: tl.constexpr, DEPTH: tl.constexpr, DIVERGENCE: tl.constexpr, BETA: tl.constexpr,
     LOG_BETA: tl.constexpr, LOG_1M_BETA: tl.constexpr, SCALE: tl.constexpr, SCALE_T: tl.constexpr,
     SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -261,11 +287,16 @@ def statistics_block(
     BLOCK_K: tl.constexpr, BLOCK_KT: tl.constexpr,
     OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds the terms of a block of keys, of each student; K and Kt point to it, Q, Qt to rows."""
-    kt = load_rows(Kt, j < end, stride_ktn, HEAD_DIM_T, BLOCK_N, BLOCK_KT, MASKED, OPERAND)
+    """Adds the terms of a block of keys; K and Kt point to it, Q, Qt, Lse to the rows.
+
+    The block of the teacher's scores serves all students: one, whose rows are at hand, or several,
+    whose rows are read again for each block.
+    """
+    keys = j < end
     nothing = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    kt = load_rows(Kt, keys, stride_ktn, HEAD_DIM_T, BLOCK_N, BLOCK_KT, MASKED, OPERAND)
     zt = product(
-        qt, kt, nothing, Qt, rows, stride_qtn, Kt, j < end, stride_ktn,
+        qt, kt, nothing, Qt, rows, stride_qtn, Kt, keys, stride_ktn,
         HEAD_DIM_T, BLOCK_KT, DEPTH, OPERAND, PRECISION,
     )  # fmt: skip
     st, _ = scores(zt, SCALE_T, SOFTCAP, 1.0)
@@ -274,27 +305,28 @@ def statistics_block(
         seen = visible(i[:, None], j[None, :], end, window, CAUSAL, WINDOW)
         st = tl.where(seen, st, -float("inf"))
     lp = log_probability(st, lse_t[:, None])
-    new_values, new_statistics = (), ()
-    for n in tl.static_range(STUDENTS):
-        Kn = layer_at(K, n, stride_ks)
-        k = load_rows(Kn, j < end, stride_kn, HEAD_DIM, BLOCK_N, BLOCK_K, MASKED, OPERAND)
-        z = product(
-            q[n], k, nothing, layer_at(Q, n, stride_qs), rows, stride_qn, Kn, j < end, stride_kn,
-            HEAD_DIM, BLOCK_K, DEPTH, OPERAND, PRECISION,
+    if STUDENTS == 1:
+        a, b = student_block(
+            lp, nothing, q, lse, seen, rows, keys, Q, K, stride_qn, stride_kn,
+            DEPTH, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA, SCALE, SOFTCAP, HEAD_DIM, BLOCK_N,
+            BLOCK_K, OPERAND, PRECISION, MASKED,
         )  # fmt: skip
-        s, _ = scores(z, SCALE, SOFTCAP, 1.0)
-        if MASKED:
-            s = tl.where(seen, s, -float("inf"))
-        lq = log_probability(s, lse[n][:, None])
-        term, inner, p = terms(lp, lq, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA)
-        new_values += (values[n] + tl.sum(term, 1),)
-        if DIVERGENCE == "jsd":
-            new_statistics += (statistics[n] + tl.sum(p * inner, 1),)
-        elif DIVERGENCE == "reverse_kl":
-            new_statistics += (statistics[n] - tl.sum(p * inner, 1),)
-        else:
-            new_statistics += (statistics[n],)
-    return new_values, new_statistics
+        value += a
+        statistic += b
+    else:
+        place = tl.arange(0, STUDENTS)[None, :]
+        for n in range(0, students):
+            own = layer_at(Q, n, stride_qs)
+            q = load_rows(own, rows, stride_qn, HEAD_DIM, BLOCK_M, BLOCK_K, True, OPERAND)
+            lse = load_lse(Lse + n * layer, tl.arange(0, BLOCK_M), rows)
+            a, b = student_block(
+                lp, nothing, q, lse, seen, rows, keys, own, layer_at(K, n, stride_ks), stride_qn,
+                stride_kn, DEPTH, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA, SCALE, SOFTCAP, HEAD_DIM,
+                BLOCK_N, BLOCK_K, OPERAND, PRECISION, MASKED,
+            )  # fmt: skip
+            value += tl.where(place == n, a[:, None], 0.0)
+            statistic += tl.where(place == n, b[:, None], 0.0)
+    return value, statistic
 
 
 @triton.jit
@@ -309,6 +341,7 @@ def attention_statistics_kernel(
     Value,  # [S, H, N]
     Statistic,  # [S, H, N]
     Tiles,  # [3, P]
+    students,  # S, at most STUDENTS
     tokens,
     group,
     group_t,
@@ -359,28 +392,28 @@ def attention_statistics_kernel(
         a = tl.min(tl.where(rows, i, end), 0)
         b = tl.max(tl.where(rows, i + 1, begin), 0)
     layer = tl.num_programs(1).to(tl.int64) * tokens
-    values, statistics = (), ()
-    for _ in tl.static_range(STUDENTS):
-        values += (tl.zeros([BLOCK_M], ACC),)
-        statistics += (tl.zeros([BLOCK_M], ACC),)
+    value = tl.zeros([BLOCK_M], ACC)
+    if STUDENTS > 1:
+        value = tl.zeros([BLOCK_M, STUDENTS], ACC)
+    statistic = value
     if a < b:
         lanes = tl.arange(0, BLOCK_N)
         Q = head_at(Q, start, h, stride_qn, stride_qh)
         Qt = head_at(Qt, start, h, stride_qtn, stride_qth)
+        Lse += per_row + start
         qt = load_rows(Qt, rows, stride_qtn, HEAD_DIM_T, BLOCK_M, BLOCK_KT, True, OPERAND)
         lse_t = load_lse(LseT + per_row, i, rows)
-        q, lse = (), ()
-        for n in tl.static_range(STUDENTS):
-            at = layer_at(Q, n, stride_qs)
-            q += (load_rows(at, rows, stride_qn, HEAD_DIM, BLOCK_M, BLOCK_K, True, OPERAND),)
-            lse += (load_lse(Lse + n * layer + per_row, i, rows),)
+        q, lse = qt, lse_t
+        if STUDENTS == 1:
+            q = load_rows(Q, rows, stride_qn, HEAD_DIM, BLOCK_M, BLOCK_K, True, OPERAND)
+            lse = load_lse(Lse, tl.arange(0, BLOCK_M), rows)
         lo, hi, full_lo, full_hi = keys_of(begin, end, a, b, window, CAUSAL, WINDOW)
         blocks, left, right = blocks_of(lo, hi, full_lo, full_hi, BLOCK_N)
         for n in range(left, right):
             step = n * BLOCK_N
-            values, statistics = statistics_block(
-                values, statistics, q, qt, lse, lse_t, i, rows, lo + step + lanes, end, window,
-                Q, Qt, stride_qs, stride_qn, stride_qtn,
+            value, statistic = statistics_block(
+                value, statistic, q, qt, lse, lse_t, i, rows, lo + step + lanes, end, window,
+                Q, Qt, Lse, students, layer, stride_qs, stride_qn, stride_qtn,
                 head_at(K, lo + step, h // group, stride_kn, stride_kh),
                 head_at(Kt, lo + step, h // group_t, stride_ktn, stride_kth),
                 stride_ks, stride_kn, stride_ktn, STUDENTS, DEPTH, DIVERGENCE, BETA, LOG_BETA,
@@ -389,20 +422,25 @@ def attention_statistics_kernel(
             )  # fmt: skip
         for n in range(0, blocks - (right - left)):
             step = tl.where(n < left, n, n + right - left) * BLOCK_N
-            values, statistics = statistics_block(
-                values, statistics, q, qt, lse, lse_t, i, rows, lo + step + lanes, end, window,
-                Q, Qt, stride_qs, stride_qn, stride_qtn,
+            value, statistic = statistics_block(
+                value, statistic, q, qt, lse, lse_t, i, rows, lo + step + lanes, end, window,
+                Q, Qt, Lse, students, layer, stride_qs, stride_qn, stride_qtn,
                 head_at(K, lo + step, h // group, stride_kn, stride_kh),
                 head_at(Kt, lo + step, h // group_t, stride_ktn, stride_kth),
                 stride_ks, stride_kn, stride_ktn, STUDENTS, DEPTH, DIVERGENCE, BETA, LOG_BETA,
                 LOG_1M_BETA, SCALE, SCALE_T, SOFTCAP, CAUSAL, WINDOW, HEAD_DIM, HEAD_DIM_T, BLOCK_M,
                 BLOCK_N, BLOCK_K, BLOCK_KT, OPERAND, ACC, PRECISION, True,
             )  # fmt: skip
-    for n in tl.static_range(STUDENTS):
-        at = n * layer + per_row + i
-        tl.store(Value + at, tl.where(rows, values[n], 0.0), mask=i < end)
-        if DIVERGENCE != "forward_kl":
-            tl.store(Statistic + at, tl.where(rows, statistics[n], 0.0), mask=i < end)
+    at = per_row + i
+    inside = i < end
+    if STUDENTS > 1:
+        place = tl.arange(0, STUDENTS)[None, :]
+        at = place * layer + at[:, None]
+        inside = inside[:, None] & (place < students)
+        rows = rows[:, None]
+    tl.store(Value + at, tl.where(rows, value, 0.0), mask=inside)
+    if DIVERGENCE != "forward_kl":
+        tl.store(Statistic + at, tl.where(rows, statistic, 0.0), mask=inside)
 
 
 @triton.jit

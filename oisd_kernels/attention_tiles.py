@@ -36,7 +36,7 @@ class Tile(NamedTuple):
 TILES: dict[int, dict[tuple[str, str, int], Tile]] = {
     80: {
         ("forward", "half", 64): Tile(128, 64, 8, 3),
-        ("forward", "half", 128): Tile(128, 64, 8, 3, registers=255),
+        ("forward", "half", 128): Tile(128, 64, 8, 3),
         ("forward", "half", 256): Tile(64, 32, 8, 2, registers=255),
         ("forward", "fp32", 64): Tile(64, 32, 8, 2),
         ("forward", "fp32", 128): Tile(16, 32, 4, 2),
@@ -46,16 +46,11 @@ TILES: dict[int, dict[tuple[str, str, int], Tile]] = {
         ("statistics", "half", 256): Tile(64, 32, 4, 1, depth=64),
         ("statistics", "fp32", 64): Tile(64, 32, 8, 2),
         ("statistics", "fp32", 128): Tile(64, 16, 4, 1, depth=32),
-        ("statistics of 2", "half", 64): Tile(128, 64, 8, 2),
-        ("statistics of 2", "half", 128): Tile(64, 64, 8, 2),
-        ("statistics of 2", "half", 256): Tile(64, 32, 4, 1, depth=64),
-        ("statistics of 2", "fp32", 64): Tile(32, 32, 8, 1),
-        ("statistics of 2", "fp32", 128): Tile(64, 16, 4, 1, depth=32),
-        ("statistics of 4", "half", 64): Tile(128, 64, 8, 1),
-        ("statistics of 4", "half", 128): Tile(64, 32, 8, 1),
-        ("statistics of 4", "half", 256): Tile(64, 16, 4, 1, depth=64),
-        ("statistics of 4", "fp32", 64): Tile(32, 16, 8, 1),
-        ("statistics of 4", "fp32", 128): Tile(16, 16, 4, 1, depth=32),
+        ("statistics of several", "half", 64): Tile(128, 64, 8, 1),
+        ("statistics of several", "half", 128): Tile(64, 64, 8, 1),
+        ("statistics of several", "half", 256): Tile(64, 32, 4, 1, depth=64),
+        ("statistics of several", "fp32", 64): Tile(64, 32, 8, 1, depth=32),
+        ("statistics of several", "fp32", 128): Tile(64, 16, 4, 1, depth=32),
         ("dq", "half", 64): Tile(128, 64, 8, 3, True),
         ("dq", "half", 128): Tile(128, 32, 8, 3, True),
         ("dq", "half", 256): Tile(32, 32, 8, 1),
@@ -64,7 +59,7 @@ TILES: dict[int, dict[tuple[str, str, int], Tile]] = {
         ("dq align", "half", 64): Tile(128, 32, 8, 2),
         ("dq align", "half", 128): Tile(64, 32, 8, 2),
         ("dq align", "half", 256): Tile(32, 32, 8, 1, depth=64),
-        ("dq align", "fp32", 64): Tile(16, 32, 8, 1),
+        ("dq align", "fp32", 64): Tile(16, 32, 8, 1, registers=255),
         ("dq align", "fp32", 128): Tile(64, 16, 4, 1, depth=32),
         ("dq alone", "half", 64): Tile(128, 64, 8, 2),
         ("dq alone", "half", 128): Tile(128, 32, 8, 2),
@@ -91,8 +86,6 @@ TILES: dict[int, dict[tuple[str, str, int], Tile]] = {
     },
 }
 TILES[86] = TILES[80] | {  # 99 KB of shared memory
-    ("statistics of 2", "half", 128): Tile(64, 32, 4, 1, depth=64),
-    ("statistics of 4", "half", 128): Tile(64, 16, 4, 1, depth=64),
     ("forward", "half", 128): Tile(64, 32, 8, 2),
     ("statistics", "half", 128): Tile(128, 64, 8, 2),
     ("dq alone", "half", 128): Tile(64, 32, 8, 2),
@@ -129,8 +122,8 @@ def launch_tile(
 ) -> Tile:
     """The tile for a compute capability (90 for sm_90); 0 is the interpreter.
 
-    kernel: "forward"; "statistics", " of 2" and " of 4" behind it for several students; "dq" and
-        "dkdv", the plain gradient, " align" behind them for the alignment beside it, " alone" for
+    kernel: "forward"; "statistics", " of several" behind it for several students; "dq" and "dkdv",
+        the plain gradient, " align" behind them for the alignment beside it, " alone" for
         the alignment alone; over sampled keys "sampled" and "sampled dk".
     width: the largest head dimension, student's or teacher's.
     """

@@ -46,7 +46,6 @@ from oisd_kernels.attention_tiles import Tiles, Work, launch_tile
 from oisd_kernels.attention_tiles import widest as _widest
 
 DELTA_ROWS = 32
-STUDENTS = 4  # that a launch of the statistics takes at most
 
 
 def widest(q: Tensor, dtype: torch.dtype, softcap: float | None) -> int:
@@ -90,17 +89,15 @@ def statistics(
 ) -> tuple[Tensor, Tensor]:
     """Divergence [N], the mean over heads, 0 where not kept; statistic [H, N] of `Alignment`.
 
-    Of S student layers [S, N] and [S, H, N]; up to four of them share the teacher's scores. The
-    forward KL has no statistic: [0, 0], [S, 0, 0].
+    Of S student layers [S, N] and [S, H, N]; the teacher's scores are computed once. The forward
+    KL has no statistic: [0, 0], [S, 0, 0].
     """
     settings = scale, teacher, keep, divergence, beta, geometry, capability
     if q.dim() == 3:
         value, statistic = statistics(q[None], k[None], lse[None], *settings)
         return value[0], statistic[0]
-    parts = -(-len(q) // STUDENTS)
-    groups = zip(*(x.tensor_split(parts) for x in (q, k, lse)), strict=True)
-    value, statistic = zip(*(_statistics(*group, *settings) for group in groups), strict=True)
-    return torch.cat(value).mean(1), torch.cat(statistic)
+    value, statistic = _statistics(q, k, lse, *settings)
+    return value.mean(1), statistic
 
 
 def backward(
@@ -193,15 +190,15 @@ def _statistics(
     statistic = torch.zeros_like(value) if divergence != "forward_kl" else value.new_empty(S, 0, 0)
     if N > 0:
         width = max(K, qt.shape[2])
-        name = "statistics" if S == 1 else f"statistics of {2 if S == 2 else STUDENTS}"
+        name = "statistics" if S == 1 else "statistics of several"
         tile = launch_tile(capability_of(q, capability), name, dtype, width, geometry)
         tiles = Tiles.of(geometry, N, tile.m)
         attention_statistics_kernel[(tiles.programs, H)](
             q, k, qt, kt, rows_of(lse, compute), rows_of(teacher.lse, compute),
             None if keep is None else keep.to(torch.uint8), value, statistic, tiles.table,
-            N, H // k.shape[2], H // kt.shape[1], window_of(geometry, N),
+            S, N, H // k.shape[2], H // kt.shape[1], window_of(geometry, N),
             *strides_of(q, k, qt, kt),
-            HAS_KEEP=keep is not None, STUDENTS=S, DEPTH=tile.depth,
+            HAS_KEEP=keep is not None, STUDENTS=1 << (S - 1).bit_length(), DEPTH=tile.depth,
             DIVERGENCE=divergence, BETA=beta,
             LOG_BETA=math.log(beta), LOG_1M_BETA=math.log1p(-beta),
             SCALE=scale, SCALE_T=teacher.scale, **mask_of(geometry),

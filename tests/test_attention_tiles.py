@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 from oisd_kernels.attention_tiles import Tiles, Work, launch_tile, widest
 
 SUFFIXES = ("", " align", " alone")
-KERNELS = ("forward", "statistics", *(f"{x}{y}" for x in ("dq", "dkdv") for y in SUFFIXES))
+STATISTICS = ("statistics", "statistics of several", "sampled", "sampled dk")
+KERNELS = ("forward", *STATISTICS, *(f"{x}{y}" for x in ("dq", "dkdv") for y in SUFFIXES))
 
 
 @pytest.mark.parametrize("block", [1, 3, 16])
