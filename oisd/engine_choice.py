@@ -97,7 +97,7 @@ def choose_engine(
     seconds, disagreement = (
         {
             name: max(theirs[what][name] for theirs in found if name in theirs[what])
-            for name in {name for theirs in found for name in theirs[what]}
+            for name in sorted({name for theirs in found for name in theirs[what]})
         }
         for what in ("seconds", "disagreement")
     )
