@@ -7,11 +7,11 @@ A random model (Qwen3's layers, small feed-forward blocks, a vocabulary of 32,00
 same process: the model's forward; L bare matmuls of [T, D] x [D, V] from its own hidden states; the
 lens as `oisd lens` looks at the text of its picture, without the boundary layer and, if asked for,
 with it, which takes L further projections. The forward is taken off the lens's time. Medians of the
-rounds. Memory: the peak of resident memory over T and T / 4 tokens, less what was there before;
-logits of all layers would be 4 L T V bytes.
+rounds, in processor time, which leaves out what other processes take of a busy core. Memory: the
+peak of resident memory over T / 8 and over T / 4 tokens, less what was there before; logits of all
+layers would be 4 L V bytes a token.
 
-First the numbers of some layers and tokens are held to float64; no time is printed where they are
-off.
+The numbers of some layers and tokens are held to float64; no time is printed where they are off.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ def main() -> None:
         )
     ).eval()  # fmt: skip
     ids = torch.randint(VOCABULARY, (arguments.tokens,)).tolist()
-    check(model, ids)
+    states = hidden_states(model, ids)
+    peak = memory(model, ids)
     result = {
         "layers": arguments.layers, "tokens": arguments.tokens, "width": arguments.width,
         "vocabulary": VOCABULARY, "rounds": arguments.rounds,
-        **seconds(model, ids, arguments.rounds, arguments.boundary), **memory(model, ids),
+        **seconds(model, ids, states, arguments.rounds, arguments.boundary), **peak,
         **machine.describe("cpu", arguments.threads),
     }  # fmt: skip
     for name in result:
@@ -68,8 +69,8 @@ def main() -> None:
     print(f"picture / projections           {result['picture_ratio']:.3f}  (bar {BOUND})")
     if arguments.boundary:
         print(f"with the boundary / twice those {result['whole_ratio']:.3f}")
-    print(f"peak MiB, {arguments.tokens // 4} and {arguments.tokens} tokens   "
-          f"{result['peak_quarter_mib']:.0f}  {result['peak_mib']:.0f}")  # fmt: skip
+    for part in ("eighth", "quarter"):
+        print(f"peak MiB over a{'n' * (part == 'eighth')} {part} {result[f'peak_{part}_mib']:.0f}")
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         with (arguments.out / "lens_picture.jsonl").open("a", encoding="utf-8") as file:
@@ -84,11 +85,9 @@ def hidden_states(model: Qwen3ForCausalLM, ids: list[int]) -> list[torch.Tensor]
     return [model.model.norm(h[0]) for h in states[1:-1]] + [states[-1][0]]
 
 
-def check(model: Qwen3ForCausalLM, ids: list[int]) -> None:
+def check(model: Qwen3ForCausalLM, states: list[torch.Tensor], found: Lens) -> None:
     """Raise SystemExit where the lens is not what float64 says, on some layers and tokens."""
-    found: Lens = LayerLens(model)(ids, SHOWN)
-    states, weight = hidden_states(model, ids), model.lm_head.weight.double()
-    tokens = slice(len(ids) - SHOWN, None)
+    weight, tokens = model.lm_head.weight.detach().double(), slice(-SHOWN, None)
     final = (states[-1][tokens].double() @ weight.T).log_softmax(-1)
     for layer in (0, len(states) // 2, len(states) - 2, len(states) - 1):
         lq = (states[layer][tokens].double() @ weight.T).log_softmax(-1)
@@ -108,11 +107,15 @@ def check(model: Qwen3ForCausalLM, ids: list[int]) -> None:
 
 
 def seconds(
-    model: Qwen3ForCausalLM, ids: list[int], rounds: int, boundary: bool
+    model: Qwen3ForCausalLM,
+    ids: list[int],
+    states: list[torch.Tensor],
+    rounds: int,
+    boundary: bool,
 ) -> dict[str, float]:
     """Medians over the rounds, and those of the ratios within a round."""
     picture, whole = LayerLens(model, boundary=False), LayerLens(model)
-    states, weight = hidden_states(model, ids), model.lm_head.weight.detach()
+    weight = model.lm_head.weight.detach()
     out = torch.empty(len(ids), VOCABULARY)
 
     @torch.no_grad()
@@ -133,12 +136,13 @@ def seconds(
     if boundary:
         runs["whole_s"] = lambda: whole(ids, SHOWN)
     spent: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
+    for number in range(rounds):
         for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if number > 0:
-                spent[name].append(time.perf_counter() - start)
+            start = time.process_time()
+            seen = run()
+            spent[name].append(time.process_time() - start)
+            if number == 0 and isinstance(seen, Lens):
+                check(model, states, seen)
     found = {name: statistics.median(times) for name, times in spent.items()}
     for share, name in ((1, "picture"), (2, "whole")):
         turns = zip(
@@ -151,21 +155,20 @@ def seconds(
 
 
 def memory(model: Qwen3ForCausalLM, ids: list[int]) -> dict[str, float]:
-    """Peak resident MiB of the lens with the boundary layer, over a quarter of the text and all.
+    """Peak resident MiB of the lens over an eighth and over a quarter of the text.
 
     The layers' hidden states, 4 L T D bytes in each of a few copies, are in it.
     """
-    lens = LayerLens(model)
+    lens = LayerLens(model, boundary=False)
     _touch_libraries()
     found = []
-    for part in (ids[: len(ids) // 4], ids):
-        lens(ids[:16], 4)
+    for part in (ids[: len(ids) // 8], ids[: len(ids) // 4]):
         gc.collect()
         before = _resident()
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         lens(part, SHOWN)
         found.append((1024 * _field("/proc/self/status", "VmHWM") - before) / MIB)
-    return {"peak_quarter_mib": found[0], "peak_mib": found[1]}
+    return {"peak_eighth_mib": found[0], "peak_quarter_mib": found[1]}
 
 
 if __name__ == "__main__":
