@@ -133,7 +133,7 @@ def test_the_file_reads_as_it_was_written(tmp_path):
 # ---------------------------------------------------------------- in a run
 
 
-@pytest.mark.parametrize("faster", ["generate", "continuous"])
+@pytest.mark.parametrize("faster", [pytest.param("generate", marks=pytest.mark.slow), "continuous"])
 def test_a_run_goes_on_with_the_engine_that_it_began_with(faster, tmp_path, monkeypatch):
     monkeypatch.setattr("oisd.run_summary.plot_training", lambda *_: [])
     changes = {"rollout": {"engine": "auto"}, "run": {"steps": 2, "save_every": 1}}

@@ -221,6 +221,26 @@ def test_two_processes_make_the_same_parameters_as_one(whole_run, tmp_path):
         assert (one[name] - two[name]).norm() < 1e-2 * moved, name
 
 
+@pytest.mark.slow
+def test_two_processes_agree_on_an_engine_and_sample_by_it(tmp_path):
+    run, launcher = tmp_path / "two", ("-m", "torch.distributed.run", "--nproc-per-node=2")
+    changes = {"eval": {"source": "none"}, "run": {"steps": 2}}
+    done = launch(run, launcher=launcher, rollout={"engine": "auto"}, **changes)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "engine.json").read_text())["seconds"].keys() == {
+        "generate", "continuous"
+    }  # fmt: skip
+    found = {}
+    for engine in ("generate", "continuous"):
+        done = launch(tmp_path / engine, launcher=launcher, rollout={"engine": engine}, **changes)
+        assert done.returncode == 0, done.stderr
+        found[engine] = metrics(tmp_path / engine)
+    for a, b in zip(found["generate"], found["continuous"], strict=True):
+        assert b.keys() - a.keys() == {"tis/weight", "tis/truncated"}
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name
+
+
 VARIANTS = {
     "bf16-checkpointing": {"model": {"dtype": "bfloat16", "gradient_checkpointing": True}},
     "minibatches-tis": {
