@@ -44,21 +44,10 @@ if TYPE_CHECKING:
     from oisd_kernels import AttentionAlignment
 
 __all__ = [
-    "Mean",
-    "Metrics",
-    "add_metrics",
-    "attention_loss",
-    "clip_advantages",
-    "frac_zero_std",
-    "group_advantages",
-    "grpo_and_think_loss",
-    "grpo_loss",
-    "policy_terms",
-    "sampled_keys",
-    "sampled_steps",
-    "think_loss",
-    "token_weights",
-]
+    "JointLosses", "Mean", "Metrics", "add_metrics", "attention_loss", "clip_advantages",
+    "frac_zero_std", "group_advantages", "grpo_and_think_loss", "grpo_loss", "policy_terms",
+    "sampled_keys", "sampled_steps", "think_loss", "token_weights",
+]  # fmt: skip
 
 
 def token_weights(
