@@ -108,7 +108,8 @@ def rich_table(runs: dict[str, Sequence[Summary]]) -> Table:
     header, rows = table_cells(runs)
     table = Table(title="Accuracy in per cent [95 % interval over the problems]")
     for i, title in enumerate(header):
-        table.add_column(title, justify="right" if i else "left")
+        # A narrow terminal may break an interval, but must not cut off whose row it is.
+        table.add_column(title, justify="right" if i else "left", no_wrap=i == 0)
     for name, *cells in rows:
         table.add_row(name, *(cell.replace(" [", "\n[") for cell in cells))
     return table

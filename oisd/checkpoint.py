@@ -1,6 +1,7 @@
 """The folder of a run: metrics, completions, and checkpoints that survive a kill at any moment.
 
     config.toml  metrics.jsonl  completions/step-N.jsonl  checkpoints/step-N/  tensorboard/  plots/
+    engine.json, where continuous batching was tried
 
 A checkpoint is written beside its final place, its files' digests last, flushed to disk and then
 renamed: a folder named step-N is complete. One whose digests do not match is passed over, with a
@@ -54,6 +55,7 @@ class RunFolder:
         self.completions = self.path / "completions"
         self.plots = self.path / "plots"
         self.reference = self.path / "reference"
+        self.engine = self.path / "engine.json"
         self.tensorboard = self.path / "tensorboard"
 
     def prepare(self, config: TrainConfig) -> None:

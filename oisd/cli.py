@@ -163,6 +163,8 @@ def _print_benchmarks(runs: dict[str, Any], folder: Path) -> None:
     from oisd import benchmark_table
 
     console = Console()
+    if not console.is_terminal:  # a file or a pipe has no width to keep to
+        console = Console(width=200)
     console.print(benchmark_table.rich_table(runs))
     for line in benchmark_table.notes(runs):
         console.print(line, markup=False, highlight=False)

@@ -8,9 +8,6 @@ exists. The values are checked here where they can be checked alone; what depend
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import math
 import re
 import tomllib
 import typing
@@ -18,14 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-
-class ConfigError(ValueError):
-    """A configuration that cannot be run: names the key, what was wanted and what came."""
-
-
-def _require(ok: bool, key: str, wanted: str, got: object) -> None:
-    if not ok or (isinstance(got, float) and not math.isfinite(got)):
-        raise ConfigError(f"{key} must be {wanted}, got {got!r}")
+from oisd.tables import ConfigError, nearest, of_table
+from oisd.tables import fields as _fields
+from oisd.tables import require as _require
 
 
 @dataclass(frozen=True)
@@ -133,9 +125,16 @@ class RolloutConfig:
     top_p: float = 1.0
     batch_size: int = 256
     """Completions generated at once, on each process."""
+    engine: Literal["generate", "continuous", "auto"] = "generate"
+    """transformers' `generate`, its continuous batching, or the one of the two that is faster in a
+    trial before the first step (engine.json in the run's folder). They sample alike but for the
+    last digits, so that "auto" gives up that a seed fixes a new run, though not its resumption."""
+    trial_tokens: int = 256
+    """Longest completion in the trial of "auto", at most `max_completion_tokens`."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts_per_step", "max_completion_tokens", "batch_size"):
+        names = ("prompts_per_step", "max_completion_tokens", "batch_size", "trial_tokens")
+        for name in names:
             _require(getattr(self, name) > 0, f"rollout.{name}", "at least 1", getattr(self, name))
         _require(
             self.completions_per_prompt > 1,
@@ -165,6 +164,10 @@ class RewardConfig:
         _require(self.timeout > 0, "reward.timeout", "above 0 seconds", self.timeout)
 
 
+# For rollouts by another engine; the paper has no such weight.
+AUTO_TIS_CAP = 2.0
+
+
 @dataclass(frozen=True)
 class GRPOConfig:
     """The policy loss of the final layer (GRPO and its usual variants)."""
@@ -178,8 +181,10 @@ class GRPOConfig:
     """Divide a group's advantages by its standard deviation (Dr. GRPO does not)."""
     kl_coef: float = 0.0
     """Weight of the k3 estimate of KL(policy || initial policy)."""
-    tis_cap: float | None = None
-    """Cap of the truncated importance weight between training and rollout log-probs."""
+    tis_cap: float | Literal["auto"] | None = "auto"
+    """Cap of the truncated importance weight min(policy / sampler, cap) of each token, in this loss
+    and in the alignment's; none for no such weight. "auto": 2 for rollouts by continuous batching,
+    none for `generate`, which runs the same forward as the update."""
     minibatches: int = 1
     """Optimizer steps per rollout batch."""
     skip_zero_advantage: bool = True
@@ -195,8 +200,16 @@ class GRPOConfig:
             self.dual_clip,
         )
         _require(self.kl_coef >= 0, "grpo.kl_coef", "at least 0", self.kl_coef)
-        _require(self.tis_cap is None or self.tis_cap > 0, "grpo.tis_cap", "above 0", self.tis_cap)
+        cap = self.tis_cap
+        known = cap is None or cap == "auto" or (not isinstance(cap, str) and cap > 0)
+        _require(known, "grpo.tis_cap", 'above 0, "auto" or "none"', cap)
         _require(self.minibatches > 0, "grpo.minibatches", "at least 1", self.minibatches)
+
+    def importance_cap(self, engine: str) -> float | None:
+        """`tis_cap` for rollouts by that engine."""
+        if self.tis_cap == "auto":
+            return AUTO_TIS_CAP if engine == "continuous" else None
+        return self.tis_cap
 
 
 @dataclass(frozen=True)
@@ -406,10 +419,10 @@ def from_tables(tables: dict[str, Any], where: str = "configuration") -> TrainCo
     built = {}
     for name, table in tables.items():
         if name not in sections:
-            raise ConfigError(f"{where}: unknown table [{name}]{_nearest(name, sections)}")
+            raise ConfigError(f"{where}: unknown table [{name}]{nearest(name, sections)}")
         if not isinstance(table, dict):
             raise ConfigError(f"{where}: {name} must be a table, got {table!r}")
-        built[name] = _section(sections[name], name, table, where)
+        built[name] = of_table(sections[name], name, table, where)
     return TrainConfig(**built)
 
 
@@ -443,52 +456,3 @@ def differences(a: TrainConfig, b: TrainConfig) -> list[str]:
             if x != y:
                 found.append(f"{section.name}.{f.name}: {x!r} != {y!r}")
     return found
-
-
-def _fields(thing: Any) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(thing)
-
-
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
-
-
-def _section(kind: type, name: str, table: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for key, value in table.items():
-        if key not in hints:
-            raise ConfigError(f"{where}: unknown key {name}.{key}{_nearest(key, hints)}")
-        try:
-            values[key] = _convert(value, hints[key])
-        except TypeError as error:
-            raise ConfigError(f"{where}: {name}.{key} must be {error}, got {value!r}") from None
-    try:
-        return kind(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """`value` as the type that `hint` names; TypeError with what was wanted."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise TypeError("one of " + ", ".join(repr(a) for a in arguments))
-    if type(None) in arguments:
-        inner = next(a for a in arguments if a is not type(None))
-        return None if value == "none" else _convert(value, inner)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise TypeError("a list")
-        return tuple(_convert(item, arguments[0]) for item in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint:
-        raise TypeError(
-            {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[hint]
-        )
-    return value

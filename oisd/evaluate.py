@@ -191,6 +191,7 @@ def evaluate(
     seed: int = 0,
     step: int = 0,
     batch_size: int = 256,
+    engine: str = "generate",
     rank: int = 0,
     world_size: int = 1,
     dump: Path | None = None,
@@ -204,6 +205,7 @@ def evaluate(
         prompts: token ids of the examples' prompts.
         reward: (completions, answers) -> rewards.
         seed, step, rank: fix the samples; a problem's are the same however problems are batched.
+        batch_size, engine: as `oisd.rollout.sample` has them.
         rank, world_size: this process does every `world_size`-th problem of those left.
         second: another grader for `Problem.second_rewards`.
         skip: ids of problems that are done already, by whichever process.
@@ -230,6 +232,7 @@ def evaluate(
             seed=seed,
             step=step,
             batch_size=batch_size,
+            engine=engine,
         )
         texts = policy.decode(sampled)
         answers = [examples[i].answer for i in repeated]

@@ -68,6 +68,8 @@ class EvalRun:
     top_p: float = 1.0
     batch_size: int = 256
     """Completions generated at once."""
+    engine: Literal["generate", "continuous"] = "generate"
+    """transformers' `generate` or its continuous batching."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
@@ -233,6 +235,7 @@ def _evaluate(
             top_p=config.top_p,
             seed=config.seed,
             batch_size=config.batch_size,
+            engine=config.engine,
             rank=processes.rank,
             world_size=processes.size,
             dump=own,
@@ -281,10 +284,10 @@ def _prepare(model: str, config: EvalRun, job: Job) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
         if file.exists():
             theirs = json.loads(file.read_text(encoding="utf-8"))
+            # A setting that is younger than the folder had its default then.
+            theirs = {k: getattr(EvalRun, k, None) for k in settings} | theirs
             changed = [
-                f"{k}: {theirs.get(k)!r} != {v!r}"
-                for k, v in settings.items()
-                if theirs.get(k) != v
+                f"{k}: {theirs[k]!r} != {v!r}" for k, v in settings.items() if theirs[k] != v
             ]
             if changed:
                 raise ConfigError(

@@ -28,11 +28,11 @@ _TOKENS_AT_ONCE = 64  # whose whole distribution is looked at for the picture
 class Lens(NamedTuple):
     """The lens on one text; entropies and divergences in nats, on the CPU."""
 
-    top: Tensor  # [L, P] int64, the likeliest token, for the first P tokens
+    top: Tensor  # [L, P] int64, the likeliest token, for the last P tokens
     probability: Tensor  # [L, P], of it
     divergence: Tensor  # [L, T], 0 for the final layer
     entropy: Tensor  # [L, T]
-    entropy_before: Tensor  # [L, T], before the layer's feed-forward block
+    entropy_before: Tensor  # [L, T], before the layer's feed-forward block; NaN where not taken
     agreement: Tensor  # [L, T], 1 where the likeliest token is the final layer's
 
 
@@ -53,6 +53,8 @@ class LayerLens:
     model: a transformers causal language model of at least two layers.
     divergence, beta: of `oisd_kernels.logit_lens_divergence`.
     lens_norm: whether the final norm comes before the unembedding ("final") or nothing ("none").
+    boundary: whether the entropies before the feed-forward blocks are taken, from which the
+        boundary layer follows: as many projections again.
 
     Raises UnsupportedModelError for a model whose layout is not understood.
     """
@@ -64,8 +66,9 @@ class LayerLens:
         divergence: str = "jsd",
         beta: float = 0.5,
         lens_norm: str = "final",
+        boundary: bool = True,
     ):
-        self.model, self.lens_norm = model, lens_norm
+        self.model, self.lens_norm, self.boundary = model, lens_norm, boundary
         self.divergence, self.beta = divergence, beta
         self.layout: Layout = find_layout(unwrap(model))
         self.num_layers = len(self.layout.layers)
@@ -74,26 +77,31 @@ class LayerLens:
 
     @torch.no_grad()
     def __call__(self, token_ids: Sequence[int], picture: int = 0) -> Lens:
-        """Look at a text of T >= 1 tokens; `picture` first tokens get their likeliest token."""
+        """Look at a text of T >= 1 tokens; the last `picture` ones get their likeliest token.
+
+        One pass over the layers' projections, L of T tokens; L of `picture` tokens for those, and L
+        of T tokens for `boundary`. No more memory than `logit_lens_divergence` takes.
+        """
         device = next(self.model.parameters()).device
         ids = torch.tensor([list(token_ids)], device=device)
-        with self.taps, _before_feed_forward(self.layout.layers) as before:
+        watched = self.layout.layers if self.boundary else nn.ModuleList()
+        with self.taps, _before_feed_forward(watched) as before:
             self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
             students, final = self.taps.student_hidden()[:, 0], self.taps.final_hidden()[0]
             head = self.taps.unembedding
-            residuals = torch.stack([self._ready(residual()[0]) for residual in before])
+            residuals = [self._ready(residual()[0]) for residual in before]
         cap = {"bias": head.bias, "logit_softcap": head.logit_softcap}
         # One call for all layers: the final layer's logits are computed once.
         _, stats = logit_lens_divergence(
             students, final, head.weight, divergence=self.divergence, beta=self.beta,
             return_stats=True, **cap,
         )  # fmt: skip
-        label = ids.new_zeros(1)
-        entropies = [
-            linear_logprob(rows, head.weight, label.expand(len(rows)), **cap).entropy
-            for rows in residuals
-        ]
-        states = torch.cat([students, final[None]])[:, :picture]
+        entropy_before = stats.divergence.new_full((self.num_layers, len(final)), torch.nan)
+        if self.boundary:
+            rows = torch.cat(residuals)
+            entropy = linear_logprob(rows, head.weight, ids.new_zeros(len(rows)), **cap).entropy
+            entropy_before = entropy.view(self.num_layers, -1)
+        states = torch.cat([students, final[None]])[:, len(final) - min(picture, len(final)) :]
         top, probability = _likeliest(states, head.weight, head.bias, head.logit_softcap)
         one_more = stats.divergence.new_zeros(1, len(final))
         return Lens(
@@ -101,7 +109,7 @@ class LayerLens:
             probability.cpu(),
             torch.cat([stats.divergence, one_more]).cpu(),
             torch.cat([stats.student_entropy, stats.teacher_entropy[None]]).cpu(),
-            torch.stack(entropies).cpu(),
+            entropy_before.cpu(),
             torch.cat([stats.top1_agreement, one_more + 1]).cpu(),
         )
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from oisd.attention_maps import AttentionOverlap
 from oisd.lens import LensSummary
-from oisd.lens_plots import Picture
+from oisd.lens_plots import Picture, visible_controls
 
 _MOST_TOKENS = 400  # in the attention view; its maps grow with the square
 
@@ -35,7 +35,7 @@ thead th { text-align: center; }
 td { text-align: center; padding: 3px 6px; border-radius: 3px; white-space: pre;
   min-width: 2.6rem; border: 1.5px solid transparent; }
 td.same { border-color: var(--ink); }
-.numbers td { text-align: right; font-variant-numeric: tabular-nums; }
+.numbers td, .numbers thead th { text-align: right; font-variant-numeric: tabular-nums; }
 .numbers tr.chosen td, .numbers tr.chosen th { font-weight: 700; color: var(--ink); }
 .text { font: 14px/2.1 ui-monospace, monospace; border: 1px solid var(--line);
   border-radius: 6px; padding: .6rem .9rem; white-space: pre-wrap; }
@@ -189,6 +189,6 @@ def _attention_section(attention: AttentionOverlap, tokens: Sequence[str], layer
 
 
 def _visible(token: str) -> str:
-    """White space made visible: a cell must not look empty."""
-    token = token.replace("\n", "\u21b5").replace("\t", "\u21e5")
+    """White space and control characters made visible: a cell must not look empty."""
+    token = visible_controls(token)
     return html.escape("\u2423" * len(token) if token.strip(" ") == "" else token)

@@ -10,6 +10,7 @@ plot_attention  which tokens the last queries look at, in a layer and in the fin
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -203,9 +204,15 @@ def _grid_figure(
     return figure
 
 
+def visible_controls(token: str) -> str:
+    """Line ends, tabs and other control characters, for which no font has a glyph, spelled out."""
+    token = token.replace("\n", "\u21b5").replace("\t", "\u21e5")
+    return "".join(f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" else c for c in token)
+
+
 def _readable(token: str, most: int) -> str:
     """White space made visible, long tokens cut, and no dollar that opens a formula."""
-    shown = token.replace("\n", "\u21b5").replace("\t", "\u21e5")
+    shown = visible_controls(token)
     if shown.strip(" ") == "":
         shown = "\u2423" * len(shown)
     shown = shown.strip(" ") or shown

@@ -74,6 +74,7 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
     attention: AttentionOverlap | None = None
     tokens: list[str] = []
     vocabulary: dict[str, int] = {}
+    per_token: dict[str, dict[str, list[list[float]]]] = {}
     layer = 1
     for name, path in zip(names, models, strict=True):
         policy = _load(path, config)
@@ -86,8 +87,12 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
         lens = LayerLens(policy.model, divergence=config.divergence, lens_norm=config.lens_norm)
         looks = []
         for number, ids in enumerate(track(texts, f"{name}: lens", transient=True)):
-            looks.append(lens(ids, len(ids) if number == 0 else 0))
+            looks.append(lens(ids, config.picture_tokens if number == 0 else 0))
         summaries.append((name, summarise(looks)))
+        per_token[name] = {
+            what: [[round(x, 6) for x in row] for row in getattr(looks[0], what).tolist()]
+            for what in ("divergence", "entropy", "agreement")
+        }
         pictures.append((name, _picture(policy, texts[0], looks[0], config.picture_tokens)))
         if path == model:
             layer = _layer(config, summaries[0][1], lens.num_layers)
@@ -110,6 +115,7 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
         "texts": len(texts),
         "tokens": summaries[0][1].tokens,
         "layers": {name: summary._asdict() for name, summary in summaries},
+        "first_text": {"tokens": tokens, "layers": per_token},
         "pictures": {name: picture._asdict() for name, picture in pictures},
         "output_dir": str(folder),
         "plots": [str(plot) for plot in plots],
@@ -249,13 +255,13 @@ def _picture(policy: Policy, ids: Sequence[int], lens: Lens, shown: int) -> Pict
     def last(x: Tensor) -> Tensor:
         return x[:, -shown:]
 
-    top = last(lens.top)
+    top = lens.top
     words = _decode_each(policy, top.flatten().tolist())
     width = top.shape[1]
     return Picture(
         _decode_each(policy, ids[-shown:]),
         [words[start : start + width] for start in range(0, len(words), width)],
-        last(lens.probability).tolist(),
+        lens.probability.tolist(),
         (last(lens.agreement) == 1).tolist(),
     )
 

@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from oisd.advantages import clip_advantages, frac_zero_std, group_advantages
 from oisd.attention_samples import sampled_keys, sampled_steps
-from oisd.config import AlignmentConfig, GRPOConfig
+from oisd.config import AUTO_TIS_CAP, AlignmentConfig, GRPOConfig
 from oisd.metrics import Mean, Metrics, add_metrics
 from oisd_kernels import (
     LensStats,
@@ -44,21 +44,10 @@ if TYPE_CHECKING:
     from oisd_kernels import AttentionAlignment
 
 __all__ = [
-    "Mean",
-    "Metrics",
-    "add_metrics",
-    "attention_loss",
-    "clip_advantages",
-    "frac_zero_std",
-    "group_advantages",
-    "grpo_and_think_loss",
-    "grpo_loss",
-    "policy_terms",
-    "sampled_keys",
-    "sampled_steps",
-    "think_loss",
-    "token_weights",
-]
+    "JointLosses", "Mean", "Metrics", "add_metrics", "attention_loss", "clip_advantages",
+    "frac_zero_std", "group_advantages", "grpo_and_think_loss", "grpo_loss", "policy_terms",
+    "sampled_keys", "sampled_steps", "think_loss", "token_weights",
+]  # fmt: skip
 
 
 def token_weights(
@@ -121,14 +110,15 @@ def grpo_loss(
         config: clip range, dual clip (arXiv 1912.09729), KL coefficient, aggregation.
         old_logprobs: [B, T] under the policy as it was before this batch's first optimizer step;
             by default `logprobs` itself, detached (strictly on-policy).
-        rollout_logprobs: [B, T] as the sampling engine had them; needed with `config.tis_cap`.
-            Each token is weighted by min(exp(old - rollout), tis_cap).
+        rollout_logprobs: [B, T] as the sampling engine had them; needed with a number for
+            `config.tis_cap`. Each token is weighted by min(exp(old - rollout), tis_cap); "auto" is
+            2 where they are given.
         ref_logprobs: [B, T] under the reference model; needed with `config.kl_coef`.
         token_weight: [B, T], from `token_weights`; by default of this mask alone.
         max_tokens: for aggregation "dr-grpo" without `token_weight`.
 
     Returns the loss (scalar) and the metrics clip_frac/low, clip_frac/high, clip_frac/dual,
-    kl/old, and kl/ref and tis/weight where they apply.
+    kl/old, and kl/ref, tis/weight and tis/truncated where they apply.
     Raises ValueError for shapes that do not fit and for log-probs that the configuration needs.
     """
     config = config or GRPOConfig()
@@ -180,18 +170,21 @@ def policy_terms(
     """
     if config.kl_coef and ref_logprobs is None:
         raise ValueError("grpo_loss: ref_logprobs is required with kl_coef > 0, got None")
-    if config.tis_cap is not None and rollout_logprobs is None:
+    cap = config.tis_cap
+    if cap == "auto":
+        cap = None if rollout_logprobs is None else AUTO_TIS_CAP
+    if cap is not None and rollout_logprobs is None:
         raise ValueError("grpo_loss: rollout_logprobs is required with tis_cap, got None")
     return PolicyTerms(
         advantages,
         token_weight,
         old_logprobs,
-        None if config.tis_cap is None else rollout_logprobs,
+        None if cap is None else rollout_logprobs,
         ref_logprobs if config.kl_coef else None,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         dual_clip=config.dual_clip,
-        tis_cap=config.tis_cap or math.inf,
+        tis_cap=cap or math.inf,
         kl_coef=config.kl_coef,
     )
 
@@ -208,6 +201,7 @@ def _policy_metrics(found: PolicyLoss, terms: PolicyTerms, mask: Tensor) -> Metr
         metrics["clip_frac/dual"] = Mean.over(found.dual_clipped & mask, mask)
     if found.importance is not None:
         metrics["tis/weight"] = Mean.over(found.importance, mask)
+        metrics["tis/truncated"] = Mean.over(found.importance >= terms.tis_cap, mask)
     if found.k3 is not None:
         metrics["kl/ref"] = Mean.over(found.k3, mask)
     return metrics
@@ -259,6 +253,15 @@ def think_loss(
     return rows.sum() / student_hidden.shape[0], _think_metrics(stats, signed)
 
 
+class JointLosses(NamedTuple):
+    """What `grpo_and_think_loss` gives."""
+
+    grpo: Tensor
+    think: Tensor
+    metrics: Metrics
+    importance: Tensor | None  # [N], the weight of each token; None for none
+
+
 def grpo_and_think_loss(
     final_hidden: Tensor,
     weight: Tensor,
@@ -277,11 +280,15 @@ def grpo_and_think_loss(
     bias: Tensor | None = None,
     logit_softcap: float | None = None,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor, Metrics]:
+) -> JointLosses:
     """`grpo_loss` and `think_loss` from one pass over the unembedding, over N rows (tokens).
 
     The final logits are computed once, and all gradients in the forward: 3 + 2S matmuls of 2*N*D*V
     with the unembedding's gradient, of which GRPO alone costs 3.
+
+    Where tokens have an importance weight, it multiplies the alignment's terms too: their signed
+    advantage is that of the sampled tokens, and so is the policy gradient's. The paper, whose
+    rollouts are on-policy, has no such weight.
 
     Args:
         final_hidden: [N, D], what it reads for the final layer. Gradient of GRPO alone.
@@ -297,7 +304,7 @@ def grpo_and_think_loss(
         bias, logit_softcap: of the unembedding, where the model has them.
         impl: of `oisd_kernels.policy_head`.
 
-    Returns both losses, scalars, and their metrics with entropy/policy (nats) besides.
+    Returns both losses, scalars, their metrics with entropy/policy (nats) besides, and the weights.
     Raises ValueError as the two losses and `policy_head` do.
     """
     grpo, config = grpo or GRPOConfig(), config or AlignmentConfig()
@@ -333,11 +340,17 @@ def grpo_and_think_loss(
         impl=impl,
     )
     everywhere = torch.ones_like(labels, dtype=torch.bool)
-    metrics = _policy_metrics(policy_loss(head.logprob, terms), terms, everywhere)
+    found = policy_loss(head.logprob.detach(), terms)
+    metrics = _policy_metrics(found, terms, everywhere)
     metrics["entropy/policy"] = Mean.over(head.entropy, everywhere)
     if len(student_hidden) > 0:
         metrics |= _think_metrics(head.stats, signed)
-    return head.policy_loss, head.divergence.sum() / max(len(student_hidden), 1), metrics
+    rows = head.divergence
+    if found.importance is not None:
+        # After the pass, in which it is not known before: exact for the gradient of hidden states.
+        rows = rows * found.importance
+    think = rows.sum() / max(len(student_hidden), 1)
+    return JointLosses(head.policy_loss, think, metrics, found.importance)
 
 
 def _think_metrics(stats: LensStats, signed: Tensor) -> Metrics:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from oisd.config import TrainConfig
 from oisd.losses import Metrics
 from oisd.models import Taps, Unembedding
 from oisd.policy import Policy
-from oisd.rollout import row_keys, uniform
+from oisd.sampling import row_keys, uniform
 from oisd_kernels import linear_logprob
 
 
@@ -37,6 +37,7 @@ class Objective:
         self.policy = policy
         self.config = config
         self.is_tapped = False
+        self.sampled_by("generate")
         align = config.oisd
         with policy.autocast():  # frozen layers beside adapters run in it alone
             self.taps = Taps(
@@ -53,6 +54,10 @@ class Objective:
             self.coefficients["think"] = align.think_weight
         if align.attention_weight:
             self.coefficients["attention"] = align.attention_weight
+
+    def sampled_by(self, engine: str) -> None:
+        """Correct what that engine sampled, where `grpo.tis_cap` asks for it."""
+        self.grpo = replace(self.config.grpo, tis_cap=self.config.grpo.importance_cap(engine))
 
     @contextmanager
     def tapped(self) -> Iterator[Objective]:
@@ -137,14 +142,13 @@ class Objective:
         per_sequence = losses.token_weights(
             batch.predicts, "sequence-mean", num_sequences=sequences
         )
-        computed: dict[str, Tensor] = {}
-        computed["grpo"], think, metrics = losses.grpo_and_think_loss(
+        joint = losses.grpo_and_think_loss(
             final,
             head.weight,
             batch.labels.flatten()[rows],
             students,
             batch.advantages[rows // batch.predicts.shape[1]],
-            config.grpo,
+            self.grpo,
             align,
             grpo_weight=weight.flatten()[rows],
             think_weight=per_sequence.flatten()[rows],
@@ -155,16 +159,19 @@ class Objective:
             bias=head.bias,
             logit_softcap=head.logit_softcap,
         )
+        computed, metrics = {"grpo": joint.grpo}, joint.metrics
         if align.think_weight:
-            computed["think"] = think
+            computed["think"] = joint.think
         if align.attention_weight:
+            steps = self._attention_steps(batch, step)
+            weight = losses.token_weights(steps, "sequence-mean", num_sequences=sequences)
+            if joint.importance is not None:
+                weight.view(-1)[rows] *= joint.importance.to(weight)
             computed["attention"], more = losses.attention_loss(
                 self.taps.attention(),
                 batch.advantages,
                 align,
-                token_weight=losses.token_weights(
-                    self._attention_steps(batch, step), "sequence-mean", num_sequences=sequences
-                ),
+                token_weight=weight,
                 key_index=self._attention_keys(batch),
                 impl="reference" if align.attention_kernel == "reference" else "auto",
             )

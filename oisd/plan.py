@@ -16,8 +16,9 @@ through an adapter) and samples elsewhere.
     maps, eager   [H, T, T] float32 maps of N / T rows: 5, 4 for each further student layer, and 1
     maps, kernels gradients 4 (H+J) K S N and four statistics a row, 16 H S N
     cache         8 J K a layer and token, C rows of the longest length: keys and values are float32
-                  in transformers' cache also under autocast, where parameters are
-    sampling      24 C V: scores, log-probs and their float64 copies with noise
+                  in `generate`'s cache also under autocast, where parameters are; 4 J K in that of
+                  continuous batching, whose rows are rounded up to blocks (at most 512 tokens more)
+    sampling      24 C V: an upper bound of scores, their copies in `generate` and log-probs
 
 With LoRA, A parameters of adapters: gradients 4 A, AdamW 8 A, copies 2 A (and 2 V D of a head that
 is the embedding too); parameters 4 (P + A), or, under bf16 autocast, 2 a parameter of the frozen
@@ -250,6 +251,8 @@ def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
         config.rollout.prompts_per_step * config.rollout.completions_per_prompt,
     )
     cache = 8 * shape.layers * shape.key_heads * shape.head_dim
+    paged = config.rollout.engine == "continuous"
+    kept = at_once * (longest + 512 * paged) * cache // (2 if paged and half else 1)
     return MemoryPlan(
         shape=shape,
         tokens=tokens,
@@ -265,7 +268,7 @@ def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
         eager=eager,
         rollout={
             "bf16 copies": copies if half else 0,
-            "key-value cache": at_once * longest * cache,
+            "key-value cache": kept,
             "sampling": 24 * at_once * shape.vocabulary,
         },
         other_checkpointing=full if on else checkpointed,

@@ -85,6 +85,10 @@ class Progress:
         if self._at_interval(step + 1, self._warmup_steps, 4):
             self._say(f"warm-up {step + 1}/{self._warmup_steps}  loss {loss:.3f}")
 
+    def note(self, line: str) -> None:
+        """Something that the run has found out."""
+        self._say(line)
+
     def phase(self, name: str) -> None:
         """What the run is doing now."""
         self._bar.update(self._task, description=name)

@@ -1,11 +1,6 @@
-"""Completions sampled from the policy by transformers' `generate`.
+"""Completions sampled from the policy, by transformers' `generate` or its continuous batching.
 
-Sampling is the Gumbel-max trick with counter-based noise: the token is argmax(log p + g), and g is
-a function of (seed, step, completion, position, token) alone. A completion so does not depend on
-how completions are split into batches or over processes (but for the rounding of the model's own
-arithmetic, which in bfloat16 does turn a token now and then), and a resumed run needs no
-generator's state. The log-probability of each sampled token, under the distribution that it was
-sampled from, comes along for free.
+Both engines draw the same tokens (`oisd.sampling`), but for the rounding of the model's arithmetic.
 
 Shape letters: B completions, T completion tokens, V vocabulary.
 """
@@ -18,13 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-_NOISE_AT_ONCE = 1 << 22
-_MASK = (1 << 64) - 1
-_GOLDEN = 0x9E3779B97F4A7C15
+from oisd.sampling import TokenSampler, row_keys
+
+ENGINES = ("generate", "continuous")
 
 
 @dataclass(frozen=True)
@@ -59,6 +54,7 @@ def sample(
     seed: int = 0,
     step: int = 0,
     batch_size: int = 256,
+    engine: str = "generate",
 ) -> Completions:
     """Sample one completion for each prompt.
 
@@ -68,38 +64,32 @@ def sample(
         rows: B numbers that tell the completions apart; with `seed` and `step` they fix the noise.
         temperature: at least 0; 0 takes the likeliest token.
         top_p: in (0, 1], nucleus sampling.
-        batch_size: completions generated at once; sorted by length so that little is padding.
+        batch_size: completions generated at once.
+        engine: "generate" or "continuous". Their log-probs differ in the last digits, and so do
+            tokens now and then.
 
-    Returns the completions in the order of `prompts`.
+    Returns the completions in the order of `prompts`. Raises ValueError for an engine that is
+    unknown or cannot run this model, RuntimeError where continuous batching failed.
     """
+    if engine not in ENGINES:
+        raise ValueError(f"sample: engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     device = next(model.parameters()).device
     eos = torch.tensor(list(eos_token_ids), device=device)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     ids = torch.full((len(prompts), max_completion_tokens), pad_token_id, device=device)
     logprobs = torch.zeros(ids.shape, device=device)
     settings = GenerationConfig(
         max_new_tokens=max_completion_tokens,
-        do_sample=False,  # the processor below leaves one token to choose from
+        do_sample=False,  # a logits processor leaves one token to choose from
         eos_token_id=list(eos_token_ids),
         pad_token_id=pad_token_id,
         use_cache=True,
     )
-    with _as_for_inference(model, settings):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            input_ids, attention_mask = left_pad([prompts[i] for i in chosen], pad_token_id, device)
-            sampler = GumbelSampler(
-                [rows[i] for i in chosen], seed, step, temperature, top_p, device
-            )
-            output = model.generate(
-                input_ids,
-                attention_mask=attention_mask,
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([sampler]),
-            )[:, input_ids.shape[1] :]
-            index = torch.tensor(chosen, device=device)
-            ids[index, : output.shape[1]] = output
-            logprobs[index, : output.shape[1]] = torch.stack(sampler.logprobs, dim=1)
+    if len(prompts) > 0:
+        run = _continuous if engine == "continuous" else _generate
+        keys = row_keys(rows, seed, step, device)
+        sampler = TokenSampler(temperature, top_p)
+        with _as_for_inference(model, settings):
+            ids, logprobs = run(model, prompts, keys, sampler, settings, batch_size)
     ended = torch.isin(ids, eos)
     finished = ended.any(dim=1)
     lengths = torch.where(finished, ended.int().argmax(dim=1) + 1, max_completion_tokens)
@@ -113,56 +103,60 @@ def sample(
     )
 
 
-class GumbelSampler(LogitsProcessor):
+def _generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    keys: Tensor,
+    sampler: TokenSampler,
+    settings: GenerationConfig,
+    batch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Token ids and log-probs, right-padded to [B, max_new_tokens]."""
+    device = keys.device
+    pad: Any = settings.pad_token_id
+    ids = torch.full((len(prompts), int(settings.max_new_tokens or 0)), pad, device=device)
+    logprobs = torch.zeros(ids.shape, device=device)
+    # Of like length, so that little is padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        index = torch.tensor(chosen, device=device)
+        input_ids, attention_mask = left_pad([prompts[i] for i in chosen], pad, device)
+        processor = _NoisyProcessor(sampler, keys[index])
+        output = model.generate(
+            input_ids,
+            attention_mask=attention_mask,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([processor]),
+        )[:, input_ids.shape[1] :]
+        ids[index, : output.shape[1]] = output
+        logprobs[index, : output.shape[1]] = torch.stack(processor.logprobs, dim=1)
+    return ids, logprobs
+
+
+def _continuous(*arguments: Any) -> tuple[Tensor, Tensor]:
+    try:
+        from oisd import continuous
+    except ImportError as error:  # what it uses is younger than the rest of what we need
+        raise ValueError(
+            f'sample: engine must be "generate" with transformers {transformers.__version__}, got '
+            f'"continuous": its continuous batching has another interface ({error})'
+        ) from error
+    return continuous.run(*arguments)
+
+
+class _NoisyProcessor(LogitsProcessor):
     """Samples by itself: returns scores [B, V] that leave the sampled token alone possible."""
 
-    def __init__(
-        self,
-        rows: Sequence[int],
-        seed: int,
-        step: int,
-        temperature: float,
-        top_p: float,
-        device: torch.device,
-    ) -> None:
-        self.key = row_keys(rows, seed, step, device)
-        self.greedy = temperature == 0
-        self.warpers = LogitsProcessorList()
-        if temperature not in (0, 1):
-            self.warpers.append(TemperatureLogitsWarper(float(temperature)))
-        if top_p < 1:
-            self.warpers.append(TopPLogitsWarper(float(top_p)))
+    def __init__(self, sampler: TokenSampler, keys: Tensor) -> None:
+        self.sampler, self.keys = sampler, keys
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        logprobs = self.warpers(input_ids, scores.float()).log_softmax(dim=-1)
-        choice = logprobs
-        if not self.greedy:
-            choice = logprobs.double()
-            # In slices, since noise of many rows over a large vocabulary is gigabytes.
-            rows = max(1, _NOISE_AT_ONCE // scores.shape[-1])
-            for part, key in zip(choice.split(rows), self.key.split(rows), strict=True):
-                noise = uniform(key, len(self.logprobs), scores.shape[-1])
-                part -= (-noise.log()).log()
-        token = choice.argmax(dim=-1, keepdim=True)
-        self.logprobs.append(logprobs.gather(1, token).squeeze(1))
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
-
-
-def row_keys(rows: Sequence[int], seed: int, step: int, device: torch.device | str) -> Tensor:
-    """[B] int64: a key for each row number, from which `uniform` draws."""
-    base = _mix_int(_mix_int(seed) + step)
-    keys = [_mix_int(base + row) for row in rows]
-    return torch.tensor([k - (1 << 64) if k >> 63 else k for k in keys], device=device)
-
-
-def uniform(keys: Tensor, position: int, count: int) -> Tensor:
-    """[B, count] float64 in (0, 1), a function of (key, position, column) alone (SplitMix64)."""
-    at_position = _mix(keys + _signed((position + 1) * _GOLDEN))
-    columns = torch.arange(1, count + 1, device=keys.device) * _signed(_GOLDEN)
-    bits = _mix(at_position[:, None] + columns)
-    # 52 bits and a half: with 53 the largest would round to 1, whose noise is infinite.
-    return (_shift(bits, 12).double() + 0.5) * 2.0**-52
+        positions = torch.full_like(self.keys, len(self.logprobs))
+        token, logprob = self.sampler(scores, self.keys, positions)
+        self.logprobs.append(logprob)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 
 def left_pad(
@@ -188,28 +182,3 @@ def _as_for_inference(model: Any, settings: GenerationConfig) -> Iterator[None]:
         model.generation_config = shipped
         for module in training:
             module.training = True
-
-
-def _mix_int(x: int) -> int:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood, 2014)."""
-    x = (x + _GOLDEN) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The same on int64 tensors, whose products wrap as unsigned ones do."""
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift; that of int64 would drag the sign in."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(x: int) -> int:
-    x &= _MASK
-    return x - (1 << 64) if x >> 63 else x

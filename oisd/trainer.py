@@ -12,10 +12,8 @@ adapters to trainers that have them.
 from __future__ import annotations
 
 import json
-import math
-import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
@@ -28,16 +26,18 @@ from oisd.batch import Batch, assemble
 from oisd.checkpoint import RunFolder
 from oisd.config import AlignmentConfig, ConfigError, TrainConfig
 from oisd.data import Example, encode_prompts, load_examples, prompt_indices
+from oisd.engine_choice import EngineChoice, choose_engine
 from oisd.evaluate import Evaluation, evaluate, in_order
 from oisd.learner import Learner, NonFiniteError
 from oisd.losses import Mean, Metrics, add_metrics, frac_zero_std, group_advantages
 from oisd.models import UnsupportedModelError
 from oisd.objective import Objective, Totals
-from oisd.plots import plot_pass_at_k, plot_training
 from oisd.policy import load_policy
 from oisd.processes import Processes
 from oisd.progress import Progress
 from oisd.rewards import MathReward, load_reward
+from oisd.run_summary import summarize
+from oisd.stopwatch import Stopwatch
 from oisd.warmup import warm_up
 
 
@@ -82,7 +82,7 @@ class Trainer:
         with _naming("oisd.student_layers"):
             self.objective = Objective(self.policy, config)
         self.learner = Learner(self.objective, config, self.processes)
-        self.step = 0
+        self.step, self.engine = 0, "generate"
         self.resumed = checkpoint is not None
         if checkpoint is not None:
             state = self.folder.state(checkpoint)
@@ -99,7 +99,9 @@ class Trainer:
             if self.processes.is_first:
                 self.folder.rewind(self.step if self.resumed else -1)
             with self._progress() as progress:
-                if not self.resumed:
+                if self.resumed:
+                    self._settle_engine(progress)
+                else:
                     self._begin(progress)
                 with self.objective.tapped():
                     while self.step < run.steps:
@@ -115,7 +117,7 @@ class Trainer:
                             if last or (run.save_every and self.step % run.save_every == 0):
                                 self._save()
                         self.processes.barrier()
-            return self._finish() if self.processes.is_first else {}
+            return summarize(self.folder, self.step) if self.processes.is_first else {}
         finally:
             self.reward.close()
             self.processes.close()
@@ -138,6 +140,7 @@ class Trainer:
                 self.policy.tokenizer.save_pretrained(self.folder.reference)
             self.processes.barrier()
             self.reference = self._load_reference()
+        self._settle_engine(progress)
         row = {"step": 0, **self._evaluate(progress)}
         if self.processes.is_first:
             if len(row) > 1:
@@ -146,6 +149,29 @@ class Trainer:
             if self.config.warmup.steps:
                 self._save()
         self.processes.barrier()
+
+    def _settle_engine(self, progress: Progress) -> None:
+        """Which engine samples; by a trial on the first step's prompts where that is open."""
+        rollout, file = self.config.rollout, self.folder.engine
+        if rollout.engine == "generate":
+            return
+        choice = EngineChoice.read(file) if self.resumed else None
+        if choice is None:
+            progress.phase("timing engines")
+            index, _ = self._shared_out(step=0)
+
+            def logprobs(batch: Batch) -> Tensor:
+                with self.objective.tapped():
+                    return self._logprobs(self.objective, batch)
+
+            choice = choose_engine(
+                self.policy, logprobs, [self.prompts[i] for i in index], rollout, self.processes
+            )
+            if self.processes.is_first:
+                choice.write(file)
+            progress.note(f"rollouts by {choice.engine}: {choice.reason}")
+        self.engine = choice.engine
+        self.objective.sampled_by(self.engine)
 
     def _train_step(self, progress: Progress) -> dict[str, Any]:
         config = self.config
@@ -174,10 +200,8 @@ class Trainer:
         """Sample and grade this process's share; its minibatches and metrics."""
         config, rollout = self.config, self.config.rollout
         size, count = rollout.completions_per_prompt, rollout.prompts_per_step
-        chosen = prompt_indices(self.step, count, len(self.examples), config.run.seed)
         mine = self.processes.share(range(count))
-        index = [chosen[slot] for slot in mine for _ in range(size)]
-        rows = [slot * size + i for slot in mine for i in range(size)]
+        index, rows = self._shared_out(self.step)
         prompts = [self.prompts[i] for i in index]
         with clock("rollout"), self.objective.untapped():
             completions = self.policy.sample(
@@ -189,6 +213,7 @@ class Trainer:
                 seed=config.run.seed,
                 step=self.step,
                 batch_size=rollout.batch_size,
+                engine=self.engine,
             )
         with clock("reward"):
             texts = self.policy.decode(completions)
@@ -225,6 +250,15 @@ class Trainer:
         slots = torch.tensor([slot for slot in mine for _ in range(size)], dtype=torch.int64)
         with clock("logprobs"):
             return self._minibatches(batch, slots), metrics
+
+    def _shared_out(self, step: int) -> tuple[list[int], list[int]]:
+        """This process's completions of a step: the index of each one's example, and its number."""
+        rollout = self.config.rollout
+        size, count = rollout.completions_per_prompt, rollout.prompts_per_step
+        chosen = prompt_indices(step, count, len(self.examples), self.config.run.seed)
+        mine = self.processes.share(range(count))
+        index = [chosen[slot] for slot in mine for _ in range(size)]
+        return index, [slot * size + i for slot in mine for i in range(size)]
 
     def _require_finite(self, batch: Batch) -> None:
         """Raise NonFiniteError, on all processes, if one sampled from logits not finite."""
@@ -377,6 +411,7 @@ class Trainer:
                 # Another stream than the rollouts', and the same at every step.
                 seed=self.config.run.seed + 2,
                 batch_size=self.config.rollout.batch_size,
+                engine=self.engine,
                 rank=self.processes.rank,
                 world_size=self.processes.size,
             )
@@ -415,66 +450,6 @@ class Trainer:
             tensorboard=self.folder.tensorboard,
         )
 
-    def _finish(self) -> dict[str, Any]:
-        """Plots and summary, from the files of the run."""
-        rows = self.folder.metrics()
-        plots = plot_training(rows, self.folder.plots)
-        evaluations = sorted(
-            (self.folder.path / "evaluations").glob("step-*.json"),
-            key=lambda file: int(file.stem.removeprefix("step-")),
-        )
-        curves, intervals = {}, {}
-        for file in [*evaluations[:1], *evaluations[1:][-1:]]:
-            found = json.loads(file.read_text(encoding="utf-8"))
-            name = file.stem.replace("-", " ")
-            curves[name] = {int(k): v for k, v in found["pass_at_k"].items()}
-            intervals[name] = {int(k): tuple(v) for k, v in found["pass_at_k_interval"].items()}
-        if curves:
-            plot_pass_at_k(curves, self.folder.plots / "pass_at_k.png", intervals)
-        trained = [row for row in rows if row["step"] > 0]
-        tail = max(1, min(10, len(trained) // 4))
-        summary: dict[str, Any] = {
-            "steps": self.step,
-            "checkpoint": str(self.folder.checkpoints / f"step-{self.step}"),
-            "plots": [str(p) for p in plots],
-        }
-        if trained:
-            summary["reward_first"] = _mean([r["reward"] for r in trained[:tail]])
-            summary["reward_last"] = _mean([r["reward"] for r in trained[-tail:]])
-            summary["seconds_per_step"] = _mean([r["time/step"] for r in trained])
-        evaluated = [row for row in rows if "eval/avg_at_k" in row]
-        if evaluated:
-            summary["eval_before"] = evaluated[0]["eval/avg_at_k"]
-            summary["eval_after"] = evaluated[-1]["eval/avg_at_k"]
-            last = json.loads(evaluations[-1].read_text(encoding="utf-8"))
-            summary["eval_interval"] = last["avg_at_k_interval"]
-        (self.folder.path / "summary.json").write_text(json.dumps(summary, indent=1), "utf-8")
-        return summary
-
-
-class Stopwatch:
-    """Seconds by phase of a step: `with clock("rollout"): ...`."""
-
-    def __init__(self) -> None:
-        self._begin = time.perf_counter()
-        self._seconds: dict[str, float] = {}
-        self._phase, self._start = "", 0.0
-
-    def __call__(self, phase: str) -> Stopwatch:
-        self._phase = phase
-        return self
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *exception: object) -> None:
-        self._seconds[self._phase] = time.perf_counter() - self._start
-
-    def times(self) -> dict[str, float]:
-        """time/<phase> of each phase, and time/step since this clock was made."""
-        spent = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        return {**spent, "time/step": time.perf_counter() - self._begin}
-
 
 @contextmanager
 def _naming(key: str) -> Iterator[None]:
@@ -485,10 +460,6 @@ def _naming(key: str) -> Iterator[None]:
         raise
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from error
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
 
 
 def _seed_of(seed: int, step: int, rank: int) -> int:

@@ -20,7 +20,7 @@ SMALL = [
 @pytest.fixture(autouse=True)
 def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("oisd.trainer.plot_training", lambda *_: [])
+    monkeypatch.setattr("oisd.run_summary.plot_training", lambda *_: [])
     return tmp_path
 
 

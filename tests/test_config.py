@@ -64,6 +64,8 @@ OTHER: dict[str, dict[str, Any]] = {
         "temperature": 0.6,
         "top_p": 0.95,
         "batch_size": 3,
+        "engine": "auto",
+        "trial_tokens": 16,
     },
     "reward": {"function": "exact", "timeout": 0.5},
     "grpo": {
@@ -235,7 +237,8 @@ RANGES = {
     "grpo.clip_high": ([-0.1], [0.0, 3.0]),
     "grpo.dual_clip": ([1.0, 0.0], [1.01, "none"]),
     "grpo.kl_coef": ([-0.1, float("nan")], [0.0]),
-    "grpo.tis_cap": ([0.0, -1.0], [0.1, "none"]),
+    "rollout.trial_tokens": ([0], [1]),
+    "grpo.tis_cap": ([0.0, -1.0], [0.1, "auto", "none"]),
     "grpo.minibatches": ([0, 129], [1, 128]),
     "oisd.student_layers": ([[0], [-1], [3, 3], []], [[1], [9, 2]]),
     "oisd.think_weight": ([-1.0, float("nan")], [0.0]),
@@ -327,7 +330,8 @@ def test_none_survives_a_round_trip(table, key):
 def test_no_dual_clip_is_written_in_words():
     config = TrainConfig(grpo=GRPOConfig(dual_clip=None))
     assert to_tables(config)["grpo"]["dual_clip"] == "none"
-    assert "tis_cap" not in to_tables(config)["grpo"]
+    assert to_tables(TrainConfig(grpo=GRPOConfig(tis_cap=None)))["grpo"]["tis_cap"] == "none"
+    assert "advantage_clip" not in to_tables(config)["oisd"]
     assert from_tables({"grpo": {"dual_clip": "none"}}).grpo.dual_clip is None
 
 

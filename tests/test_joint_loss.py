@@ -48,10 +48,15 @@ def test_both_losses_at_once(on_policy, layers, impl):
     )  # fmt: skip
     think = torch.zeros(())
     advantages = x["advantages"].repeat_interleave(T)
+    importance = torch.exp((logprob.logprob.view(B, T) if old is None else old) - rollout)
+    importance = importance.clamp(max=1.5).detach()
+    assert 0.1 < (importance == 1.5).float().mean() < 0.9
+    assert metrics["tis/truncated"].item() == pytest.approx((importance == 1.5).double().mean())
     if layers:
         think, more = think_loss(
             students, x["final"], x["weight"], advantages, config,
-            token_weight=x["think_weight"].flatten(), bias=x["bias"], impl="reference",
+            token_weight=(x["think_weight"] * importance).flatten(), bias=x["bias"],
+            impl="reference",
         )  # fmt: skip
         metrics |= more
     both = grpo_and_think_loss(
@@ -60,6 +65,8 @@ def test_both_losses_at_once(on_policy, layers, impl):
         old_logprobs=None if old is None else old.flatten(), rollout_logprobs=rollout.flatten(),
         ref_logprobs=ref.flatten(), temperature=0.9, bias=x["bias"], impl=impl,
     )  # fmt: skip
+    assert both.importance is not None
+    torch.testing.assert_close(both.importance, importance.flatten())
     torch.testing.assert_close(both[0], apart)
     torch.testing.assert_close(both[1].double(), think.double())
     entropy = both[2].pop("entropy/policy")

@@ -10,7 +10,7 @@ from tiny_models import LAYERS, TINY, VOCAB, tiny_model
 from oisd.attention_maps import LayerAttention
 from oisd.cli import main
 from oisd.lens import LayerLens, Lens, _before_feed_forward, summarise
-from oisd.lens_plots import shown_layers
+from oisd.lens_plots import shown_layers, visible_controls
 from oisd.models import Taps
 from oisd_kernels import reference
 
@@ -42,8 +42,8 @@ def test_lens_of_every_layer(name, lens_norm):
     assert js[:-1].mean(1).min() > 1e-4
     torch.testing.assert_close(found.divergence.double(), js, rtol=1e-3, atol=1e-6)
     assert found.top.shape == (LAYERS, 5)
-    assert torch.equal(found.top, lq.argmax(-1)[:, :5])
-    torch.testing.assert_close(found.probability.double(), q.amax(-1)[:, :5], rtol=1e-4, atol=1e-6)
+    assert torch.equal(found.top, lq.argmax(-1)[:, -5:])
+    torch.testing.assert_close(found.probability.double(), q.amax(-1)[:, -5:], rtol=1e-4, atol=1e-6)
     assert torch.equal(found.agreement, (lq.argmax(-1) == lq[-1].argmax(-1)).float())
 
 
@@ -63,6 +63,19 @@ def test_residual_before_the_feed_forward_block(name):
             assert added[number].norm() > 1e-2
             residual = before[number]()
             torch.testing.assert_close(residual + added[number], outputs[number])
+
+
+def test_without_the_boundary_layer_the_rest_is_the_same():
+    model = tiny_model("qwen3").eval()
+    whole, part = LayerLens(model)(TEXT, 3), LayerLens(model, boundary=False)(TEXT, 3)
+    assert whole.entropy_before.isfinite().all() and part.entropy_before.isnan().all()
+    for name in ("top", "probability", "divergence", "entropy", "agreement"):
+        assert torch.equal(getattr(whole, name), getattr(part, name))
+    assert summarise([part]).boundary_layer is None
+
+
+def test_control_characters_are_spelled_out():
+    assert visible_controls("a\x05b\n") == "a\\x05b\u21b5"
 
 
 def look(entropy: list[float], before: list[float]) -> Lens:
@@ -136,6 +149,13 @@ def test_commands(tmp_path, capsys):
     report = json.loads((tmp_path / "a" / "lens.json").read_text())
     page = (tmp_path / "a" / "index.html").read_text()
     assert report["tokens"] >= 6
+    (name,) = {*report["first_text"]["layers"]} - {"arithmetic-2"}
+    first = report["first_text"]["layers"][name]
+    assert len(report["first_text"]["tokens"]) == report["tokens"]
+    for what, rows in first.items():
+        assert len(rows) == 6 and {len(row) for row in rows} == {report["tokens"]}
+        mean = report["layers"][name][what]
+        assert [sum(row) / len(row) for row in rows] == pytest.approx(mean, abs=1e-5)
     assert "http" not in page.replace("<!doctype html>", ""), "nothing from outside"
     payload = page.split('id="attention">')[1].split("</script>")[0]
     attention = json.loads(payload)

@@ -290,7 +290,7 @@ def tables(base: Path, output_dir: Path, **changes) -> dict:
 
 @pytest.fixture
 def no_plots(monkeypatch):
-    monkeypatch.setattr("oisd.trainer.plot_training", lambda *_: [])
+    monkeypatch.setattr("oisd.run_summary.plot_training", lambda *_: [])
 
 
 def train(base: Path, output_dir: Path, **changes) -> Trainer:

@@ -182,11 +182,12 @@ class Tokens:
 
 
 VARIANTS = {
-    "plain": dict(dual_clip=None),
-    "clip-higher": dict(dual_clip=None, clip_low=0.1, clip_high=0.4),
-    "dual-clip": dict(dual_clip=1.5),
-    "dual-clip-below-clip-high": dict(dual_clip=1.1),
-    "kl": dict(kl_coef=0.3, dual_clip=None),
+    "plain": dict(tis_cap=None, dual_clip=None),
+    "clip-higher": dict(tis_cap=None, dual_clip=None, clip_low=0.1, clip_high=0.4),
+    "dual-clip": dict(tis_cap=None, dual_clip=1.5),
+    "dual-clip-below-clip-high": dict(tis_cap=None, dual_clip=1.1),
+    "kl": dict(tis_cap=None, kl_coef=0.3, dual_clip=None),
+    "tis-auto": dict(dual_clip=1.5),
     "tis": dict(tis_cap=1.2, dual_clip=1.5),
     "everything": dict(tis_cap=1.2, dual_clip=1.5, kl_coef=0.3, clip_high=0.28),
 }
@@ -196,7 +197,8 @@ def grpo_by_hand(tokens, weights, config, on_policy=False):
     """Loss, its gradient to each log-prob, and the metrics, one token after the other."""
     total = 0.0
     gradient = np.zeros(tuple(tokens.mask.shape))
-    low = high = dual = kl_old = kl_ref = tis = 0.0
+    low = high = dual = kl_old = kl_ref = tis = truncated = 0.0
+    cap = 2.0 if config.tis_cap == "auto" and not on_policy else config.tis_cap
     for b, t in tokens.mask.nonzero().tolist():
         a = tokens.advantages[b].item()
         new = tokens.logprobs[b, t].item()
@@ -214,9 +216,11 @@ def grpo_by_hand(tokens, weights, config, on_policy=False):
                 value, bounded = -a * config.dual_clip, True
                 dual += 1
         slope = 0.0 if bounded else -a * ratio
-        if config.tis_cap is not None:
-            importance = min(math.exp(old - tokens.rollout[b, t].item()), config.tis_cap)
+        if cap is not None and cap != "auto":
+            whole = math.exp(old - tokens.rollout[b, t].item())
+            importance = min(whole, cap)
             value, slope, tis = value * importance, slope * importance, tis + importance
+            truncated += whole > cap
         if config.kl_coef:
             gap = tokens.ref[b, t].item() - new
             value += config.kl_coef * (math.exp(gap) - 1 - gap)
@@ -229,8 +233,8 @@ def grpo_by_hand(tokens, weights, config, on_policy=False):
     metrics = {"clip_frac/low": low, "clip_frac/high": high, "kl/old": kl_old}
     if config.dual_clip is not None:
         metrics["clip_frac/dual"] = dual
-    if config.tis_cap is not None:
-        metrics["tis/weight"] = tis
+    if cap is not None and cap != "auto":
+        metrics |= {"tis/weight": tis, "tis/truncated": truncated}
     if config.kl_coef:
         metrics["kl/ref"] = kl_ref
     return total, torch.from_numpy(gradient), {k: v / count for k, v in metrics.items()}

@@ -146,6 +146,8 @@ def by_hand(model, batch, config):
         aligned = max(-align.advantage_clip, min(align.advantage_clip, advantage))
 
         logprobs = (out.logits[0] / config.rollout.temperature).log_softmax(-1)
+        importance = (batch.old_logprobs - batch.rollout_logprobs)[row, where].exp()
+        importance = importance.clamp(max=config.grpo.tis_cap)
         for t in where.tolist():
             new = logprobs[t, batch.labels[row, t]]
             old = batch.old_logprobs[row, t].item()
@@ -172,9 +174,11 @@ def by_hand(model, batch, config):
         for layer in align.student_layers:
             hidden = rms_norm(model.model.norm, out.hidden_states[layer][0, where])
             share = aligned / len(where) / len(batch) / len(align.student_layers)
-            think = think + share * jensen_shannon(teacher, (hidden @ weight.T).softmax(-1)).sum()
+            rows = jensen_shannon(teacher, (hidden @ weight.T).softmax(-1))
+            think = think + share * (importance * rows).sum()
             maps = out.attentions[layer - 1][0][:, where]
-            attention = attention + share * jensen_shannon(teacher_attention, maps).mean(0).sum()
+            rows = jensen_shannon(teacher_attention, maps).mean(0)
+            attention = attention + share * (importance * rows).sum()
     return {"grpo": grpo, "think": think, "attention": attention}
 
 

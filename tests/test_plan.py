@@ -165,6 +165,13 @@ def test_qwen3_4b_by_hand():
     assert plan.sharded(4) < plan.sharded(2) < plan.peak
 
 
+def test_continuous_batching_keeps_its_cache_in_the_dtype_of_the_forward():
+    config = load_recipe(recipe_path("qwen3-4b"))
+    config = replace(config, rollout=replace(config.rollout, engine="continuous"))
+    plan = memory_plan(config, SHAPES["Qwen/Qwen3-4B"])
+    assert plan.rollout["key-value cache"] == 24 * (9216 + 512) * 36 * 8 * 128 * 4
+
+
 def test_a_plain_grpo_run_needs_no_alignment():
     oisd, grpo = (
         memory_plan(load_recipe(recipe_path(name)), SHAPES["Qwen/Qwen3-4B"])

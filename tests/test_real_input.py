@@ -65,7 +65,7 @@ def source(schema: str, kind: str, folder: Path) -> str:
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("schema", SCHEMAS)
 def test_trains_and_evaluates(schema, kind, chat_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("oisd.trainer.plot_training", lambda *_: [])
+    monkeypatch.setattr("oisd.run_summary.plot_training", lambda *_: [])
     data = source(schema, kind, tmp_path)
     run = tmp_path / "run"
     status = main(
@@ -114,7 +114,7 @@ def test_reward_is_earned_by_the_last_box_of_a_chat_completion(chat_model, tmp_p
         seen.append((completions, answers))
         return [0.0, 1.0] * (len(completions) // 2)
 
-    monkeypatch.setattr("oisd.trainer.plot_training", lambda *_: [])
+    monkeypatch.setattr("oisd.run_summary.plot_training", lambda *_: [])
     monkeypatch.setattr("oisd.rewards.MathReward.__call__", graded)
     status = main(
         [

@@ -9,7 +9,8 @@ import torch
 from transformers import GenerationConfig
 
 from oisd.arithmetic import arithmetic_model
-from oisd.rollout import Completions, left_pad, row_keys, sample, uniform
+from oisd.rollout import Completions, left_pad, sample
+from oisd.sampling import row_keys, uniform
 
 PAD, EOS, VOCABULARY = 12, 13, 14
 PROMPTS = [[4, 7, 10, 8, 5, 11], [1, 10, 2, 11], [9, 9, 10, 1, 0, 11], [3], [5, 10, 5, 11]]

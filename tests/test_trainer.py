@@ -78,7 +78,7 @@ def launch(
     )
     return subprocess.run(
         [sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": str(output_dir.parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(output_dir.parent), *sys.path])},
     )  # fmt: skip
 
 
@@ -168,7 +168,7 @@ KILLS = {
         "oisd.checkpoint.RunFolder.log = cut",
     ),
     "after the last checkpoint, before the plots": (
-        "oisd.trainer.plot_training = lambda *_: die()",
+        "oisd.run_summary.plot_training = lambda *_: die()",
     ),
 }
 
@@ -211,7 +211,7 @@ def test_two_processes_make_the_same_parameters_as_one(whole_run, tmp_path):
     ours, theirs = metrics(run), metrics(whole_run)
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
-        for name in a.keys() - {"tis/weight"}:
+        for name in a.keys():
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), (a["step"], name)
     start, one, two = weights(whole_run, 2), weights(whole_run, 4), weights(run, 4)
     for name in one:
@@ -219,6 +219,26 @@ def test_two_processes_make_the_same_parameters_as_one(whole_run, tmp_path):
         assert moved > 1e-3
         # Sums in another order, and AdamW divides by small second moments: a hundredth of the way.
         assert (one[name] - two[name]).norm() < 1e-2 * moved, name
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_an_engine_and_sample_by_it(tmp_path):
+    run, launcher = tmp_path / "two", ("-m", "torch.distributed.run", "--nproc-per-node=2")
+    changes = {"eval": {"source": "none"}, "run": {"steps": 2}}
+    done = launch(run, launcher=launcher, rollout={"engine": "auto"}, **changes)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "engine.json").read_text())["seconds"].keys() == {
+        "generate", "continuous"
+    }  # fmt: skip
+    found = {}
+    for engine in ("generate", "continuous"):
+        done = launch(tmp_path / engine, launcher=launcher, rollout={"engine": engine}, **changes)
+        assert done.returncode == 0, done.stderr
+        found[engine] = metrics(tmp_path / engine)
+    for a, b in zip(found["generate"], found["continuous"], strict=True):
+        assert b.keys() - a.keys() == {"tis/weight", "tis/truncated"}
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name
 
 
 VARIANTS = {
@@ -237,6 +257,10 @@ VARIANTS = {
     },
     "plain-grpo": {"oisd": {"think_weight": 0.0, "attention_weight": 0.0}},
     "bupo-lens": {"oisd": {"lens_norm": "none", "attention_weight": 0.0, "advantage_clip": 1.0}},
+    "continuous-bf16": {
+        "model": {"dtype": "bfloat16"},
+        "rollout": {"engine": "continuous", "batch_size": 5},
+    },
     "eager-all-rows": {
         "model": {"attn_implementation": "eager"},
         "grpo": {"skip_zero_advantage": False},
@@ -246,7 +270,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_variants_run_and_resume(changes, tmp_path, monkeypatch):
-    monkeypatch.setattr("oisd.trainer.plot_training", lambda *_: [])
+    monkeypatch.setattr("oisd.run_summary.plot_training", lambda *_: [])
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     # Without an evaluation, which the shorter run would do after its own last step.
     changes = {**changes, "run": {"steps": 2, "save_every": 1}, "eval": {"source": "none"}}
@@ -258,7 +282,7 @@ def test_variants_run_and_resume(changes, tmp_path, monkeypatch):
 
 
 def test_cosine_ends_with_the_run_and_so_cannot_be_prolonged(tmp_path, monkeypatch):
-    monkeypatch.setattr("oisd.trainer.plot_training", lambda *_: [])
+    monkeypatch.setattr("oisd.run_summary.plot_training", lambda *_: [])
     optimizer = {"schedule": "cosine", "warmup_steps": 1, "learning_rate": 1e-3}
     changes = {"optimizer": optimizer, "eval": {"source": "none"}}
     train(tmp_path / "run", **changes, run={"steps": 3})
