@@ -5,6 +5,8 @@
 #include "attention_tiles.h"
 #include "primitives.h"
 
+OISD_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+
 constexpr float HIDDEN = -1e20f;  // finite, so that differences are no NaN
 
 // Where a block's own rows lie.
@@ -39,7 +41,7 @@ OISD_DEVICE unsigned fresh_thread_index() {
 template <class TILE, int ROWS, class Valid>
 OISD_DEVICE void copy_tile(unsigned to, const Operand& from, int head, int token,
                            const Valid& valid) {
-  constexpr int CHUNKS = TILE::HEAD / CHUNK, STEP = TILE::THREADS / CHUNKS;
+  constexpr int CHUNKS = TILE::HEAD / CHUNK, STEP = TILE::OWNERS / CHUNKS;
   const unsigned thread = fresh_thread_index();
   const int chunk = thread % CHUNKS, start = thread / CHUNKS;
   const auto* data = static_cast<const unsigned short*>(from.data);

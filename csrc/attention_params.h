@@ -4,10 +4,21 @@
 // their sequence, meet where -left <= j - i <= right.
 #pragma once
 
+#include "primitives.h"
+
 // [N, heads, K], 16-bit elements; strides in elements, the last one is 1.
 struct Operand {
   void* data;
   long long row, head;
+};
+
+// Of the tensors of a call, [N, heads, K] with boxes of BOX_ROWS rows and 64 columns; read by
+// specialized blocks alone.
+struct StatisticsMaps {
+  TensorMap q, k, q_teacher, k_teacher;
+};
+struct BackwardMaps {
+  TensorMap q, k, v, d_out, q_teacher, k_teacher;
 };
 
 struct Layout {
@@ -20,6 +31,7 @@ struct Layout {
 };
 
 struct StatisticsParams {
+  StatisticsMaps maps;
   Operand q, k, q_teacher, k_teacher;
   const float* lse;           // [H, N], natural logarithm
   const float* lse_teacher;   // [H, N]
@@ -29,6 +41,7 @@ struct StatisticsParams {
   Layout layout;
   float scale, scale_teacher;   // times log2(e)
   float log2_beta, log2_other;  // log2(beta), log2(1 - beta)
+  int pad[14];
 };
 
 struct PrepareParams {
@@ -49,6 +62,7 @@ struct PrepareParams {
 };
 
 struct BackwardParams {
+  BackwardMaps maps;
   Operand q, k, v, d_out, q_teacher, k_teacher;
   Operand d_query, d_key, d_value;
   const float* lse2;  // as written by prepare

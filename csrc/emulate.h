@@ -1,11 +1,12 @@
 // The primitives of a GPU on a CPU: the kernels' own source runs block by block, each thread a
 // fibre.
 //
-// A warp's lanes meet at every collective instruction, and must meet at the same one. Between two
-// barriers the warps run one after the other, in the order that `emulator::reverse` says: a missing
-// barrier shows as a result that depends on it. An asynchronous copy arrives when its thread waits
-// for it, not before. Shared memory starts as NaN, every access is checked for bounds and
-// alignment. Single-threaded; for tests.
+// A warp's lanes meet at every collective instruction, and must meet at the same one. Shared memory
+// starts as NaN; every access to it is checked for bounds, alignment, and order: emulate_order.h
+// says what a thread may see. An asynchronous copy arrives when its thread waits for it, or, if a
+// barrier counts it (emulate_sm90.h), when nothing else can go on; `reverse`: at once, with warps
+// and blocks in the reverse order. Where nothing can go on at all, the message says who waits for
+// what. Single-threaded; for tests.
 #pragma once
 
 #include <csetjmp>
@@ -13,64 +14,117 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <cstdarg>
 #include <string>
 #include <ucontext.h>
 #include <vector>
+
+#include "emulate_order.h"
 
 #define OISD_DEVICE inline
 #define OISD_KERNEL(threads, blocks) void
 
 namespace emulator {
 
-enum Collective { NONE, MATRICES, MATRICES_TRANSPOSED, MULTIPLY, SHUFFLE, ANY, SCORES, ROWS };
-constexpr int WARPGROUP = 4 * WARP;
+enum Collective { NONE, MATRICES, MATRICES_TRANSPOSED, MULTIPLY, SHUFFLE, VOTE, MEET, PRODUCTS };
+constexpr int GROUP = 4 * WARP, NAMED_BARRIERS = 16, MOST_BARRIERS = 32;
 
 struct Copy {
   unsigned to, bytes;
   const void* from;  // null: zeros
 };
 
+// A wgmma that was issued: a in registers, or left and right in shared memory.
+struct Product {
+  bool half, from_registers;
+  unsigned in[4];
+  unsigned long long left, right;  // matrix descriptors
+  float (*sums)[4];
+  int width;  // columns of the sums
+};
+
 struct Lane {
   ucontext_t context;
   jmp_buf jump;
   std::vector<char> stack;
-  bool started, done, at_barrier, waiting;
+  bool started, done, waiting;
+  int barrier, barrier_threads;  // that it waits at, or -1
+  bool awaits;                   // the end of a phase of a barrier in shared memory:
+  unsigned awaited, parity;
   Collective operation;
   unsigned in[4], address, b[2];
   float c[4];
   int lanes;
+  unsigned votes;
   bool flag, half;
-  unsigned long long left, right;  // matrix descriptors
-  float (*sums)[4];                // accumulators of a wgmma
-  int width;                       // their columns
-  bool unfenced;                   // copies have arrived, but no fence for wgmma
+  bool open;  // since wgmma.fence
+  int registers;
+  std::vector<Product> products;
   std::vector<Copy> copies;
+  std::vector<unsigned> unfenced;  // cells
 };
+
+// Copies that arrive by themselves, and the barrier that counts them: of one thread, with what it
+// knew, or the box of a tensor map.
+struct Flight {
+  int thread;
+  unsigned barrier;
+  std::vector<Copy> copies;
+  int epoch;
+  Clock known;
+  const void* map;
+  unsigned to;
+  int at[3];
+};
+void land(const Flight& flight);
 
 inline std::vector<unsigned char> memory;
 inline std::vector<Lane> lanes;
 inline int current, block;
-inline bool reverse, fenced;
-inline jmp_buf scheduler;
+inline bool reverse;
+inline std::vector<Flight> flights;
+inline jmp_buf scheduler, launcher;
 inline ucontext_t starter;
 inline void (*body)(const void*);
 inline const void* parameters;
 inline std::string failure;
 
-[[noreturn]] inline void fail(const std::string& message) {
-  if (failure.empty())
-    failure =
-        message + " (block " + std::to_string(block) + ", thread " + std::to_string(current) + ")";
-  longjmp(scheduler, 1);
+// Ends the block; from a thread or, where `current` is below 0, from the scheduler.
+[[noreturn, gnu::noinline]] inline void fail(const char* format, ...) {
+  if (failure.empty()) {
+    char text[1000];
+    va_list arguments;
+    va_start(arguments, format);
+    const int length = std::vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    if (length < 900)
+      std::snprintf(text + length, 100, " (block %d, thread %d)", block, current);
+    failure = text;
+  }
+  longjmp(current < 0 ? launcher : scheduler, 1);
 }
 
 inline Lane& me() { return lanes[current]; }
 
 inline unsigned char* shared(unsigned address, unsigned bytes) {
-  if (address % bytes) fail("misaligned shared address " + std::to_string(address));
+  if (address % bytes) fail("misaligned shared address %u", address);
   if (size_t(address) + bytes > memory.size())
-    fail("shared address " + std::to_string(address) + " out of bounds");
+    fail("shared address %u out of bounds", address);
   return memory.data() + address;
+}
+
+[[gnu::noinline]] inline unsigned char* read_shared(int thread, unsigned address, unsigned bytes) {
+  unsigned char* data = shared(address, bytes);
+  check_read(thread, address, bytes, false);
+  return data;
+}
+[[gnu::noinline]] inline void write_shared(int thread, unsigned address, const void* from,
+                                           unsigned bytes) {
+  unsigned char* to = shared(address, bytes);
+  check_write(thread, address, bytes, false);
+  set_writer(address, bytes, {thread, clocks[thread][thread], true});
+  for (unsigned i = 0; i < bytes; i += CELL) lanes[thread].unfenced.push_back((address + i) / CELL);
+  from ? std::memcpy(to, from, bytes) : std::memset(to, 0, bytes);
 }
 
 inline void suspend() {
@@ -93,7 +147,7 @@ inline unsigned round_bfloat16(float x) {
   if (std::isnan(x)) return 0x7fff;
   return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
-inline unsigned round_float16(float x) {
+[[gnu::noinline]] inline unsigned round_float16(float x) {
   const unsigned sign = (bits_of(x) >> 16) & 0x8000;
   const float a = std::fabs(x);
   if (std::isnan(x)) return 0x7fff;
@@ -104,7 +158,7 @@ inline unsigned round_float16(float x) {
   const int units = int(std::rint(std::ldexp(a, 10 - exponent)));  // up to 2048
   return sign | unsigned(units + ((exponent + 14) << 10));
 }
-inline float from_float16(unsigned h) {
+[[gnu::noinline]] inline float from_float16(unsigned h) {
   const int exponent = (h >> 10) & 31, mantissa = h & 1023;
   float x = exponent == 31  ? (mantissa ? NAN : INFINITY)
             : exponent == 0 ? std::ldexp(float(mantissa), -24)
@@ -119,16 +173,19 @@ inline float part(bool half, unsigned word, int i) {
 }
 
 // All lanes of the warp that begins at `first` have posted their operands.
-inline void execute(int first) {
+[[gnu::noinline]] inline void execute(int first) {
   Lane* warp = &lanes[first];
   const Collective operation = warp[0].operation;
   if (operation == MATRICES || operation == MATRICES_TRANSPOSED) {
     unsigned out[WARP][4];
+    const unsigned char* rows[4][8];
+    for (int lane = 0; lane < WARP; lane++)
+      rows[lane / 8][lane % 8] = read_shared(first + lane, warp[lane].address, 16);
     for (int lane = 0; lane < WARP; lane++)
       for (int i = 0; i < 4; i++) {
         auto at = [&](int row, int column) {
           uint16_t x;
-          std::memcpy(&x, shared(warp[8 * i + row].address, 16) + 2 * column, 2);
+          std::memcpy(&x, rows[i][row] + 2 * column, 2);
           return unsigned(x);
         };
         const int r = lane / 4, c = 2 * (lane % 4);
@@ -159,78 +216,40 @@ inline void execute(int first) {
     float out[WARP];
     for (int lane = 0; lane < WARP; lane++) out[lane] = warp[lane ^ warp[lane].lanes].c[0];
     for (int lane = 0; lane < WARP; lane++) warp[lane].c[0] = out[lane];
-  } else if (operation == ANY) {
-    bool any = false;
-    for (int lane = 0; lane < WARP; lane++) any |= warp[lane].flag;
-    for (int lane = 0; lane < WARP; lane++) warp[lane].flag = any;
+  } else if (operation == VOTE) {
+    unsigned votes = 0;
+    for (int lane = 0; lane < WARP; lane++) votes |= unsigned(warp[lane].flag) << lane;
+    for (int lane = 0; lane < WARP; lane++) warp[lane].votes = votes;
+  } else if (operation == MEET) {
+    Clock all = none();
+    for (int lane = 0; lane < WARP; lane++) publish(first + lane, all);
+    for (int lane = 0; lane < WARP; lane++) learn(clocks[first + lane], all);
   }
 }
 
-// An element of a matrix in shared memory with the 128-byte swizzle. `row` is along the
-// descriptor's eight-row groups, `column` along the 128 bytes.
-inline unsigned described(unsigned long long matrix, int row, int column) {
-  if (matrix >> 62 != 1) fail("a matrix descriptor without the 128-byte swizzle");
-  const unsigned start = (matrix & 0x3fff) << 4, half = (matrix >> 16 & 0x3fff) << 4;
-  const unsigned eight = (matrix >> 32 & 0x3fff) << 4;
-  unsigned address = start + column / 64 * half + column % 64 * 2 + row / 8 * eight + row % 8 * 128;
-  address ^= (address >> 7 & 7) << 4;
-  uint16_t x;
-  std::memcpy(&x, shared(address, 2), 2);
-  return x;
-}
+void execute_products(int first);  // of the warpgroup that begins there
 
-inline void execute_group(int first) {
-  Lane* group = &lanes[first];
-  const bool half = group[0].half;
-  const int width = group[0].width;
-  if (!fenced) fail("wgmma reads copies that were not fenced");
-  static float a[64][16], b[16][128];
-  for (int lane = 0; lane < WARPGROUP; lane++) {
-    if (group[lane].right != group[0].right)
-      fail("the lanes of a warpgroup differ in a descriptor");
-    if (group[lane].operation != ROWS) continue;
-    for (int i = 0; i < 8; i++)
-      a[lane / WARP * 16 + left_element_row(lane % WARP, i)][left_element_depth(lane % WARP, i)] =
-          part(half, group[lane].in[i / 2], i % 2);
-  }
-  for (int k = 0; k < 16; k++) {
-    for (int n = 0; n < width; n++)
-      b[k][n] = element(half, group[0].operation == ROWS ? described(group[0].right, k, n)
-                                                         : described(group[0].right, n, k));
-    for (int m = 0; m < 64 && group[0].operation == SCORES; m++)
-      a[m][k] = element(half, described(group[0].left, m, k));
-  }
-  for (int lane = 0; lane < WARPGROUP; lane++)
-    for (int n = 0; n < width / 8; n++)
-      for (int i = 0; i < 4; i++) {
-        const int row = lane / WARP * 16 + accumulator_row(lane % WARP) + 8 * (i / 2);
-        const int column = 8 * n + accumulator_column(lane % WARP) + i % 2;
-        float sum = 0;
-        for (int k = 0; k < 16; k++) sum += a[row][k] * b[k][column];
-        group[lane].sums[n][i] += sum;
-      }
-}
-
-inline void meet(Collective operation) {
+[[gnu::noinline]] inline void meet(Collective operation) {
   Lane& lane = me();
   lane.operation = operation;
   lane.waiting = true;
-  const int size = operation == SCORES || operation == ROWS ? WARPGROUP : WARP;
+  const int size = operation == PRODUCTS ? GROUP : WARP;
   const int first = current / size * size;
   for (int i = first; i < first + size; i++)
     if (!lanes[i].waiting) {
       suspend();
       return;
     }
-  for (int i = first; i < first + WARP; i++)
+  for (int i = first; i < first + size; i++)
     if (lanes[i].operation != operation) fail("lanes meet at different instructions");
-  size == WARP ? execute(first) : execute_group(first);
+  size == WARP ? execute(first) : execute_products(first);
   for (int i = first; i < first + size; i++) lanes[i].waiting = false;
 }
 
 inline void start() {
   body(parameters);
   if (!me().copies.empty()) fail("a thread ends before its copies arrive");
+  if (!me().products.empty()) fail("a thread ends before its products");
   me().done = true;
   longjmp(scheduler, 1);
 }
@@ -249,12 +268,76 @@ inline void resume(int index) {
   setcontext(&lane.context);
 }
 
+bool phase_ended(unsigned barrier, unsigned parity);
+void forget_barriers();
+void check_registers();
+
+inline bool can_run(const Lane& lane) {
+  return !lane.done && lane.barrier < 0 && !lane.waiting &&
+         !(lane.awaits && !phase_ended(lane.awaited, lane.parity));
+}
+
+// Threads that have all come to a barrier go on.
+inline bool release_barriers() {
+  bool any = false;
+  for (int id = 0; id < NAMED_BARRIERS; id++) {
+    std::vector<int> here;
+    for (int i = 0; i < int(lanes.size()); i++)
+      if (lanes[i].barrier == id) here.push_back(i);
+    if (here.empty() || int(here.size()) != lanes[here[0]].barrier_threads) continue;
+    Clock all = none();
+    for (int i : here) publish(i, all);
+    for (int i : here) learn(clocks[i], all), lanes[i].barrier = -1;
+    any = true;
+  }
+  return any;
+}
+
+// The last copy that was started arrives.
+inline bool land_one() {
+  if (flights.empty()) return false;
+  const Flight flight = flights.back();
+  flights.pop_back();
+  land(flight);
+  return true;
+}
+
+// Who waits for what, of each warp its last thread that does.
+[[noreturn, gnu::noinline]] inline void fail_of_deadlock() {
+  char text[900] = "";
+  for (int first = 0; first < int(lanes.size()); first += WARP) {
+    int done = 0, in_warp = 0;
+    const Lane* waits = nullptr;
+    for (int i = first; i < first + WARP; i++) {
+      const Lane& lane = lanes[i];
+      done += lane.done, in_warp += lane.waiting;
+      if (lane.barrier >= 0 || lane.awaits) waits = &lane;
+    }
+    if (done == WARP) continue;
+    const size_t length = std::strlen(text), space = sizeof text - length;
+    if (waits && waits->awaits)
+      std::snprintf(text + length, space, " warp %d for the barrier at %u, parity %u;",
+                    first / WARP, waits->awaited, waits->parity);
+    else if (waits)
+      std::snprintf(text + length, space, " warp %d at barrier %d;", first / WARP, waits->barrier);
+    else
+      std::snprintf(text + length, space, " warp %d with %d threads in an instruction of all;",
+                    first / WARP, in_warp);
+  }
+  fail("nothing can go on:%s", text);
+}
+
 inline void run_block() {
   const int threads = int(lanes.size());
-  for (size_t i = 0; i + 1 < memory.size(); i += 2) memory[i] = memory[i + 1] = 0xff;
-  for (Lane& lane : lanes)
-    lane.started = lane.done = lane.at_barrier = lane.waiting = lane.unfenced = false,
-    lane.copies.clear();
+  std::memset(memory.data(), 0xff, memory.size());
+  forget_order(threads, MOST_BARRIERS, memory.size());
+  forget_barriers();
+  flights.clear();
+  for (Lane& lane : lanes) {
+    lane.started = lane.done = lane.waiting = lane.awaits = lane.open = false;
+    lane.barrier = -1, lane.registers = 0;
+    lane.copies.clear(), lane.products.clear(), lane.unfenced.clear();
+  }
   while (failure.empty()) {
     // A warp runs until it waits; warps that wait for each other go on in the next round.
     for (bool any = true; any && failure.empty();) {
@@ -264,19 +347,20 @@ inline void run_block() {
         for (bool ran = true; ran && failure.empty();) {
           ran = false;
           for (int i = first; i < first + WARP && failure.empty(); i++)
-            if (!lanes[i].done && !lanes[i].at_barrier && !lanes[i].waiting) resume(i), ran = true;
+            if (can_run(lanes[i])) resume(i), ran = true;
           any |= ran;
         }
       }
     }
+    current = -1;
     if (!failure.empty()) return;
-    int done = 0, at_barrier = 0;
-    for (Lane& lane : lanes) done += lane.done, at_barrier += lane.at_barrier;
-    if (done == threads) return;
-    if (at_barrier != threads)
-      failure = "not all threads of block " + std::to_string(block) + " reach a barrier";
-    fenced = true;
-    for (Lane& lane : lanes) lane.at_barrier = false, fenced &= !lane.unfenced;
+    int done = 0;
+    for (Lane& lane : lanes) done += lane.done;
+    if (done == threads) {
+      if (!flights.empty()) fail("a block ends before its copies arrive");
+      return check_registers();
+    }
+    if (!release_barriers() && !land_one()) fail_of_deadlock();
   }
 }
 
@@ -290,7 +374,8 @@ inline std::string launch(void (*kernel)(const void*), const void* argument, int
   for (Lane& lane : lanes) lane.stack.resize(64 << 10);
   for (int i = 0; i < blocks && failure.empty(); i++) {
     block = reversed ? blocks - 1 - i : i;
-    run_block();
+    current = -1;
+    if (!_setjmp(launcher)) run_block();
   }
   return failure;
 }
@@ -301,26 +386,43 @@ inline int thread_index() { return emulator::current; }
 inline int block_index() { return emulator::block; }
 inline unsigned shared_base() { return 0; }
 
+[[gnu::noinline]] inline void emulated_copy(unsigned to, unsigned bytes, const void* from) {
+  using namespace emulator;
+  shared(to, bytes);
+  check_write(current, to, bytes, false);
+  set_writer(to, bytes, {current, IN_FLIGHT, true});
+  me().copies.push_back({to, bytes, from});
+}
 inline void copy_async_16(unsigned to, const void* from, bool valid) {
   if (reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("misaligned source of a copy");
-  emulator::me().copies.push_back({to, 16, valid ? from : nullptr});
+  emulated_copy(to, 16, valid ? from : nullptr);
 }
 inline void copy_async_4(unsigned to, const void* from, bool valid) {
-  emulator::me().copies.push_back({to, 4, valid ? from : nullptr});
+  emulated_copy(to, 4, valid ? from : nullptr);
 }
 inline void copy_async_commit() {}
-inline void copy_async_wait_all() {
-  for (const emulator::Copy& copy : emulator::me().copies) {
-    unsigned char* to = emulator::shared(copy.to, copy.bytes);
-    copy.from ? std::memcpy(to, copy.from, copy.bytes) : std::memset(to, 0, copy.bytes);
+[[gnu::noinline]] inline void copy_async_wait_all() {
+  using namespace emulator;
+  for (size_t i = 0; i < flights.size();)  // copies that a barrier counts are this thread's, too
+    if (flights[i].thread == current) {
+      const Flight flight = flights[i];
+      flights.erase(flights.begin() + i);
+      land(flight);
+    } else {
+      i++;
+    }
+  const std::vector<Copy> copies = std::move(me().copies);
+  me().copies.clear();
+  for (const Copy& copy : copies) {
+    set_writer(copy.to, copy.bytes, Cell());
+    write_shared(current, copy.to, copy.from, copy.bytes);
   }
-  emulator::me().unfenced |= !emulator::me().copies.empty();
-  emulator::me().copies.clear();
 }
 inline void barrier() {
-  emulator::me().at_barrier = true;
+  emulator::me().barrier = 0, emulator::me().barrier_threads = int(emulator::lanes.size());
   emulator::suspend();
 }
+inline void warp_barrier() { emulator::meet(emulator::MEET); }
 
 inline void load_matrices(unsigned (&r)[4], unsigned address) {
   emulator::me().address = address;
@@ -333,8 +435,8 @@ inline void load_matrices_transposed(unsigned (&r)[4], unsigned address) {
   std::memcpy(r, emulator::me().in, 16);
 }
 
-inline void emulated_multiply(bool half, float (&c)[4], const unsigned (&a)[4], unsigned b0,
-                              unsigned b1) {
+[[gnu::noinline]] inline void emulated_multiply(bool half, float (&c)[4], const unsigned (&a)[4],
+                                                unsigned b0, unsigned b1) {
   emulator::Lane& lane = emulator::me();
   lane.half = half, lane.b[0] = b0, lane.b[1] = b1;
   std::memcpy(lane.in, a, 16), std::memcpy(lane.c, c, 16);
@@ -365,10 +467,18 @@ inline Pair unpack(Float16, unsigned r) {
 inline float exp2_of(float x) { return std::exp2(x); }
 inline float log2_of(float x) { return std::log2(x); }
 
-inline Pair load_shared_pair(unsigned address) {
+[[gnu::noinline]] inline Pair load_shared_pair(unsigned address) {
   Pair p;
-  std::memcpy(&p, emulator::shared(address, 8), 8);
+  std::memcpy(&p, emulator::read_shared(emulator::current, address, 8), 8);
   return p;
+}
+inline Quad load_shared_quad(unsigned address) {
+  Quad q;
+  std::memcpy(&q, emulator::read_shared(emulator::current, address, 16), 16);
+  return q;
+}
+inline void store_shared_quad(unsigned address, const Quad& q) {
+  emulator::write_shared(emulator::current, address, &q, 16);
 }
 inline int uniform(int x) { return x; }
 inline float shuffle_xor(float x, int lanes) {
@@ -376,35 +486,14 @@ inline float shuffle_xor(float x, int lanes) {
   emulator::meet(emulator::SHUFFLE);
   return emulator::me().c[0];
 }
-inline bool any_of_warp(bool x) {
+inline unsigned votes_of_warp(bool x) {
   emulator::me().flag = x;
-  emulator::meet(emulator::ANY);
-  return emulator::me().flag;
+  emulator::meet(emulator::VOTE);
+  return emulator::me().votes;
 }
+inline bool any_of_warp(bool x) { return votes_of_warp(x) != 0; }
 
-inline void fence_for_warpgroups() { emulator::me().unfenced = false; }
-inline void warpgroup_begin() {}
-inline void warpgroup_end() {}
 inline void keep_in_place(float&) {}
 inline void keep_in_place(unsigned&) {}
 
-template <int N>
-inline void emulated_warpgroup(bool half, emulator::Collective operation, float (&c)[N][4],
-                               unsigned long long left, unsigned long long right) {
-  emulator::Lane& lane = emulator::me();
-  lane.half = half, lane.left = left, lane.right = right, lane.sums = c, lane.width = 8 * N;
-  emulator::meet(operation);
-}
-inline bool is_half(Bfloat16) { return false; }
-inline bool is_half(Float16) { return true; }
-template <class ELEMENT, int N>
-inline void warpgroup_scores(ELEMENT element, float (&c)[N][4], unsigned long long a,
-                             unsigned long long b) {
-  emulated_warpgroup(is_half(element), emulator::SCORES, c, a, b);
-}
-template <class ELEMENT, int N>
-inline void warpgroup_rows(ELEMENT element, float (&c)[N][4], const unsigned (&a)[4],
-                           unsigned long long b) {
-  std::memcpy(emulator::me().in, a, 16);
-  emulated_warpgroup(is_half(element), emulator::ROWS, c, 0, b);
-}
+#include "emulate_sm90.h"

@@ -3,7 +3,9 @@
 
 template <auto KERNEL, class Params>
 static void call(const void* argument) {
-  KERNEL(*static_cast<const Params*>(argument));
+  Params params;  // aligned as its tensor maps want it, which the caller's copy need not be
+  std::memcpy(&params, argument, sizeof params);
+  KERNEL(params);
 }
 
 // Empty where all went well. `reversed` runs blocks and, between barriers, warps from the last.
@@ -11,6 +13,7 @@ extern "C" const char* emulate(const char* name, const void* params, int blocks,
                                int shared_bytes, int reversed) {
   static std::string message;
   const auto run = [&](void (*kernel)(const void*)) {
+    emulator::boxes = 0;
     message = emulator::launch(kernel, params, blocks, threads, shared_bytes, reversed != 0);
   };
   message = "no such kernel";
@@ -30,6 +33,9 @@ extern "C" const char* emulate(const char* name, const void* params, int blocks,
   return message.c_str();
 }
 
+// Boxes that tensor maps copied in the last launch.
+extern "C" int boxes_copied() { return emulator::boxes; }
+
 // What the launcher computes by itself, for a test to compare.
 extern "C" int shared_bytes(int tensors) { return Sizes::shared_bytes(tensors); }
 extern "C" int threads() { return Sizes::THREADS; }
@@ -38,6 +44,15 @@ extern "C" int size_of(const char* name) {
   return params == "statistics" ? sizeof(StatisticsParams)
          : params == "prepare"  ? sizeof(PrepareParams)
                                 : sizeof(BackwardParams);
+}
+
+// Behind the last key that queries from `first` on see, in a sequence of `length`.
+extern "C" int last_streamed(int first, int length, int left, int right) {
+  Layout layout = {};
+  layout.left = left, layout.right = right;
+  int begin, end;
+  streamed_range<false, Sizes::OWN, Sizes::STREAMED>(layout, {0, length, first}, begin, end);
+  return end;
 }
 
 // The index functions, for tests of the memory banks and of the lanes.

@@ -1,6 +1,6 @@
 // What the kernels ask of the machine: index of the thread, asynchronous copies into shared memory,
-// ldmatrix, mma.sync, shuffles. On a GPU each is one instruction (sm_80 and later); compiled for
-// the host, emulate.h runs the same kernels on a CPU.
+// ldmatrix, mma.sync, shuffles; primitives_sm90.h has those of sm_90a. On a GPU each is one
+// instruction (sm_80 and later); compiled for the host, emulate.h runs the same kernels on a CPU.
 //
 // Shared memory is addressed by 32-bit byte offsets, elements are 16-bit patterns, and no CUDA
 // header is needed.
@@ -13,6 +13,15 @@ struct Float16 {};
 
 struct Pair {
   float x, y;
+};
+
+struct Quad {
+  unsigned word[4];
+};
+
+// What the driver makes of a tensor's address, sizes and strides, for copy_box.
+struct alignas(64) TensorMap {
+  unsigned long long word[16];
 };
 
 #if !defined(__CUDACC__)
@@ -113,62 +122,28 @@ OISD_DEVICE Pair load_shared_pair(unsigned address) {
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(p.x), "=f"(p.y) : "r"(address) : "memory");
   return p;
 }
+OISD_DEVICE Quad load_shared_quad(unsigned address) {
+  Quad q;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(q.word[0]), "=r"(q.word[1]), "=r"(q.word[2]), "=r"(q.word[3])
+               : "r"(address)
+               : "memory");
+  return q;
+}
+OISD_DEVICE void store_shared_quad(unsigned address, const Quad& q) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(q.word[0]),
+               "r"(q.word[1]), "r"(q.word[2]), "r"(q.word[3])
+               : "memory");
+}
 // x, which is the same in all lanes: the compiler then knows it.
 OISD_DEVICE int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 OISD_DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(0xffffffffu, x, lanes); }
 OISD_DEVICE bool any_of_warp(bool x) { return __any_sync(0xffffffffu, x); }
+OISD_DEVICE unsigned votes_of_warp(bool x) { return __ballot_sync(0xffffffffu, x); }  // bit: lane
 
-// wgmma, of a warpgroup (four warps) at a time; asynchronous between begin and end.
-OISD_DEVICE void fence_for_warpgroups() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-OISD_DEVICE void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-OISD_DEVICE void warpgroup_end() {
-  asm volatile("wgmma.commit_group.sync.aligned;\nwgmma.wait_group.sync.aligned 0;" ::: "memory");
-}
+OISD_DEVICE void warp_barrier() { __syncwarp(); }  // orders its lanes' accesses to memory
 OISD_DEVICE void keep_in_place(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 OISD_DEVICE void keep_in_place(unsigned& x) { asm volatile("" : "+r"(x)::"memory"); }
 
-#define OISD_C4(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
-#define OISD_C32 \
-  OISD_C4(0), OISD_C4(1), OISD_C4(2), OISD_C4(3), OISD_C4(4), OISD_C4(5), OISD_C4(6), OISD_C4(7)
-#define OISD_C64                                                                        \
-  OISD_C32, OISD_C4(8), OISD_C4(9), OISD_C4(10), OISD_C4(11), OISD_C4(12), OISD_C4(13), \
-      OISD_C4(14), OISD_C4(15)
-#define OISD_D32                                                            \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
-#define OISD_D64                                                                     \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
-
-// c [64, 64] += a b^T, both [64 rows, 16 deep] in shared memory.
-#define OISD_WARPGROUP_SCORES(ELEMENT, type)                                              \
-  OISD_DEVICE void warpgroup_scores(ELEMENT, float (&c)[8][4], unsigned long long a,      \
-                                    unsigned long long b) {                               \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " " OISD_D32 \
-                 ", %32, %33, 1, 1, 1, 0, 0;"                                             \
-                 : OISD_C32                                                               \
-                 : "l"(a), "l"(b));                                                       \
-  }
-// c [64, K] += a [64, 16 deep] b [16 deep, K], a in registers, b in shared memory.
-#define OISD_WARPGROUP_ROWS(ELEMENT, type, n, K, D, C, a0, a1, a2, a3, b0)                     \
-  OISD_DEVICE void warpgroup_rows(ELEMENT, float (&c)[n][4], const unsigned (&a)[4],           \
-                                  unsigned long long b) {                                      \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" K "k16.f32." type "." type " " D ", {" a0 \
-                 ", " a1 ", " a2 ", " a3 "}, " b0 ", 1, 1, 1, 1;"                              \
-                 : C                                                                           \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                        \
-  }
-#define OISD_WARPGROUP(ELEMENT, type)                                                           \
-  OISD_WARPGROUP_SCORES(ELEMENT, type)                                                          \
-  OISD_WARPGROUP_ROWS(ELEMENT, type, 8, "64", OISD_D32, OISD_C32, "%32", "%33", "%34", "%35",   \
-                      "%36")                                                                    \
-  OISD_WARPGROUP_ROWS(ELEMENT, type, 16, "128", OISD_D64, OISD_C64, "%64", "%65", "%66", "%67", \
-                      "%68")
-OISD_WARPGROUP(Bfloat16, "bf16")
-OISD_WARPGROUP(Float16, "f16")
-
+#include "primitives_sm90.h"
 #endif

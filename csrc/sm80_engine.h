@@ -47,7 +47,8 @@ struct Engine<ELEMENT, TILE, WARP_ENGINE> {
   }
 
   OISD_DEVICE void arrived() const {}  // copies that this thread has waited for
-  OISD_DEVICE void begin() const {}    // products follow
+  template <class... C>
+  OISD_DEVICE void begin(C&...) const {}  // products of these registers follow
   template <class... C>
   OISD_DEVICE void end(C&...) const {}  // they are in the accumulators
 

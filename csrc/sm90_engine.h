@@ -26,7 +26,12 @@ struct Engine<ELEMENT, TILE, WARPGROUP_ENGINE> {
   OISD_DEVICE Held hold(unsigned own) const { return own; }
 
   OISD_DEVICE void arrived() const { fence_for_warpgroups(); }
-  OISD_DEVICE void begin() const { warpgroup_begin(); }
+  // Their operands in registers are complete before the fence, not only before the product.
+  template <class... C>
+  OISD_DEVICE void begin(C&... c) const {
+    (settle(c), ...);
+    warpgroup_begin();
+  }
   template <class... C>
   OISD_DEVICE void end(C&... c) const {
     warpgroup_end();
@@ -52,7 +57,7 @@ struct Engine<ELEMENT, TILE, WARPGROUP_ENGINE> {
   }
 
  private:
-  // Keeps the compiler from reading accumulators, or overwriting left operands, before the wait.
+  // The compiler may not write accumulators and left operands on the other side of this.
   template <class T, int N>
   OISD_DEVICE void settle(T (&c)[N][4]) const {
 #pragma unroll
@@ -60,4 +65,10 @@ struct Engine<ELEMENT, TILE, WARPGROUP_ENGINE> {
 #pragma unroll
       for (int i = 0; i < 4; i++) keep_in_place(c[n][i]);
   }
+};
+
+// The same products; attention_ring.h brings the tiles.
+template <class ELEMENT, class TILE>
+struct Engine<ELEMENT, TILE, SPECIALIZED_ENGINE> : Engine<ELEMENT, TILE, WARPGROUP_ENGINE> {
+  using Engine<ELEMENT, TILE, WARPGROUP_ENGINE>::Engine;
 };

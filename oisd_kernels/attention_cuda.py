@@ -24,8 +24,10 @@ OP = "attention"
 ELEMENTS = {torch.bfloat16: "Bfloat16", torch.float16: "Float16"}
 DIVERGENCES = {"jsd": "JSD", "forward_kl": "FORWARD_KL", "reverse_kl": "REVERSE_KL"}
 OTHERWISE = 'use impl="triton"'
-# Whether a Hopper GPU multiplies by wgmma. Off until the tests have passed on one.
+# Whether a Hopper GPU multiplies by wgmma: off until the tests have passed on one. Then by
+# HOPPER_ENGINE; "WARPGROUP_ENGINE" is the simpler one, to compare with.
 WARPGROUPS = False
+HOPPER_ENGINE = "SPECIALIZED_ENGINE"
 UNBOUNDED = 1 << 30  # a window that hides nothing; positions stay below it
 LOG2E = 1 / math.log(2)
 
@@ -37,6 +39,11 @@ class Work(NamedTuple):
     layout: cuda_params.Layout
     offsets: tuple[Tensor, Tensor]  # cu_seqlens and the tile table, whose addresses `layout` holds
     blocks: int  # tiles at most
+
+    def maps(self, tensors: Sequence[Tensor | None]) -> list[cuda_params.TensorMap]:
+        """Of [N, heads, K] each, for blocks that copy by them."""
+        used = self.unit.tile.specialized
+        return [cuda_params.TensorMap() if x is None or not used else _map(x) for x in tensors]
 
     def launch(self, kernel: str, params: Any, like: Tensor, heads: int, tensors: int) -> None:
         shared = self.unit.tile.shared_bytes(tensors)
@@ -122,8 +129,10 @@ def backward(
     )
     teacher_q, teacher_k = (_ready(teacher.q), _ready(teacher.k)) if teacher else (None, None)
     beta = alignment.beta if alignment is not None else 0.5
+    read = (q, k, values, d_output, teacher_q, teacher_k)
     params = cuda_params.Backward(
-        *map(cuda_params.operand, (q, k, values, d_output, teacher_q, teacher_k, dq, dk, dv)),
+        cuda_params.BackwardMaps(*work.maps(read)),
+        *map(cuda_params.operand, (*read, dq, dk, dv)),
         *map(cuda_params.pointer, prepared),
         cuda_params.pointer(scaled),
         work.layout,
@@ -172,9 +181,8 @@ def check_supported(
         raise checks.argument_error(OP, "q", wanted, q.shape[0] * q.shape[1], OTHERWISE)
 
 
-def choose_tile(head: int, tensors: int, shared_limit: int, warpgroups: bool = False) -> Tile:
+def choose_tile(head: int, tensors: int, shared_limit: int, engine: str = "WARP_ENGINE") -> Tile:
     """The first tile of the table for this K and engine whose block fits into `shared_limit`."""
-    engine = "WARPGROUP_ENGINE" if warpgroups else "WARP_ENGINE"
     fitting = [t for t in cuda_build.tiles() if t.head == head and t.engine == engine]
     for tile in fitting:
         if tile.shared_bytes(tensors) <= shared_limit:
@@ -212,8 +220,20 @@ def shared_limit(device: torch.device) -> int:
         return cuda_driver.shared_limit(_index(device))
 
 
-def warpgroups(device: torch.device) -> bool:
-    return WARPGROUPS and torch.cuda.get_device_capability(device) == (9, 0)
+def engine(device: torch.device) -> str:
+    hopper = WARPGROUPS and torch.cuda.get_device_capability(device) == (9, 0)
+    return HOPPER_ENGINE if hopper else "WARP_ENGINE"
+
+
+def tensor_map(
+    dtype: torch.dtype,
+    address: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+) -> bytes:
+    with _explained():
+        return cuda_driver.tensor_map(dtype, address, sizes, strides, box)
 
 
 def run(
@@ -282,6 +302,7 @@ def _statistics(
         kept = None if keep is None else keep.contiguous().view(torch.uint8)
         work = _work(q, k, geometry, divergence, teacher, 2)
         params = cuda_params.Statistics(
+            cuda_params.StatisticsMaps(*work.maps(tensors)),
             *map(cuda_params.operand, tensors),
             *map(cuda_params.pointer, (*rows, kept, value, statistic)),
             work.layout,
@@ -302,8 +323,7 @@ def _work(
     teacher: Teacher | None,
     tensors: int,
 ) -> Work:
-    limit, groups = shared_limit(q.device), warpgroups(q.device)
-    tile = choose_tile(q.shape[-1], tensors, limit, groups)
+    tile = choose_tile(q.shape[-1], tensors, shared_limit(q.device), engine(q.device))
     unit = Unit(ELEMENTS[q.dtype], tile, DIVERGENCES.get(divergence or "", "NO_DIVERGENCE"))
     cu_seqlens = geometry.cu_seqlens.int().contiguous()
     table = tile_table(cu_seqlens, tile.own)
@@ -381,8 +401,25 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _ready(x: Tensor) -> Tensor:
-    """x [N, heads, K], copied unless 16 bytes at a time can be read from it."""
+    """x [N, heads, K], copied unless 16 bytes at a time can be read from it.
+
+    Tensor maps ask no more of strides than that, but that none be 0 (an expanded tensor), which
+    their documentation leaves open.
+    """
     x = x.detach()
     apart = [stride for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True) if size > 1]
-    aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in apart)
+    aligned = x.data_ptr() % 16 == 0 and all(stride and stride % 8 == 0 for stride in apart)
     return x if x.stride(2) == 1 and aligned else x.contiguous().clone()
+
+
+def _map(x: Tensor) -> cuda_params.TensorMap:
+    """Of x [N, heads, K] as `_ready` returns it: boxes of one head, in halves of 64 columns."""
+    N, heads, K = x.shape
+    # A stride that no two elements are apart by may be any number in x, but not here.
+    strides = [
+        x.element_size() * (stride if size > 1 else K)
+        for size, stride in zip((heads, N), (x.stride(1), x.stride(0)), strict=True)
+    ]
+    box = (cuda_build.BOX_COLUMNS, 1, cuda_build.BOX_ROWS)
+    words = tensor_map(x.dtype, x.data_ptr(), (K, heads, N), strides, box)
+    return cuda_params.TensorMap.from_buffer_copy(words)

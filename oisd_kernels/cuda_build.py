@@ -4,12 +4,13 @@
 
 A unit is one element type, one tile of `csrc/attention_tiles.h` and one divergence. It holds
 machine code for sm_80 (which sm_86 and sm_89 run) and sm_90, and PTX from which the driver compiles
-for anything later; or, if the tile's engine is wgmma, machine code for sm_90a alone. Units are
-built when they are first needed, or all at once by the command above, into $XDG_CACHE_HOME/oisd (or
-~/.cache/oisd), under a hash of the sources and flags: where that folder was filled, nvcc is not
+for anything later; or, if the tile's engine is one of wgmma, machine code for sm_90a alone. Units
+are built when they are first needed, or all at once by the command above, into $XDG_CACHE_HOME/oisd
+(or ~/.cache/oisd), under a hash of the sources and flags: where that folder was filled, nvcc is not
 needed. Installing never needs it.
 
---check fails where a kernel uses local memory (spilled registers, or a stack).
+--check fails where a kernel uses local memory (spilled registers, or a stack), or where ptxas makes
+products of wgmma wait for each other.
 """
 
 import argparse
@@ -33,13 +34,17 @@ CODES = {  # of nvcc's -gencode
         "arch=compute_80,code=compute_80",
     ),
     "WARPGROUP_ENGINE": ("arch=compute_90a,code=sm_90a",),
+    "SPECIALIZED_ENGINE": ("arch=compute_90a,code=sm_90a",),
 }
 FLAGS = ("-std=c++17", "-O3")
 ELEMENTS = ("Bfloat16", "Float16")
 DIVERGENCES = ("NO_DIVERGENCE", "JSD", "FORWARD_KL", "REVERSE_KL")
 SOURCE = "attention.cu"
 
-STAGES, ROW_VALUES = 2, 4  # as in csrc/attention_tiles.h
+# As in csrc/attention_tiles.h.
+STAGES, MOST_STAGES, ROW_VALUES = 2, 4, 4
+STAGE_EXTRA, RING_EXTRA, SHARED_HOPPER = 32, 16, 227 * 1024
+BOX_ROWS, BOX_COLUMNS = 64, 64
 PREPARE_THREADS, PREPARE_ROWS = 128, 16  # as in csrc/attention_prepare.h
 
 
@@ -53,15 +58,29 @@ class Tile(NamedTuple):
     streamed: int
 
     @property
+    def specialized(self) -> bool:
+        return self.engine == "SPECIALIZED_ENGINE"
+
+    @property
     def threads(self) -> int:
-        return self.own // 16 * 32
+        return self.own // 16 * 32 + 128 * self.specialized
+
+    def stages(self, tensors: int) -> int:
+        """Streamed tiles in shared memory."""
+        if not self.specialized:
+            return STAGES
+        free = SHARED_HOPPER - RING_EXTRA - tensors * self.own * self.head * 2
+        return min(MOST_STAGES, free // self._stage_bytes(tensors))
 
     def shared_bytes(self, tensors: int) -> int:
         """Of a block that holds `tensors` pairs of own and streamed tiles."""
-        row = self.head * 2
-        return tensors * row * (self.own + STAGES * self.streamed) + (
-            STAGES * ROW_VALUES * self.streamed * 4
-        )
+        own = tensors * self.own * self.head * 2
+        stages = self.stages(tensors) * self._stage_bytes(tensors)
+        return own + stages + RING_EXTRA * self.specialized
+
+    def _stage_bytes(self, tensors: int) -> int:
+        row = tensors * self.head * 2 + ROW_VALUES * 4
+        return self.streamed * row + STAGE_EXTRA * self.specialized
 
 
 class Unit(NamedTuple):
@@ -91,6 +110,7 @@ class Usage(NamedTuple):
     registers: int
     stack: int  # bytes of a thread
     spills: int  # bytes stored to and loaded from local memory
+    serialized: bool = False  # its wgmma wait for each other, where the source does not say so
 
 
 def source_folder() -> Path:
@@ -200,14 +220,18 @@ def read_usage(log: str) -> list[Usage]:
         r"Compiling entry function '(\w+)' for '(\w+)'.*?(\d+) bytes stack frame, "
         r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
     )
+    serialized = re.findall(r"wgmma.* serialized .* function '(\w+)'", log)
     return [
-        Usage(kernel, arch, int(registers), int(stack), int(stores) + int(loads))
+        Usage(
+            kernel, arch, int(registers), int(stack), int(stores) + int(loads), kernel in serialized
+        )
         for kernel, arch, stack, stores, loads, registers in re.findall(pattern, log, re.DOTALL)
     ]
 
 
-def local_memory(usages: Iterable[Usage]) -> list[Usage]:
-    return [usage for usage in usages if usage.stack or usage.spills]
+def faults(usages: Iterable[Usage]) -> list[Usage]:
+    """Kernels that use local memory, or whose products of wgmma are serialized."""
+    return [usage for usage in usages if usage.stack or usage.spills or usage.serialized]
 
 
 def _gencode(*codes: str) -> list[str]:
@@ -217,7 +241,8 @@ def _gencode(*codes: str) -> list[str]:
 def _row(unit: Unit, usage: Usage) -> str:
     tensors = 3 if usage.kernel.endswith("_fused") else 2
     shared = 0 if usage.kernel.startswith("prepare") else unit.tile.shared_bytes(tensors)
-    local = f"  stack {usage.stack}, spills {usage.spills}" if local_memory([usage]) else ""
+    local = f"  stack {usage.stack}, spills {usage.spills}" if usage.stack or usage.spills else ""
+    local += "  wgmma serialized" if usage.serialized else ""
     return (
         f"{usage.kernel:<24} {usage.arch:<7} {usage.registers:>3} registers "
         f"{shared / 1024:>6.1f} KiB shared{local}"
@@ -230,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     names = {unit.name: unit for unit in units()}
     parser.add_argument("--unit", nargs="+", choices=names, metavar="NAME", help="these alone")
-    parser.add_argument("--check", action="store_true", help="fail where local memory is used")
+    parser.add_argument("--check", action="store_true", help="fail as the text above says")
     parser.add_argument("--list", action="store_true", help="the units' names, building nothing")
     options = parser.parse_args(argv)
     if options.list:
@@ -248,8 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             for usage in usages:
                 print(f"{unit.name:<36} {_row(unit, usage)}", flush=True)
-            failed += len(local_memory(usages))
-    print(f"{len(todo)} units in {folder}, {failed} kernels with local memory")
+            failed += len(faults(usages))
+    print(f"{len(todo)} units in {folder}, {failed} kernels with local memory or serialized wgmma")
     return 1 if options.check and failed else 0
 
 

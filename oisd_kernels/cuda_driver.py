@@ -6,6 +6,7 @@ ABI are not involved. Kernels run in the device's primary context, torch's, on i
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ import torch
 
 MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 SHARED_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
+# Of cuTensorMapEncodeTiled: CU_TENSOR_MAP_DATA_TYPE_FLOAT16 and _BFLOAT16, _SWIZZLE_128B,
+# _L2_PROMOTION_L2_128B. The others that are wanted (no interleave, zeros outside) are 0.
+MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+MAP_SWIZZLE_128, MAP_PROMOTION_128 = 3, 2
 # CUDA_ERROR_INVALID_IMAGE, NO_BINARY_FOR_GPU, UNSUPPORTED_PTX_VERSION
 UNLOADABLE = (200, 209, 222)
 
@@ -98,6 +103,39 @@ def _function(device: int, fatbin: Path, kernel: str, shared: int) -> ctypes.c_v
     if shared:
         _call("cuFuncSetAttribute", function, MAX_DYNAMIC_SHARED, shared)
     return function
+
+
+def tensor_map(
+    dtype: torch.dtype,
+    address: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    box: Sequence[int],
+) -> bytes:
+    """128 bytes by which a kernel has boxes of a tensor copied, swizzled by 128 bytes.
+
+    `sizes` and `box` from the dimension of stride 1 on, in elements; `strides` of the others, in
+    bytes, multiples of 16, as `address` is.
+    """
+    rank = len(sizes)
+    space = (ctypes.c_ubyte * (128 + 64))()
+    start = -ctypes.addressof(space) % 64  # the driver wants 64-byte alignment
+    _call(
+        "cuTensorMapEncodeTiled",
+        ctypes.c_void_p(ctypes.addressof(space) + start),
+        ctypes.c_int(MAP_TYPES[dtype]),
+        ctypes.c_uint(rank),
+        ctypes.c_void_p(address),
+        (ctypes.c_ulonglong * rank)(*sizes),
+        (ctypes.c_ulonglong * (rank - 1))(*strides),
+        (ctypes.c_uint * rank)(*box),
+        (ctypes.c_uint * rank)(*[1] * rank),
+        ctypes.c_int(0),
+        ctypes.c_int(MAP_SWIZZLE_128),
+        ctypes.c_int(MAP_PROMOTION_128),
+        ctypes.c_int(0),
+    )
+    return bytes(space[start : start + 128])
 
 
 def launch(

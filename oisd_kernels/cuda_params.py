@@ -15,6 +15,20 @@ class Operand(ctypes.Structure):
     ]
 
 
+class TensorMap(ctypes.Structure):
+    """What `cuda_driver.tensor_map` fills, opaque."""
+
+    _fields_ = [("words", ctypes.c_ulonglong * 16)]
+
+
+class StatisticsMaps(ctypes.Structure):
+    _fields_ = [(name, TensorMap) for name in ("q", "k", "q_teacher", "k_teacher")]
+
+
+class BackwardMaps(ctypes.Structure):
+    _fields_ = [(name, TensorMap) for name in ("q", "k", "v", "d_out", "q_teacher", "k_teacher")]
+
+
 class Layout(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("cu_seqlens", "tiles")),
@@ -30,10 +44,12 @@ class Layout(ctypes.Structure):
 
 class Statistics(ctypes.Structure):
     _fields_ = [
+        ("maps", StatisticsMaps),
         *((name, Operand) for name in ("q", "k", "q_teacher", "k_teacher")),
         *((name, ctypes.c_void_p) for name in ("lse", "lse_teacher", "keep", "value", "statistic")),
         ("layout", Layout),
         *((name, ctypes.c_float) for name in ("scale", "scale_teacher", "log2_beta", "log2_other")),
+        ("pad", ctypes.c_int * 14),
     ]
 
 
@@ -55,6 +71,7 @@ class Prepare(ctypes.Structure):
 
 class Backward(ctypes.Structure):
     _fields_ = [
+        ("maps", BackwardMaps),
         *((name, Operand) for name in ("q", "k", "v", "d_out", "q_teacher", "k_teacher")),
         *((name, Operand) for name in ("d_query", "d_key", "d_value")),
         *(

@@ -1,7 +1,7 @@
 """Cases for the kernels of csrc/, their inputs, and float64's answers."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import emulation
 import pytest
@@ -12,7 +12,8 @@ from oisd_kernels import attention_cuda, cuda_build, reference
 from oisd_kernels.attention_geometry import Alignment, Geometry, Teacher
 
 KIB = 1024
-WIDE, NARROW, HOPPER = 163 * KIB, 99 * KIB, 227 * KIB
+WIDE, NARROW = (163 * KIB, "WARP_ENGINE"), (99 * KIB, "WARP_ENGINE")
+HOPPER, SPECIALIZED = (227 * KIB, "WARPGROUP_ENGINE"), (227 * KIB, "SPECIALIZED_ENGINE")
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 5e-3
 TINY = 1e-6  # nats a token: where the loss itself is that small
 ODD = (1, 2, 127, 0, 128, 129)
@@ -33,7 +34,7 @@ MACHINES = [
 class Case:
     dtype: torch.dtype
     head: int
-    shared_limit: int
+    gpu: tuple[int, str]  # shared memory of a block, engine
     divergence: str
     beta: float = 0.5
     causal: bool = True
@@ -41,13 +42,8 @@ class Case:
     heads: tuple[int, int, int] = (2, 1, 1)  # H, J, the teacher's J
     lengths: tuple[int, ...] = ODD
 
-    @property
-    def warpgroups(self) -> bool:
-        return self.shared_limit == HOPPER
-
     def __str__(self) -> str:
-        limit, groups = self.shared_limit, self.warpgroups
-        tile = attention_cuda.choose_tile(self.head, 3, limit, groups)
+        tile = attention_cuda.choose_tile(self.head, 3, *self.gpu)
         band = ("causal" if self.causal else "full") + f"-window{self.window}" * bool(self.window)
         dtype = str(self.dtype).removeprefix("torch.")
         heads = "x".join(map(str, self.heads))
@@ -63,38 +59,48 @@ CASES = [
     Case(FP16, 128, NARROW, "forward_kl", window=33, heads=(8, 1, 1), lengths=(129, 40)),
     Case(BF16, 128, HOPPER, "jsd", heads=(4, 2, 1)),
     Case(FP16, 64, HOPPER, "reverse_kl", causal=False, window=70, lengths=(129, 200)),
+    Case(BF16, 128, SPECIALIZED, "jsd", heads=(4, 2, 1)),
+    Case(FP16, 64, SPECIALIZED, "reverse_kl", causal=False, window=70, lengths=(129, 200)),
+    Case(BF16, 128, SPECIALIZED, "forward_kl", window=33, heads=(4, 1, 1), lengths=(129, 40)),
 ]
+ON_HOPPER = [case for case in CASES if case.gpu[1] != "WARP_ENGINE"]
 SWEEP = [
-    Case(dtype, head, limit, divergence, beta, causal, window, heads)
+    Case(dtype, head, gpu, divergence, beta, causal, window, heads)
     for dtype in (BF16, FP16)
-    for head, limit in ((64, WIDE), (128, WIDE), (128, NARROW), (64, HOPPER), (128, HOPPER))
+    for head, gpu in (
+        *((64, WIDE), (128, WIDE), (128, NARROW), (64, HOPPER), (128, HOPPER)),
+        *((64, SPECIALIZED), (128, SPECIALIZED)),
+    )
     for divergence, beta in (("jsd", 0.5), ("jsd", 0.9), ("forward_kl", 0.5), ("reverse_kl", 0.5))
     for causal, window, heads in ((True, None, (4, 1, 1)), (False, 65, (4, 4, 2)))
 ]
 
 
-def emulate(monkeypatch: pytest.MonkeyPatch) -> emulation.Emulator:
+def emulate(
+    monkeypatch: pytest.MonkeyPatch, limit: int = WIDE[0], engine: str = WIDE[1]
+) -> emulation.Emulator:
     """The host's code launches on the CPU instead."""
     run = emulation.Emulator()
     monkeypatch.setattr(attention_cuda, "run", run)
+    monkeypatch.setattr(attention_cuda, "tensor_map", emulation.tensor_map)
     monkeypatch.setattr(attention_cuda, "device_type", lambda: "cpu")
-    monkeypatch.setattr(attention_cuda, "shared_limit", lambda device: WIDE)
-    monkeypatch.setattr(attention_cuda, "warpgroups", lambda device: False)
+    monkeypatch.setattr(attention_cuda, "shared_limit", lambda device: limit)
+    monkeypatch.setattr(attention_cuda, "engine", lambda device: engine)
     return run
 
 
 def set_up(
     machine: str,
     monkeypatch: pytest.MonkeyPatch,
-    shared_limit: int = WIDE,
-    warpgroups: bool = False,
+    limit: int = WIDE[0],
+    engine: str = WIDE[1],
 ) -> None:
     if machine == "cpu":
-        emulate(monkeypatch)
-    elif warpgroups and torch.cuda.get_device_capability() != (9, 0):
+        emulate(monkeypatch, limit, engine)
+    elif engine != WIDE[1] and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("no Hopper GPU")
-    monkeypatch.setattr(attention_cuda, "shared_limit", lambda device: shared_limit)
-    monkeypatch.setattr(attention_cuda, "warpgroups", lambda device: warpgroups)
+    monkeypatch.setattr(attention_cuda, "shared_limit", lambda device: limit)
+    monkeypatch.setattr(attention_cuda, "engine", lambda device: engine)
 
 
 def guarded(x: Tensor) -> Tensor:
@@ -233,3 +239,43 @@ def check_case(case: Case, machine: str) -> None:
         for name, x, wanted in zip(("dq", "dk", "dv"), got, answers[kind], strict=False):
             assert x.dtype == case.dtype
             check_close(x, wanted, GRADIENT_BOUND, f"{kind} {name}")
+
+
+def check_dropped_rows(case: Case, kind: str, machine: str) -> None:
+    """What rows of weight 0 hold makes no difference."""
+    inputs = Inputs(replace(case, lengths=(70, 60)), machine)
+    answers = inputs.answers()
+    dropped = inputs.weight == 0
+    value, statistic = inputs.statistics(answers, ~dropped)
+    wanted = inputs.backward(answers, kind, statistic)
+    inputs.q_teacher[dropped] = math.nan
+    answers["lse_teacher"][:, dropped] = math.nan
+    if kind == "align":
+        inputs.q[dropped] = math.nan
+        answers["lse"][:, dropped] = math.nan
+    value_again, statistic_again = inputs.statistics(answers, ~dropped)
+    assert torch.equal(value, value_again), "a dropped row changed the value"
+    assert torch.equal(statistic, statistic_again), "a dropped row changed the statistic"
+    statistic_again[:, dropped] = math.nan
+    for x, y in zip(wanted, inputs.backward(answers, kind, statistic_again), strict=True):
+        assert torch.equal(x, y), "a dropped row changed a gradient"
+
+
+def check_nan_stays(case: Case, machine: str) -> None:
+    """A sequence of NaN leaves the ones on both sides of it as they were."""
+    inputs = Inputs(replace(case, lengths=(40, 20, 50)), machine)
+    inputs.weight = torch.full_like(inputs.weight, 1e-2)
+    answers = inputs.answers()
+    value, statistic = inputs.statistics(answers, None)
+    clean = [inputs.backward(answers, kind, statistic) for kind in ("plain", "fused")]
+    for x in (inputs.q, inputs.k, inputs.v, inputs.d_out, inputs.q_teacher, inputs.k_teacher):
+        x[40:60] = math.nan
+    others = torch.ones_like(inputs.weight, dtype=torch.bool)
+    others[40:60] = False
+    value_again, statistic = inputs.statistics(answers, None)
+    assert torch.equal(value[others], value_again[others]), "a NaN left its sequence"
+    assert value_again[~others].isnan().all()
+    for kind, wanted in zip(("plain", "fused"), clean, strict=True):
+        for x, y in zip(wanted, inputs.backward(answers, kind, statistic), strict=True):
+            assert torch.equal(x[others], y[others]), "a NaN left its sequence"
+            assert y[~others].isnan().any()

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import os
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -12,16 +13,17 @@ from oisd_kernels import cuda_build
 from oisd_kernels.cuda_build import Unit
 
 FLAGS = (
-    "-std=c++20",
+    "-std=c++17",
     "-O1",
     "-U_FORTIFY_SOURCE",
+    "-fno-exceptions",
     "-shared",
     "-fPIC",
     "-Wall",
     "-Wextra",
     "-Werror",
 )
-IGNORED = ("-Wno-unknown-pragmas", "-Wno-missing-field-initializers")
+IGNORED = ("-Wno-unknown-pragmas", "-Wno-missing-field-initializers", "-Wno-psabi")
 
 
 def compiler() -> str | None:
@@ -49,12 +51,26 @@ def library(unit: Unit) -> ctypes.CDLL:
     return loaded
 
 
+def tensor_map(dtype, address, sizes, strides, box) -> bytes:
+    """Stands in for `attention_cuda.tensor_map`: `Map` of csrc/emulate_sm90.h.
+
+    Refuses what the driver's documentation does.
+    """
+    assert dtype.itemsize == 2 and address % 16 == 0 and len(sizes) == len(box) == 3
+    assert all(0 < stride < 1 << 40 and stride % 16 == 0 for stride in strides)
+    assert all(0 < size <= 1 << 32 for size in sizes) and all(0 < side <= 256 for side in box)
+    swizzle = 128
+    assert box[0] * dtype.itemsize <= swizzle
+    return struct.pack("<6Q4I", address, *sizes, *strides, *box, swizzle).ljust(128, b"\0")
+
+
 class Emulator:
     """Stands in for `attention_cuda.run`; keeps the launches."""
 
     def __init__(self) -> None:
         self.reversed = False
         self.launches: list[tuple[Unit, str, int]] = []
+        self.boxes: dict[str, int] = {}  # of a kernel's last launch, copied by tensor maps
 
     def __call__(self, unit, kernel, params, device, blocks, threads, shared) -> None:
         assert device.type == "cpu"
@@ -62,3 +78,4 @@ class Emulator:
         arguments = (kernel.encode(), ctypes.byref(params), blocks, threads, shared, self.reversed)
         message = library(unit).emulate(*arguments)
         assert not message, f"{unit.name} {kernel}: {message.decode()}"
+        self.boxes[kernel] = library(unit).boxes_copied()

@@ -21,6 +21,8 @@ from csrc_cases import (
     Inputs,
     check_case,
     check_close,
+    check_dropped_rows,
+    check_nan_stays,
     emulate,
     guarded,
     needs_emulation,
@@ -41,7 +43,7 @@ def emulator(monkeypatch) -> emulation.Emulator:
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_float64(case, machine, monkeypatch):
-    set_up(machine, monkeypatch, case.shared_limit, case.warpgroups)
+    set_up(machine, monkeypatch, *case.gpu)
     check_case(case, machine)
 
 
@@ -49,48 +51,23 @@ def test_against_float64(case, machine, monkeypatch):
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("case", SWEEP, ids=str)
 def test_every_unit_against_float64(case, machine, monkeypatch):
-    set_up(machine, monkeypatch, case.shared_limit, case.warpgroups)
+    set_up(machine, monkeypatch, *case.gpu)
     check_case(case, machine)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("kind", ["align", "fused"])
-def test_dropped_rows_may_hold_anything(kind, machine, monkeypatch):
-    set_up(machine, monkeypatch)
-    inputs = Inputs(replace(CASES[0], lengths=(70, 60)), machine)
-    answers = inputs.answers()
-    dropped = inputs.weight == 0
-    value, statistic = inputs.statistics(answers, ~dropped)
-    wanted = inputs.backward(answers, kind, statistic)
-    inputs.q_teacher[dropped] = math.nan
-    answers["lse_teacher"][:, dropped] = math.nan
-    if kind == "align":
-        inputs.q[dropped] = math.nan
-        answers["lse"][:, dropped] = math.nan
-    value_again, statistic_again = inputs.statistics(answers, ~dropped)
-    assert torch.equal(value, value_again) and torch.equal(statistic, statistic_again)
-    statistic_again[:, dropped] = math.nan
-    for x, y in zip(wanted, inputs.backward(answers, kind, statistic_again), strict=True):
-        assert torch.equal(x, y)
+@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+def test_dropped_rows_may_hold_anything(case, kind, machine, monkeypatch):
+    set_up(machine, monkeypatch, *case.gpu)
+    check_dropped_rows(case, kind, machine)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_a_nan_stays_in_its_sequence(machine, monkeypatch):
-    set_up(machine, monkeypatch)
-    inputs = Inputs(replace(CASES[0], lengths=(40, 20, 50)), machine)
-    inputs.weight = torch.full_like(inputs.weight, 1e-2)
-    answers = inputs.answers()
-    value, statistic = inputs.statistics(answers, None)
-    clean = inputs.backward(answers, "fused", statistic)
-    for x in (inputs.q, inputs.k, inputs.v, inputs.d_out, inputs.q_teacher, inputs.k_teacher):
-        x[40:60] = math.nan
-    others = torch.ones_like(inputs.weight, dtype=torch.bool)
-    others[40:60] = False
-    value_again, statistic = inputs.statistics(answers, None)
-    assert torch.equal(value[others], value_again[others])
-    assert value_again[~others].isnan().all()
-    for x, y in zip(clean, inputs.backward(answers, "fused", statistic), strict=True):
-        assert torch.equal(x[others], y[others]) and y[~others].isnan().any()
+@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+def test_a_nan_stays_in_its_sequence(case, machine, monkeypatch):
+    set_up(machine, monkeypatch, *case.gpu)
+    check_nan_stays(case, machine)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -127,11 +104,10 @@ def test_float16_gradients_do_not_underflow(emulator):
 
 
 @needs_emulation
-@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=str)
-def test_the_order_of_warps_and_blocks_does_not_matter(case, emulator, monkeypatch):
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7]], ids=str)
+def test_the_order_of_warps_and_blocks_does_not_matter(case, monkeypatch):
     """Else a barrier is missing."""
-    monkeypatch.setattr(attention_cuda, "shared_limit", lambda device: case.shared_limit)
-    monkeypatch.setattr(attention_cuda, "warpgroups", lambda device: case.warpgroups)
+    emulator = emulate(monkeypatch, *case.gpu)
     inputs = Inputs(case)
     answers = inputs.answers()
     results = []
@@ -139,6 +115,29 @@ def test_the_order_of_warps_and_blocks_does_not_matter(case, emulator, monkeypat
         value, statistic = inputs.statistics(answers, inputs.weight != 0)
         results.append((value, statistic, *inputs.backward(answers, "fused", statistic)))
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+
+@needs_emulation
+def test_tiles_without_weight_are_not_copied(monkeypatch):
+    """Counted in boxes of 64 rows and 64 columns: a tensor's own tile is 4, a streamed one 2."""
+    emulator = emulate(monkeypatch, *CASES[7].gpu)
+    inputs = Inputs(replace(CASES[7], heads=(1, 1, 1), lengths=(192,)))
+    answers = inputs.answers()
+    inputs.weight[:] = 0
+    inputs.weight[130] = 1e-2
+    _, statistic = inputs.statistics(answers, inputs.weight != 0)
+    assert emulator.boxes["statistics"] == 2 * (4 + 3 * 2)  # the last queries, all keys
+    inputs.backward(answers, "align", statistic)
+    assert emulator.boxes["backward_keys_align"] == 2 * 2 * (4 + 2)  # all keys, the last queries
+    assert emulator.boxes["backward_queries_align"] == 2 * (4 + 3 * 2)
+    inputs.backward(answers, "fused", statistic)
+    # Keys 0 to 127 meet three tiles of queries, and the others one; the teacher's are of one alone.
+    assert emulator.boxes["backward_keys_fused"] == 2 * 3 * 4 + 2 * (3 + 1) * 2 + (1 + 1) * 2
+    inputs.weight[130] = 0
+    for kernel in ("align", "fused"):
+        inputs.backward(answers, kernel, statistic)
+    assert emulator.boxes["backward_keys_align"] == emulator.boxes["backward_queries_align"] == 0
+    assert emulator.boxes["backward_keys_fused"] == 2 * 3 * 4 + 2 * (3 + 1) * 2
 
 
 @needs_emulation
@@ -183,6 +182,16 @@ def test_host_and_device_agree_on_sizes(tile):
     for name in ("Statistics", "Prepare", "Backward"):
         size = ctypes.sizeof(getattr(cuda_params, name))
         assert library.size_of(name.lower().encode()) == size
+
+
+@needs_emulation
+def test_positions_are_exact():
+    """Beyond 2^24, where float32 is not."""
+    library = emulation.library(Unit("Bfloat16", cuda_build.tiles()[0], "NO_DIVERGENCE"))
+    first, unbounded = 1 << 24, attention_cuda.UNBOUNDED
+    assert library.last_streamed(first, first + 3, unbounded, 0) == first + 3
+    assert library.last_streamed(first, first + 1001, unbounded, 0) == first + 128
+    assert library.last_streamed(first, first + 1001, unbounded, unbounded) == first + 1001
 
 
 @needs_emulation
@@ -237,32 +246,93 @@ def test_lanes_are_those_that_triton_uses():
                 assert [row.value, column.value] == place, (name, lane, i)
 
 
+# file, what stands there, what the mutant has instead, and what the error says of it.
 MUTANTS = {
-    "no barrier": ("attention_backward.h", "    engine.arrived();\n    barrier();\n", ""),
+    "no barrier": ("attention_backward.h", "    engine.arrived();\n    barrier();\n", "",
+                   "before thread"),
     "no wait": ("attention_statistics.h",
                 "    copy_async_wait_all();\n    engine.arrived();\n    barrier();\n    const",
-                "    barrier();\n    const"),
+                "    barrier();\n    const", "before thread"),
     "swizzle": ("attention_blocks.h", "to + tile_offset<ROWS>(row, chunk)",
-                "to + (row * TILE::HEAD / CHUNK + chunk) * 16"),
-    "causal edge": ("attention_blocks.h", "ahead <= right", "ahead < right"),
+                "to + (row * TILE::HEAD / CHUNK + chunk) * 16", "relative error"),
+    "causal edge": ("attention_blocks.h", "ahead <= right", "ahead < right", "relative error"),
     "lane": ("layout.h", "left_chunk(int lane) { return lane >> 4; }",
-             "left_chunk(int lane) { return lane >> 3 & 1; }"),
-    "key head": ("attention_backward.h", "KEYS ? own_head * group", "KEYS ? own_head"),
+             "left_chunk(int lane) { return lane >> 3 & 1; }", "relative error"),
+    "key head": ("attention_backward.h", "KEYS ? block.own_head * block.group",
+                 "KEYS ? block.own_head", "relative error"),
     "sequence": ("attention_blocks.h", "place.begin = layout.cu_seqlens[low]",
-                 "place.begin = layout.cu_seqlens[0]"),
-    "last row": ("attention_backward.h", "if (row >= rows)", "if (row + 1 >= rows)"),
-    "fence": ("sm90_engine.h", "{ fence_for_warpgroups(); }", "{}"),
-    "descriptor": ("sm90_engine.h", "describe(streamed + s * 16 * ROW_BYTES, STREAMED_HALF)",
-                   "describe(streamed + s * 16 * ROW_BYTES)"),
-    "dead tile": ("attention_blocks.h", "live(token + row)", "live(token)"),
+                 "place.begin = layout.cu_seqlens[0]", "^$"),
+    "last row": ("attention_gradients.h", "if (row >= rows)", "if (row + 1 >= rows)", "error"),
+    "dead tile": ("attention_blocks.h", "live(token + row)", "live(token)", "relative error"),
 }  # fmt: skip
+WARPGROUP_MUTANTS = {
+    "fence": ("sm90_engine.h", "{ fence_for_warpgroups(); }", "{}", "without a fence"),
+    "descriptor": ("sm90_engine.h", "describe(streamed + s * 16 * ROW_BYTES, STREAMED_HALF)",
+                   "describe(streamed + s * 16 * ROW_BYTES)", "relative error"),
+    "products without a fence": ("sm90_engine.h", "    warpgroup_begin();\n", "",
+                                 "a wgmma without a fence"),
+    "products without a wait": ("sm90_engine.h", "    warpgroup_end();\n", "",
+                                "a thread ends before its products"),
+}  # fmt: skip
+SPECIALIZED_MUTANTS = {
+    "stage not waited for": ("attention_ring.h", "    barrier_wait(full(), parity);\n", "",
+                             "reads shared memory|may still read"),
+    "own tile not waited for": ("attention_backward.h", "    barrier_wait(ring.own_full(), 0);\n",
+                                "", "before the copy of barrier|that the copy of barrier"),
+    "stage not empty": ("attention_ring.h", "{ barrier_wait(empty(), parity ^ 1); }", "{}",
+                        "may still read|has not handed over|more often|nothing can go on"),
+    "stage given back early": (
+        "attention_backward.h",
+        "    gradients.add(p, place, Engine<ELEMENT, TILE>(fresh_thread_index()), note.first",
+        "    const unsigned empty = ring.empty();\n"
+        "    if (thread_index() % WARP == 0) barrier_arrive(empty);\n"
+        "    gradients.add(p, place, Engine<ELEMENT, TILE>(fresh_thread_index()), note.first",
+        "may still read|before the copy|more often"),
+    "stage given back by one lane for all": ("attention_ring.h",
+        "    warp_barrier();  // the other lanes are done with the row values, too\n", "",
+        "may still read"),
+    "stage kept": ("attention_ring.h", "barrier_arrive(empty());", "barrier_arrive(full());",
+                   "more often|nothing can go on"),
+    "arrivals": ("attention_ring.h", "i * 8, TILE::WARPS)", "i * 8, TILE::WARPS / 2)",
+                 "may still read|more often"),
+    "row values not awaited": ("attention_ring.h", "1 + (WITH_VALUES ? WARP : 0)", "1",
+                               "more often|before thread"),
+    "parity": ("attention_ring.h", "stage = 0, parity ^= 1", "stage = 0",
+               "may still read|before|more often|nothing can go on"),
+    "too few bytes": ("attention_backward.h", "barrier_expect(full, Memory::OWN)",
+                      "barrier_expect(full, Memory::OWN - 16)", "more bytes arrive"),
+    "too many bytes": ("attention_backward.h", "(1 + PLAIN + teacher)", "(2 + PLAIN + teacher)",
+                       "nothing can go on: warp 0 for the barrier"),
+    "half": ("attention_ring.h", "half * 64, head", "0, head", "relative error"),
+    "second box": ("attention_ring.h", "token + row, full", "token, full", "relative error"),
+    "creation not fenced": ("attention_ring.h", "      fence_created_barriers();\n", "",
+                            "was not fenced"),
+    "creation not known": ("attention_ring.h", "    barrier();\n", "",
+                           "there is no barrier|before its creation"),
+    "cleared without a fence": ("attention_ring.h", "  fence_for_warpgroups();\n", "",
+                                "wrote without a fence|may overtake"),
+    "cleared without a barrier": ("attention_ring.h", "  barrier_of(TILE::OWNERS);\n", "",
+                                  "before thread"),
+    "cut tile not cleared": ("attention_backward.h", "const bool cut = rows < STREAMED",
+                             "const bool cut = false", "a NaN left"),
+    "own tile not cleared": ("attention_backward.h", "clear_rows<TILE, OWN>(ring.own, live)",
+                             "(void)live", "a dropped row"),
+    "dropped rows not cleared": ("attention_backward.h", "!= ~0u", "== 1", "a dropped row"),
+    "registers": ("attention_backward.h", "    fewer_registers<PRODUCER_REGISTERS>();\n", "",
+                  "more registers than a block has"),
+}  # fmt: skip
+CASE_OF = {
+    **dict.fromkeys(MUTANTS, CASES[0]),
+    **dict.fromkeys(WARPGROUP_MUTANTS, CASES[5]),
+    **dict.fromkeys(SPECIALIZED_MUTANTS, CASES[7]),
+}
 
 
 @needs_emulation
 @pytest.mark.slow
-@pytest.mark.parametrize("mutant", MUTANTS)
-def test_the_emulation_sees_a_mistake(mutant, emulator, tmp_path, monkeypatch):
-    file, old, new = MUTANTS[mutant]
+@pytest.mark.parametrize("mutant", CASE_OF)
+def test_the_emulation_sees_a_mistake(mutant, tmp_path, monkeypatch):
+    file, old, new, message = (MUTANTS | WARPGROUP_MUTANTS | SPECIALIZED_MUTANTS)[mutant]
     for path in cuda_build.source_folder().iterdir():
         text = path.read_text(encoding="utf-8")
         if path.name == file:
@@ -271,14 +341,14 @@ def test_the_emulation_sees_a_mistake(mutant, emulator, tmp_path, monkeypatch):
         (tmp_path / path.name).write_text(text, encoding="utf-8")
     monkeypatch.setattr(cuda_build, "source_folder", lambda: tmp_path)
     monkeypatch.setattr(emulation, "library", emulation.library.__wrapped__)
-    case = replace(CASES[5 if file == "sm90_engine.h" else 0], heads=(4, 2, 2), lengths=(70, 140))
-    limit, groups = case.shared_limit, case.warpgroups
-    monkeypatch.setattr(attention_cuda, "shared_limit", lambda device: limit)
-    monkeypatch.setattr(attention_cuda, "warpgroups", lambda device: groups)
-    with pytest.raises(AssertionError):
-        check_case(case, "cpu")
-        emulator.reversed = True
-        check_case(case, "cpu")
+    case = replace(CASE_OF[mutant], heads=(4, 2, 2), lengths=(70, 140))
+    emulator = emulate(monkeypatch, *case.gpu)
+    with pytest.raises(AssertionError, match=message):
+        for emulator.reversed in (False, True):
+            check_case(case, "cpu")
+            check_nan_stays(case, "cpu")
+            check_dropped_rows(case, "align", "cpu")
+            check_dropped_rows(case, "fused", "cpu")
 
 
 # What only a GPU shows
@@ -287,7 +357,7 @@ def test_the_emulation_sees_a_mistake(mutant, emulator, tmp_path, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_250_reruns_are_equal(case, monkeypatch):
-    set_up("cuda", monkeypatch, case.shared_limit, case.warpgroups)
+    set_up("cuda", monkeypatch, *case.gpu)
     inputs = Inputs(replace(case, lengths=(1000, 129, 871)), "cuda")
     answers = inputs.answers()
     first: list[Tensor] = []
