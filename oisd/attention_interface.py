@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
@@ -138,14 +139,14 @@ def _flash(
     if cu_seqlens is None:
         cu_seqlens = length * torch.arange(batch + 1, device=q.device, dtype=torch.int32)
     out, lse = flash_attention(
-        *(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)),
+        *(rearrange(x, "b h t k -> (b t) h k") for x in (q, k, v)),
         cu_seqlens=cu_seqlens,
         window=options.get("sliding_window"),
         softcap=options.get("softcap"),
         scale=options.get("scaling"),
         alignment=alignment,
     )
-    return out.unflatten(0, (batch, length)), lse
+    return rearrange(out, "(b t) h k -> b t h k", b=batch), lse
 
 
 # Padding and packing as offsets into the flattened [B * T] tokens

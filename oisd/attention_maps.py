@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from oisd.models import AttentionPair, Taps
@@ -72,8 +73,8 @@ class LayerAttention:
 
 def _map(pair: AttentionPair, q: Tensor, k: Tensor, scale: float) -> Tensor:
     """[H, T, T] attention over the keys that both layers see."""
-    q, k = q[0].transpose(0, 1).float(), k[0].transpose(0, 1).float()
-    k = k.repeat_interleave(len(q) // len(k), dim=0)
+    q, k = (rearrange(x[0].float(), "t h k -> h t k") for x in (q, k))
+    k = repeat(k, "j t k -> (j group) t k", group=len(q) // len(k))
     scores = scale * q @ k.mT
     if pair.softcap is not None:
         scores = pair.softcap * torch.tanh(scores / pair.softcap)

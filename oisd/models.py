@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from oisd.attention_interface import AttentionCall, FusedPlan, UnsupportedModelError, tapped
@@ -300,10 +301,8 @@ class Taps:
             alignment = plan.alignments[layer]
         windows = [call.window for call in (student, teacher) if call.window is not None]
         return AttentionPair(
-            student.q.transpose(1, 2),
-            student.k.transpose(1, 2),
-            teacher.q.detach().transpose(1, 2),
-            teacher.k.detach().transpose(1, 2),
+            *(rearrange(x, "b h t k -> b t h k") for x in (student.q, student.k)),
+            *(rearrange(x.detach(), "b h t k -> b t h k") for x in (teacher.q, teacher.k)),
             student.scale,
             teacher.scale,
             student.softcap,
@@ -334,4 +333,22 @@ def pack_padded(attention_mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     keep = attention_mask != 0
     rows = keep.flatten().nonzero().squeeze(-1)
     cu_seqlens = F.pad(keep.sum(1).cumsum(0), (1, 0)).int()
-    return (*(tensor.flatten(0, 1)[rows] for tensor in tensors), cu_seqlens)
+    return (*(rearrange(x, "b t ... -> (b t) ...")[rows] for x in tensors), cu_seqlens)
+
+
+def unpack_padded(attention_mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Undoes `pack_padded`: [N, ...] -> [B, T, ...], 0 where the mask is, with graph.
+
+    attention_mask: [B, T], the one that was packed by.
+    Raises ValueError on shapes that do not agree. Synchronises with the device once.
+    """
+    rows = (attention_mask != 0).flatten().nonzero().squeeze(-1)
+    for tensor in tensors:
+        if len(tensor) != len(rows):
+            raise ValueError(
+                f"unpack_padded: tensors must be [N, ...] with N = {len(rows)}, the mask's tokens, "
+                f"got {[*tensor.shape]}"
+            )
+    size, batch = attention_mask.numel(), len(attention_mask)
+    wide = (x.new_zeros(size, *x.shape[1:]).index_copy(0, rows, x) for x in tensors)
+    return tuple(rearrange(x, "(b t) ... -> b t ...", b=batch) for x in wide)

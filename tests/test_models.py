@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from oisd.models import Taps, UnsupportedModelError, pack_padded
+from oisd.models import Taps, UnsupportedModelError, pack_padded, unpack_padded
 
 torch.set_num_threads(1)
 
@@ -175,6 +175,18 @@ def test_packed_positions_equal_separate_sequences(name):
             alone = (taps.student_hidden()[0], taps.final_hidden(), *taps.attention()[0][:4])
             for tensor, expected in zip(together, alone, strict=True):
                 torch.testing.assert_close(tensor[:, piece], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_unpack_padded_undoes_pack_padded():
+    mask = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
+    x, y = torch.randn(3, 4, 2, 5, requires_grad=True), torch.randn(3, 4)
+    *packed, _ = pack_padded(mask, x, y)
+    wide, flat = unpack_padded(mask, *packed)
+    assert torch.equal(wide, x * mask[..., None, None]) and torch.equal(flat, y * mask)
+    wide.square().sum().backward()
+    assert torch.equal(x.grad, 2 * x.detach() * mask[..., None, None]) and x.grad.any()
+    with pytest.raises(ValueError, match=r"N = 5, the mask's tokens, got \[4\]"):
+        unpack_padded(mask, torch.zeros(4))
 
 
 def test_pack_padded_keeps_the_graph_and_checks_shapes():
