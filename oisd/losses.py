@@ -40,6 +40,8 @@ from oisd_kernels import (
 from oisd_kernels.policy_loss import PolicyLoss, policy_loss
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from oisd.models import AttentionPair
     from oisd_kernels import AttentionAlignment
 
@@ -224,6 +226,7 @@ def think_loss(
     bias: Tensor | None = None,
     logit_softcap: float | None = None,
     impl: str = "auto",
+    tp_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Logit alignment, eq. 7: sum_n token_weight_n * Abar_n * JS(student_n, teacher_n).
 
@@ -235,7 +238,7 @@ def think_loss(
         config: temperature, divergence, beta, clip.
         token_weight: [N], from `token_weights(mask, "sequence-mean")` for eq. 7 and 11.
         bias, logit_softcap: of the unembedding, where the model has them.
-        impl: of `oisd_kernels.logit_lens_divergence`.
+        impl, tp_group: of `oisd_kernels.logit_lens_divergence`.
 
     Returns the loss, a mean over the S layers, and the metrics js/think_pos, js/think_neg,
     entropy/student, entropy/teacher (nats) and agreement/top1, all over the rows whose advantage is
@@ -255,6 +258,7 @@ def think_loss(
         logit_softcap=logit_softcap,
         return_stats=True,
         impl=impl,
+        tp_group=tp_group,
     )
     return rows.sum() / student_hidden.shape[0], _think_metrics(stats, signed)
 
@@ -277,6 +281,7 @@ def grpo_and_think_loss(
     bias: Tensor | None = None,
     logit_softcap: float | None = None,
     impl: str = "auto",
+    tp_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, Metrics]:
     """`grpo_loss` and `think_loss` from one pass over the unembedding, over N rows (tokens).
 
@@ -295,7 +300,7 @@ def grpo_and_think_loss(
         old_logprobs, rollout_logprobs, ref_logprobs: [N], as in `grpo_loss`.
         temperature: of the policy; that of the lens is in `config`.
         bias, logit_softcap: of the unembedding, where the model has them.
-        impl: of `oisd_kernels.policy_head`.
+        impl, tp_group: of `oisd_kernels.policy_head`.
 
     Returns both losses, scalars, and their metrics with entropy/policy (nats) besides.
     Raises ValueError as the two losses and `policy_head` do.
@@ -331,6 +336,7 @@ def grpo_and_think_loss(
         logit_softcap=logit_softcap,
         policy=terms,
         impl=impl,
+        tp_group=tp_group,
     )
     everywhere = torch.ones_like(labels, dtype=torch.bool)
     metrics = _policy_metrics(policy_loss(head.logprob, terms), terms, everywhere)
