@@ -58,6 +58,25 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return model
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has the parameter in parts: whole only while its module runs."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Calls of the module and its children run their forward alone."""
+    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    kept = [(m, name, getattr(m, name)) for m in module.modules() for name in names]
+    try:
+        for inner, name, hooks in kept:
+            setattr(inner, name, type(hooks)())
+        yield
+    finally:
+        for inner, name, hooks in kept:
+            setattr(inner, name, hooks)
+
+
 def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
     """The head's weight [V, D] and bias; refuses an adapter, whose share `weight` does not hold."""
     head = model.get_output_embeddings()
