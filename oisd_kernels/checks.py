@@ -16,6 +16,7 @@ INDEX_DTYPES = (torch.int64,)
 OFFSET_DTYPES = (torch.int32, torch.int64)
 DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 REDUCTIONS = ("none", "sum", "mean")
+GATHER = "call the op inside the wrapped forward, where FSDP2 has the parameter whole"
 
 _Op = TypeVar("_Op", bound=Callable[..., Any])
 
@@ -51,8 +52,7 @@ def check_tensor(
     if not isinstance(x, Tensor):
         raise argument_error(op, argument, "be a torch.Tensor", type(x).__name__)
     if is_dtensor(x):
-        gather = "call the op inside the wrapped forward, where FSDP2 has the parameter whole"
-        remedy = f"pass {argument}.full_tensor(), or {gather}"
+        remedy = f"pass {argument}.full_tensor(), or {GATHER}"
         raise argument_error(op, argument, "be a plain tensor", f"a {type(x).__name__}", remedy)
     fits = x.dim() == len(sizes) and all(
         want is None or have == want for have, want in zip(x.shape, sizes, strict=True)

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 _Result = TypeVar("_Result")
 
 TENSOR_PARALLEL = "tp"  # the name of a mesh dimension
-GATHER = "call the op inside the wrapped forward, where FSDP2 has the parameter whole"
 
 
 class Part(NamedTuple):
@@ -190,7 +189,7 @@ def _sharded_dimension(
 
     mesh, found = x.device_mesh, []
     names = mesh.mesh_dim_names or (None,) * mesh.ndim
-    to_gather = f"pass {argument}.full_tensor(), or {GATHER}"
+    to_gather = f"pass {argument}.full_tensor(), or {checks.GATHER}"
     for dimension, (name, placement) in enumerate(zip(names, x.placements, strict=True)):
         tensor_parallel = name == TENSOR_PARALLEL
         if tp_group is not None:
