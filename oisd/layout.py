@@ -58,8 +58,36 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return model
 
 
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has the parameter in parts: whole only while its module runs."""
+    return hasattr(parameter, "ds_id")
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Calls of the module and its children run their forward alone."""
+    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    kept = [(m, name, getattr(m, name)) for m in module.modules() for name in names]
+    try:
+        for inner, name, hooks in kept:
+            setattr(inner, name, type(hooks)())
+        yield
+    finally:
+        for inner, name, hooks in kept:
+            setattr(inner, name, hooks)
+
+
+def _is_packed(weight: Tensor) -> bool:
+    """Whether the entries are codes: bitsandbytes may store those of 4 bits in a float dtype."""
+    coded = getattr(weight, "quant_state", None) is not None
+    return coded or weight.dim() != 2 or not weight.is_floating_point()
+
+
 def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
-    """The head's weight [V, D] and bias; refuses an adapter, whose share `weight` does not hold."""
+    """The head's weight [V, D] and bias.
+
+    Refuses an adapter, whose share `weight` does not hold, and codes in the place of numbers.
+    """
     head = model.get_output_embeddings()
     # PEFT's modules_to_save trains a copy of the whole head; `weight` is then the active copy's.
     whole = getattr(head, "modules_to_save", None)
@@ -70,6 +98,12 @@ def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
             f"Taps: the output embeddings must be one linear layer without adapters, got "
             f"{type(head).__name__}; leave the head out of the adapter's target modules, or list "
             f"it in modules_to_save"
+        )
+    if not is_partitioned(weight) and _is_packed(weight):
+        raise UnsupportedModelError(
+            f"Taps: the output embeddings must not be quantised, got {type(head).__name__} with a "
+            f"weight of {weight.dtype} {[*weight.shape]}; leave them out (llm_int8_skip_modules of "
+            f"bitsandbytes)"
         )
     return weight, getattr(head, "bias", None)
 

@@ -40,6 +40,8 @@ from oisd_kernels import (
 from oisd_kernels.policy_loss import PolicyLoss, policy_loss
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from oisd.models import AttentionPair
     from oisd_kernels import AttentionAlignment
 
@@ -218,6 +220,7 @@ def think_loss(
     bias: Tensor | None = None,
     logit_softcap: float | None = None,
     impl: str = "auto",
+    tp_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Logit alignment, eq. 7: sum_n token_weight_n * Abar_n * JS(student_n, teacher_n).
 
@@ -229,7 +232,7 @@ def think_loss(
         config: temperature, divergence, beta, clip.
         token_weight: [N], from `token_weights(mask, "sequence-mean")` for eq. 7 and 11.
         bias, logit_softcap: of the unembedding, where the model has them.
-        impl: of `oisd_kernels.logit_lens_divergence`.
+        impl, tp_group: of `oisd_kernels.logit_lens_divergence`.
 
     Returns the loss, a mean over the S layers, and the metrics js/think_pos, js/think_neg,
     entropy/student, entropy/teacher (nats) and agreement/top1, all over the rows whose advantage is
@@ -249,6 +252,7 @@ def think_loss(
         logit_softcap=logit_softcap,
         return_stats=True,
         impl=impl,
+        tp_group=tp_group,
     )
     return rows.sum() / student_hidden.shape[0], _think_metrics(stats, signed)
 
@@ -280,6 +284,7 @@ def grpo_and_think_loss(
     bias: Tensor | None = None,
     logit_softcap: float | None = None,
     impl: str = "auto",
+    tp_group: ProcessGroup | None = None,
 ) -> JointLosses:
     """`grpo_loss` and `think_loss` from one pass over the unembedding, over N rows (tokens).
 
@@ -302,7 +307,7 @@ def grpo_and_think_loss(
         old_logprobs, rollout_logprobs, ref_logprobs: [N], as in `grpo_loss`.
         temperature: of the policy; that of the lens is in `config`.
         bias, logit_softcap: of the unembedding, where the model has them.
-        impl: of `oisd_kernels.policy_head`.
+        impl, tp_group: of `oisd_kernels.policy_head`.
 
     Returns both losses, scalars, their metrics with entropy/policy (nats) besides, and the weights.
     Raises ValueError as the two losses and `policy_head` do.
@@ -338,6 +343,7 @@ def grpo_and_think_loss(
         logit_softcap=logit_softcap,
         policy=terms,
         impl=impl,
+        tp_group=tp_group,
     )
     everywhere = torch.ones_like(labels, dtype=torch.bool)
     found = policy_loss(head.logprob.detach(), terms)

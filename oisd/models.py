@@ -27,10 +27,12 @@ from oisd.layout import (
     find_layout,
     first_tensor,
     head_parameters,
+    is_partitioned,
     planned,
     refuse_variants,
     takes_plans,
     unwrap,
+    without_hooks,
 )
 from oisd_kernels import AttentionAlignment
 
@@ -167,6 +169,7 @@ class Taps:
         """Drops the captures."""
         self._current_plan: FusedPlan | None = None
         self._hidden: dict[int, Tensor] = {}  # layer L's is the one after the final norm
+        self._norm_parameters: dict[str, Tensor] | None = None  # of ZeRO-3, which has them in parts
         self._calls: dict[int, AttentionCall] = {}
 
     def __enter__(self) -> Taps:
@@ -177,6 +180,10 @@ class Taps:
             stack.callback(decoder.register_forward_pre_hook(self._begin).remove)
             stack.callback(decoder.register_forward_hook(self._end, always_call=True).remove)
             stack.callback(norm.register_forward_hook(self._keep_hidden(self.num_layers)).remove)
+            if any(is_partitioned(p) for p in norm.parameters()):
+                # Before DeepSpeed's own hook, which lets go of them.
+                keep_norm = norm.register_forward_hook(self._keep_norm, prepend=True)
+                stack.callback(keep_norm.remove)
             for layer in self.student_layers:
                 hook = layers[layer - 1].register_forward_hook(self._keep_hidden(layer))
                 stack.callback(hook.remove)
@@ -211,6 +218,12 @@ class Taps:
                 self._hidden[layer] = first_tensor(output)
 
         return keep
+
+    def _keep_norm(self, norm: nn.Module, *_: Any) -> None:
+        if self._capturing:
+            self._norm_parameters = {
+                name: p.detach().clone() for name, p in norm.named_parameters()
+            }
 
     def _keep_call(self, layer: int) -> Callable[[AttentionCall], None]:
         def keep(call: AttentionCall) -> None:
@@ -269,11 +282,22 @@ class Taps:
             raise RuntimeError("Taps: student_layers is empty, so there is no student_hidden")
         hidden = [self._hidden[layer] for layer in self.student_layers]
         if self._lens_norm == "final":
-            norm = self._layout.norm
+            hidden = [self._normed(h) for h in hidden]
+        return self._scaled(torch.stack(hidden))
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        norm, kept = self._layout.norm, self._norm_parameters
+        if kept is None:
             frozen = {name: p.detach() for name, p in norm.named_parameters()}
             parameters = frozen if self._freeze_norm else {}
-            hidden = [torch.func.functional_call(norm, parameters, (h,)) for h in hidden]
-        return self._scaled(torch.stack(hidden))
+            return torch.func.functional_call(norm, parameters, (hidden,))
+        if not self._freeze_norm:
+            raise RuntimeError(
+                "Taps: under ZeRO-3 the final norm's parameters get no gradient from the student "
+                "branch; use freeze_norm=True"
+            )
+        with without_hooks(norm):  # DeepSpeed's would fetch the parameters again
+            return torch.func.functional_call(norm, kept, (hidden,))
 
     def attention(self) -> list[AttentionPair]:
         """The student layers' queries and keys beside the last layer's, one pair a student layer.
@@ -301,8 +325,10 @@ class Taps:
             alignment = plan.alignments[layer]
         windows = [call.window for call in (student, teacher) if call.window is not None]
         return AttentionPair(
-            *(rearrange(x, "b h t k -> b t h k") for x in (student.q, student.k)),
-            *(rearrange(x.detach(), "b h t k -> b t h k") for x in (teacher.q, teacher.k)),
+            rearrange(student.q, "b h t k -> b t h k"),
+            rearrange(student.k, "b j t k -> b t j k"),
+            rearrange(teacher.q.detach(), "b h t k -> b t h k"),
+            rearrange(teacher.k.detach(), "b j t k -> b t j k"),
             student.scale,
             teacher.scale,
             student.softcap,

@@ -11,6 +11,7 @@ superfluous blocks end at once.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch

@@ -16,6 +16,7 @@ INDEX_DTYPES = (torch.int64,)
 OFFSET_DTYPES = (torch.int32, torch.int64)
 DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 REDUCTIONS = ("none", "sum", "mean")
+GATHER = "call the op inside the wrapped forward, where FSDP2 has the parameter whole"
 
 _Op = TypeVar("_Op", bound=Callable[..., Any])
 
@@ -26,6 +27,11 @@ def argument_error(
     """The one form of our errors: `op: argument must <wanted>, got <got>; <remedy>`."""
     message = f"{op}: {argument} must {wanted}, got {got}"
     return ValueError(f"{message}; {remedy}" if remedy else message)
+
+
+def is_dtensor(x: Any) -> bool:
+    """By the type's module: torch.distributed is not in every build."""
+    return type(x).__module__.startswith("torch.distributed.tensor")
 
 
 def check_tensor(
@@ -45,9 +51,8 @@ def check_tensor(
     """
     if not isinstance(x, Tensor):
         raise argument_error(op, argument, "be a torch.Tensor", type(x).__name__)
-    if type(x).__module__.startswith("torch.distributed.tensor"):
-        gather = "call the op inside the wrapped forward, where FSDP2 has the parameter whole"
-        remedy = f"pass {argument}.full_tensor(), or {gather}"
+    if is_dtensor(x):
+        remedy = f"pass {argument}.full_tensor(), or {GATHER}"
         raise argument_error(op, argument, "be a plain tensor", f"a {type(x).__name__}", remedy)
     fits = x.dim() == len(sizes) and all(
         want is None or have == want for have, want in zip(x.shape, sizes, strict=True)
@@ -74,12 +79,12 @@ def check_dims(op: str, argument: str, x: Any, layouts: Mapping[int, str]) -> No
         raise argument_error(op, argument, wanted, list(x.shape))
 
 
-def check_head(op: str, hidden: Tensor, weight: Any, bias: Any) -> None:
-    """The unembedding that maps `hidden` [..., D] to V logits."""
+def check_head(op: str, hidden: Tensor, weight: Any, bias: Any, *, empty: bool = False) -> None:
+    """The unembedding that maps `hidden` [..., D] to V logits; with `empty` V may be 0."""
     check_dims(op, "weight", weight, {2: "[V, D]"})
     sizes = (weight.shape[0], hidden.shape[-1])
     check_tensor(op, "weight", weight, "[V, D]", sizes, device=hidden.device)
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not empty:
         raise argument_error(op, "weight", "have at least one row", list(weight.shape))
     if bias is not None:
         check_tensor(op, "bias", bias, "[V]", sizes[:1], device=hidden.device)

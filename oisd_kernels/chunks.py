@@ -18,7 +18,9 @@ from oisd_kernels import checks
 # Default workspace. On CUDA it holds 1,024 tokens beside one layer at a vocabulary of 151,936,
 # where the matmuls have reached their speed; on a CPU they reach it with far fewer rows.
 DEFAULT_BYTES = {"cuda": 5 << 28, "cpu": 3 << 25}
-TILE = 1 << 16  # entries that the torch row functions work on at once: a few rows, in cache
+# Entries that the torch row functions work on at once: a few rows, in a CPU's cache; elsewhere as
+# many as outweigh a launch.
+TILE, DEVICE_TILE = 1 << 16, 1 << 22
 SCRATCH_ROWS = 5  # of theirs for one row of the tile
 ALIGNMENT = 64  # logits of a row start at a multiple of so many entries
 
@@ -36,6 +38,10 @@ class Plan(NamedTuple):
     chunks: list[Chunk]
 
 
+def tile_entries(device: torch.device) -> int:
+    return TILE if device.type == "cpu" else DEVICE_TILE
+
+
 def padded(vocabulary: int) -> int:
     return -(-vocabulary // ALIGNMENT) * ALIGNMENT
 
@@ -48,16 +54,18 @@ def row_capacity(
     width: int,
     itemsize: int,
     least: int,
+    parallel: bool = False,
 ) -> int:
     """Rows of logits that the budget holds, of which an op needs at least `least`.
 
     A row costs its logits and, in fp32 or float64, its hidden state before and after; the torch row
-    functions need scratch besides.
+    functions, which a vocabulary in parts takes everywhere, need scratch besides.
     """
     row = (padded(vocabulary) + 2 * width) * itemsize
     scratch, tile = 0, 0
-    if device.type != "cuda":
-        scratch, tile = SCRATCH_ROWS * vocabulary * itemsize, max(TILE // vocabulary, 1)
+    if device.type != "cuda" or parallel:
+        scratch = SCRATCH_ROWS * vocabulary * itemsize
+        tile = max(tile_entries(device) // vocabulary, 1)
     if max_bytes is None:
         budget = DEFAULT_BYTES.get(device.type, DEFAULT_BYTES["cuda"])
     else:

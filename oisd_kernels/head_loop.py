@@ -5,7 +5,7 @@ Letters: S student layers, N tokens, D width, V vocabulary, C tokens and R stude
 
 import os
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from oisd_kernels.chunks import Chunk, Plan
 from oisd_kernels.policy_loss import PolicyTerms, policy_loss, policy_slope
 from oisd_kernels.projection import Projection
 from oisd_kernels.rows_torch import RowMath
+
+if TYPE_CHECKING:
+    from oisd_kernels.rows_parallel import ParallelRows
 
 
 class HeadPass(NamedTuple):
@@ -48,6 +51,15 @@ def row_functions(device: torch.device) -> ModuleType:
     return rows_triton
 
 
+def parallel_rows(group: Any, start: int) -> "ParallelRows":
+    """Those of a vocabulary in parts; `group` as in `head_pass`."""
+    from torch._C._distributed_c10d import _resolve_process_group  # torch.distributed is optional
+
+    from oisd_kernels.rows_parallel import ParallelRows
+
+    return ParallelRows(_resolve_process_group(group), start)
+
+
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -69,6 +81,8 @@ class HeadLoop:
         final_temperature: float,
         plan: Plan,
         out: HeadPass,
+        group: str,
+        start: int,
     ):
         self.hidden, self.final, self.labels = hidden, final, labels
         self.factor, self.final_factor, self.terms = factor, final_factor, terms
@@ -77,7 +91,8 @@ class HeadLoop:
         self.compute = out.divergence.dtype
         self.bias = None if bias is None else bias.to(self.compute)
         self.project = Projection(weight, {hidden.dtype, final.dtype}, self.compute)
-        self.functions = row_functions(weight.device)
+        self.parallel = parallel_rows(group, start) if group else None
+        self.functions: Any = self.parallel or row_functions(weight.device)
         self.vocabulary = weight.shape[0]
         self.buffer = weight.new_empty(0, dtype=self.compute)
 
@@ -190,7 +205,8 @@ class HeadLoop:
         if not to_rows:
             return None
         gradient = self.project.to_hidden(d_logits)
-        return gradient if scale.numel() == 0 else gradient * scale[:, None]
+        gradient = gradient if scale.numel() == 0 else gradient * scale[:, None]
+        return gradient if self.parallel is None else self.parallel.sum(gradient)
 
     def _logits_buffer(self, rows: int) -> Tensor:
         if len(self.buffer) < rows:

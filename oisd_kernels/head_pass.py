@@ -67,6 +67,8 @@ def head_pass(
     hidden_later: bool,  # the backward runs the pass again for d_hidden and d_weight
     final_later: bool,  # the same for d_final and d_weight
     stats: bool,  # entropies and agreement
+    group: str = "",  # name of the process group that has the vocabulary in parts; "" for none
+    start: int = 0,  # this rank's first row of `weight` among all; `labels` count from the first
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
     Tensor, Tensor, Tensor,
@@ -92,7 +94,7 @@ def head_pass(
         plan = chunks.plan(layers, tokens, dropping, labels is not None, capacity)
         run = HeadLoop(
             hidden, final, weight, bias, labels, factor, final_factor, terms, math_,
-            final_temperature, plan, out,
+            final_temperature, plan, out, group, start,
         )  # fmt: skip
         student_grad = hidden_grad, hidden_weight_grad
         for chunk in plan.chunks:
@@ -107,7 +109,7 @@ def _(
     hidden, final, weight, bias, labels, factor, final_factor, advantage, loss_weight, old_logprob,
     rollout_logprob, ref_logprob, policy_options, divergence, beta, temperature, final_temperature,
     softcap, capacity, drop, reduce, hidden_grad, final_grad, hidden_weight_grad,
-    final_weight_grad, hidden_later, final_later, stats,
+    final_weight_grad, hidden_later, final_later, stats, group="", start=0,
 ):  # fmt: skip
     weight_grad = hidden_weight_grad or final_weight_grad
     return allocate(
@@ -256,6 +258,8 @@ class _Call(NamedTuple):
     hidden_later: bool
     final_later: bool
     stats: bool
+    group: str = ""
+    start: int = 0
 
 
 _FIRST_GRADIENT = HeadPass._fields.index("d_hidden")

@@ -7,16 +7,22 @@
 cap(z) = c * tanh(z / c) where logit_softcap = c is given, else z.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from oisd_kernels import checks, chunks, reference
+from oisd_kernels import checks, chunks, reference, vocab_parallel
 from oisd_kernels.head_loop import HeadPass, compute_dtype
 from oisd_kernels.head_pass import NO_POLICY, head_pass
 from oisd_kernels.reference import LinearLogprob
+from oisd_kernels.vocab_parallel import Part
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OP = "linear_logprob"
 NAMES = ("reference", "chunked", "tiled")
@@ -31,12 +37,14 @@ def _chunked(
     temperature: float,
     logit_softcap: float | None,
     max_bytes: int | None,
+    part: Part | None = None,
 ) -> LinearLogprob:
     compute = compute_dtype(hidden, weight, bias)
-    vocabulary, width = weight.shape
+    part = part or vocab_parallel.whole(weight, bias)
     capacity = chunks.row_capacity(
-        OP, max_bytes, hidden.device, vocabulary, width, compute.itemsize, 1
-    )
+        OP, max_bytes, hidden.device, part.largest, weight.shape[1], compute.itemsize, 1,
+        bool(part.group),
+    )  # fmt: skip
     recording = torch.is_grad_enabled()
     to_weight = recording and (weight.requires_grad or (bias is not None and bias.requires_grad))
     out = HeadPass(
@@ -64,6 +72,8 @@ def _chunked(
             hidden_later=False,
             final_later=to_weight,
             stats=True,
+            group=part.group,
+            start=part.start,
         )
     )
     return LinearLogprob(out.logprob, out.final_entropy, out.logsumexp)
@@ -93,6 +103,7 @@ def linear_logprob(
     logit_softcap: float | None = None,
     impl: str = "auto",
     max_bytes: int | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> LinearLogprob:
     """Log-probability, entropy and logsumexp of `hidden @ weight.T`, per row.
 
@@ -113,6 +124,8 @@ def linear_logprob(
         max_bytes: workspace budget of "chunked" and "tiled" in bytes, beside inputs, outputs and
             their gradients. Default for "chunked" 1.25 GiB on CUDA, 96 MiB on a CPU, or one token
             where that is more; for "tiled" 32 MiB.
+        tp_group: the process group that has the vocabulary in parts, see `logit_lens_divergence`;
+            labels count from the first row of the first part.
 
     Returns:
         (logprob, entropy, logsumexp), each [N] in nats; float32, or float64 if hidden, weight or
@@ -127,7 +140,6 @@ def linear_logprob(
     """
     checks.check_dims(OP, "hidden", hidden, {2: "[N, D]"})
     checks.check_tensor(OP, "hidden", hidden, "[N, D]", hidden.shape)
-    checks.check_head(OP, hidden, weight, bias)
     checks.check_tensor(
         OP,
         "labels",
@@ -137,17 +149,18 @@ def linear_logprob(
         dtypes=checks.INDEX_DTYPES,
         device=hidden.device,
     )
-    remedy = "leave rows without a label out, or weight them by 0"
-    checks.check_values(OP, "labels", labels, 0, weight.shape[0], remedy)
     checks.check_positive(OP, "temperature", temperature)
     checks.check_positive(OP, "logit_softcap", logit_softcap, optional=True)
     checks.check_count(OP, "max_bytes", max_bytes)
     run = checks.choose(OP, impl, IMPLEMENTATIONS, NAMES)
-    return run(
+    part = vocab_parallel.part(OP, hidden, weight, bias, tp_group, True)
+    remedy = "leave rows without a label out, or weight them by 0"
+    checks.check_values(OP, "labels", labels, 0, part.vocabulary, remedy)
+    return vocab_parallel.bind(OP, impl, run, part)(
         hidden,
-        weight,
+        part.weight,
         labels,
-        bias=bias,
+        bias=part.bias,
         temperature=temperature,
         logit_softcap=logit_softcap,
         max_bytes=max_bytes,

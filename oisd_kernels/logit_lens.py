@@ -9,16 +9,22 @@ cap(z) = c * tanh(z / c) where logit_softcap = c is given, else z. The divergenc
 its eq. 6.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from oisd_kernels import checks, chunks, reference
+from oisd_kernels import checks, chunks, reference, vocab_parallel
 from oisd_kernels.head_loop import HeadPass, compute_dtype
 from oisd_kernels.head_pass import NO_POLICY, head_pass
 from oisd_kernels.reference import LensStats
+from oisd_kernels.vocab_parallel import Part
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OP = "logit_lens_divergence"
 NAMES = ("reference", "chunked", "tiled")
@@ -39,12 +45,14 @@ def _chunked(
     grad_weight: bool,
     return_stats: bool,
     max_bytes: int | None,
+    part: Part | None = None,
 ) -> Tensor | tuple[Tensor, LensStats]:
     compute = compute_dtype(hidden, teacher_hidden, weight, bias)
-    vocabulary, width = weight.shape
+    part = part or vocab_parallel.whole(weight, bias)
     capacity = chunks.row_capacity(
-        OP, max_bytes, hidden.device, vocabulary, width, compute.itemsize, 2
-    )
+        OP, max_bytes, hidden.device, part.largest, weight.shape[1], compute.itemsize, 2,
+        bool(part.group),
+    )  # fmt: skip
     rows = hidden.shape[:-1]
     layers = hidden if hidden.dim() == 3 else hidden[None]
     factor = None
@@ -82,6 +90,8 @@ def _chunked(
             hidden_later=later,
             final_later=False,
             stats=return_stats,
+            group=part.group,
+            start=part.start,
         )
     )
     loss = out.loss if reduce else out.loss.view(rows)
@@ -129,6 +139,7 @@ def logit_lens_divergence(
     return_stats: Literal[False] = False,
     impl: str = "auto",
     max_bytes: int | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> Tensor: ...
 
 
@@ -149,6 +160,7 @@ def logit_lens_divergence(
     return_stats: Literal[True],
     impl: str = "auto",
     max_bytes: int | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, LensStats]: ...
 
 
@@ -168,6 +180,7 @@ def logit_lens_divergence(
     return_stats: bool = False,
     impl: str = "auto",
     max_bytes: int | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, LensStats]:
     """Signed, weighted divergence of logit-lens distributions from the final layer's, per token.
 
@@ -198,6 +211,13 @@ def logit_lens_divergence(
         max_bytes: workspace budget of "chunked" and "tiled" in bytes, beside inputs, outputs and
             their gradients. Default for "chunked" 1.25 GiB on CUDA, 96 MiB on a CPU, or one token
             where that is more; for "tiled" 32 MiB.
+        tp_group: the process group that has the vocabulary in parts; `weight` and `bias` are then
+            this rank's rows, [rows, D] and [rows], in the group's order, of any number. A DTensor
+            with Shard(0) over a mesh dimension named "tp" needs no `tp_group`, see
+            `oisd_kernels.vocab_parallel`. The other arguments must be the same on every rank. So
+            are the results and the gradient to `hidden`, which is summed over the ranks; that to
+            `weight` and `bias` is of this rank's rows. "chunked" alone; torch.compile breaks its
+            graph here.
 
     Returns:
         token_weight * divergence in nats, [S, N] (or [N], as `hidden`), or a scalar. float32;
@@ -218,7 +238,6 @@ def logit_lens_divergence(
     checks.check_tensor(
         OP, "teacher_hidden", teacher_hidden, "[N, D]", (tokens, width), device=device
     )
-    checks.check_head(OP, hidden, weight, bias)
     if token_weight is not None:
         checks.check_dims(OP, "token_weight", token_weight, {1: "[N]", 2: "[S, N]"})
         per_layer = bool(layers) and token_weight.dim() == 2
@@ -232,11 +251,12 @@ def logit_lens_divergence(
     checks.check_flag(OP, "return_stats", return_stats)
     checks.check_count(OP, "max_bytes", max_bytes)
     run = checks.choose(OP, impl, IMPLEMENTATIONS, NAMES)
-    return run(
+    part = vocab_parallel.part(OP, hidden, weight, bias, tp_group, grad_weight)
+    return vocab_parallel.bind(OP, impl, run, part)(
         hidden,
         teacher_hidden,
-        weight,
-        bias=bias,
+        part.weight,
+        bias=part.bias,
         token_weight=token_weight,
         divergence=divergence,
         beta=beta,

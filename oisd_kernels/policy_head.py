@@ -13,18 +13,24 @@ with gradients to both hidden states, 3 + 2S where `weight` receives the policy 
 the final logits are computed again.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from oisd_kernels import checks, chunks, reference
+from oisd_kernels import checks, chunks, reference, vocab_parallel
 from oisd_kernels.head_loop import HeadPass, compute_dtype
 from oisd_kernels.head_pass import NO_POLICY, head_pass
 from oisd_kernels.policy_loss import PolicyTerms, policy_loss
 from oisd_kernels.reference import LensStats
+from oisd_kernels.vocab_parallel import Part
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OP = "policy_head"
 NAMES = ("reference", "chunked")
@@ -59,6 +65,7 @@ def policy_head(
     policy: PolicyTerms | None = None,
     impl: str = "auto",
     max_bytes: int | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> PolicyHead:
     """`linear_logprob` and `logit_lens_divergence` in one, the final layer's logits computed once.
 
@@ -82,6 +89,8 @@ def policy_head(
         policy: terms of the policy loss, [N] each; they receive no gradient.
         impl: "chunked", which "auto" takes, or "reference" (all logits in memory).
         max_bytes: workspace budget of "chunked" in bytes.
+        tp_group: the process group that has the vocabulary in parts, see `logit_lens_divergence`;
+            labels count from the first row of the first part.
 
     Returns:
         `PolicyHead`; float32, or float64 if an input is. In `stats`, `teacher_entropy` is that of
@@ -97,11 +106,8 @@ def policy_head(
     checks.check_tensor(OP, "hidden_final", hidden_final, "[N, D]", hidden_final.shape)
     tokens, width = hidden_final.shape
     device = hidden_final.device
-    checks.check_head(OP, hidden_final, weight, bias)
     integer = checks.INDEX_DTYPES
     checks.check_tensor(OP, "labels", labels, "[N]", (tokens,), dtypes=integer, device=device)
-    remedy = "leave rows without a label out, or weight them by 0"
-    checks.check_values(OP, "labels", labels, 0, weight.shape[0], remedy)
     if student_hidden is None:
         student_hidden = hidden_final.detach().new_zeros(0, tokens, width)
         token_weight = None
@@ -124,12 +130,15 @@ def policy_head(
     checks.check_flag(OP, "grad_weight", grad_weight)
     checks.check_count(OP, "max_bytes", max_bytes)
     run = checks.choose(OP, impl, IMPLEMENTATIONS, NAMES)
-    return run(
+    part = vocab_parallel.part(OP, hidden_final, weight, bias, tp_group, True)
+    remedy = "leave rows without a label out, or weight them by 0"
+    checks.check_values(OP, "labels", labels, 0, part.vocabulary, remedy)
+    return vocab_parallel.bind(OP, impl, run, part)(
         hidden_final,
-        weight,
+        part.weight,
         labels,
         student_hidden,
-        bias=bias,
+        bias=part.bias,
         token_weight=token_weight,
         divergence=divergence,
         beta=beta,
@@ -165,11 +174,14 @@ def _chunked(
     grad_weight: bool,
     policy: PolicyTerms | None,
     max_bytes: int | None,
+    part: Part | None = None,
 ) -> PolicyHead:
     compute = compute_dtype(hidden_final, student_hidden, weight, bias)
+    part = part or vocab_parallel.whole(weight, bias)
     capacity = chunks.row_capacity(
-        OP, max_bytes, weight.device, *weight.shape, itemsize=compute.itemsize, least=2
-    )
+        OP, max_bytes, weight.device, part.largest, weight.shape[1], compute.itemsize, 2,
+        bool(part.group),
+    )  # fmt: skip
     rows = student_hidden.shape[:-1]
     layers = student_hidden if student_hidden.dim() == 3 else student_hidden[None]
     factor = None
@@ -204,6 +216,8 @@ def _chunked(
             hidden_later=student_later,
             final_later=final_later,
             stats=True,
+            group=part.group,
+            start=part.start,
         )
     )
     stats = LensStats(

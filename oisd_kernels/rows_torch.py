@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from oisd_kernels.chunks import SCRATCH_ROWS, TILE
+from oisd_kernels.chunks import SCRATCH_ROWS, tile_entries
 
 
 class RowMath(NamedTuple):
@@ -51,8 +51,8 @@ def final_rows(
 ) -> FinalRows:
     logsumexp, entropy, logprob = (z.new_zeros(len(z)) for _ in range(3))
     top1 = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-    for tile, (e,) in _tiles(z, 1):
-        _scores(z[tile], bias, math_)
+    for tile, (e,) in tiles(z, 1):
+        scores(z[tile], bias, math_)
         logsumexp[tile], sums = _log_softmax(z[tile], e)
         if top1s:
             top1[tile] = z[tile].argmax(-1)
@@ -91,14 +91,14 @@ def final_gradient(
     """Gradient of sum(factor * logprob) to the logits, and what it is still to be multiplied by."""
     del bias, operand
     row_factor = (factor / math_.temperature)[:, None]
-    for tile, (slope,) in _tiles(z, 1):
+    for tile, (bend,) in tiles(z, 1):
         tile_z = z[tile]
         if math_.softcap is not None:
-            _slope(torch.add(tile_z, final.logsumexp[tile, None], out=slope), math_)
+            slope(torch.add(tile_z, final.logsumexp[tile, None], out=bend), math_)
         tile_z.exp_().mul_(-row_factor[tile])
         tile_z.scatter_add_(1, labels[tile, None], row_factor[tile])
         if math_.softcap is not None:
-            tile_z.mul_(slope)
+            tile_z.mul_(bend)
     return z, z.new_zeros(0)
 
 
@@ -118,11 +118,11 @@ def student_rows(
     divergence, entropy, agreement = (z.new_zeros(len(z)) for _ in range(3))
     row_factor = (factor / math_.temperature)[:, None]
     capped = gradient and math_.softcap is not None
-    for tile, (q, d, p, t, slope) in _tiles(z, SCRATCH_ROWS):
+    for tile, (q, d, p, t, bend) in tiles(z, SCRATCH_ROWS):
         tile_z = z[tile]
-        _scores(tile_z, bias, math_)
+        scores(tile_z, bias, math_)
         if capped:
-            _slope(slope.copy_(tile_z), math_)
+            slope(bend.copy_(tile_z), math_)
         _log_softmax(tile_z, q)
         torch.exp(tile_z, out=q)  # of the rounded logarithm: the terms of a KL rely on that
         torch.index_select(z_final, 0, slot[tile], out=d)
@@ -132,17 +132,38 @@ def student_rows(
         d.sub_(tile_z)  # D
         if stats:
             entropy[tile] = -tile_z.mul_(q).sum(-1)
-        divergence[tile] = _ROW[math_.divergence](tile_z, q, d, p, t, math_.beta, gradient)
+        divergence[tile], mean = row_terms(tile_z, q, d, p, t, math_, gradient)
         if gradient:
+            row_gradient(tile_z, q, d, mean, math_)
             tile_z.mul_(row_factor[tile])
             if capped:
-                tile_z.mul_(slope)
+                tile_z.mul_(bend)
     return StudentRows(divergence, entropy, agreement, z if gradient else None, z.new_zeros(0))
+
+
+def row_terms(
+    out: Tensor, q: Tensor, d: Tensor, p: Tensor, t: Tensor, math_: RowMath, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Sums over the entries given, of which a row may have more elsewhere, each [R].
+
+    They are the divergence's and, for the gradient, `<q, inner>` (0 for the forward KL), `inner`
+    being s = softplus(x) or D. All [R, V]; d holds D before and `inner` after, q stays, the rest is
+    scratch, but that `out` is left holding what `row_gradient` needs of it.
+    """
+    return _TERMS[math_.divergence](out, q, d, p, t, math_.beta, gradient)
+
+
+def row_gradient(out: Tensor, q: Tensor, inner: Tensor, mean: Tensor, math_: RowMath) -> None:
+    """out = the divergence's gradient to the scores, from what `row_terms` left and summed."""
+    if math_.divergence == "forward_kl":
+        return  # it holds q - p
+    torch.mul(inner.sub_(mean[:, None]), q, out=out)
+    out.mul_(math_.beta - 1 if math_.divergence == "jsd" else -1.0)
 
 
 def _jsd(
     out: Tensor, q: Tensor, d: Tensor, p: Tensor, t: Tensor, beta: float, gradient: bool
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     x = d.add_(math.log(beta / (1 - beta))) if beta != 0.5 else d
     l1p = torch.abs(x, out=out).neg_().exp_().log1p_()  # log(1 + e^-|x|)
     # log(p/m) = min(x, 0) - l1p - log(beta); log(q/m) = -s - log(1-beta).
@@ -151,45 +172,39 @@ def _jsd(
     s = x.clamp_min_(0).add_(l1p)
     torch.add(s, math.log1p(-beta), out=p).mul_(q)
     loss -= (1 - beta) * p.sum(-1)
-    if gradient:
-        mean = torch.mul(s, q, out=p).sum(-1, keepdim=True)
-        torch.mul(s.sub_(mean), q, out=out).mul_(beta - 1)
-    return loss
+    return loss, torch.mul(s, q, out=p).sum(-1) if gradient else torch.zeros_like(loss)
 
 
 def _forward_kl(
     out: Tensor, q: Tensor, d: Tensor, p: Tensor, t: Tensor, beta: float, gradient: bool
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     torch.sub(q, p, out=out)
-    return d.mul_(p).add_(out).sum(-1)
+    loss = d.mul_(p).add_(out).sum(-1)
+    return loss, torch.zeros_like(loss)
 
 
 def _reverse_kl(
     out: Tensor, q: Tensor, d: Tensor, p: Tensor, t: Tensor, beta: float, gradient: bool
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     torch.mul(d, q, out=out)
-    mean = out.sum(-1, keepdim=True)  # <q, D>
-    loss = p.sub_(q).sub_(out).sum(-1)
-    if gradient:
-        torch.mul(d.sub_(mean), q, out=out).neg_()
-    return loss
+    mean = out.sum(-1)  # <q, D>
+    return p.sub_(q).sub_(out).sum(-1), mean
 
 
-# Each overwrites its scratch, fills `out` with the gradient where it is wanted, returns the loss.
-_ROW = {"jsd": _jsd, "forward_kl": _forward_kl, "reverse_kl": _reverse_kl}
+_TERMS = {"jsd": _jsd, "forward_kl": _forward_kl, "reverse_kl": _reverse_kl}
 
 
-def _tiles(z: Tensor, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
+def tiles(z: Tensor, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
     """Slices of rows, with scratch of their shape."""
     rows, vocabulary = z.shape
-    step = max(TILE // max(vocabulary, 1), 1)
+    step = max(tile_entries(z.device) // max(vocabulary, 1), 1)
     buffers = z.new_empty(scratch, min(step, max(rows, 1)), vocabulary)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         yield slice(start, stop), [buffer[: stop - start] for buffer in buffers]
 
 
-def _scores(z: Tensor, bias: Tensor | None, math_: RowMath) -> None:
+def scores(z: Tensor, bias: Tensor | None, math_: RowMath) -> None:
     """Raw logits to scores, in place."""
     if bias is not None:
         z.add_(bias)
@@ -199,7 +214,7 @@ def _scores(z: Tensor, bias: Tensor | None, math_: RowMath) -> None:
         z.div_(math_.temperature)
 
 
-def _slope(z: Tensor, math_: RowMath) -> None:
+def slope(z: Tensor, math_: RowMath) -> None:
     """Scores to the derivative of the softcap, in place: 1 - tanh(logits / c)^2."""
     assert math_.softcap is not None
     z.mul_(math_.temperature / math_.softcap).square_().neg_().add_(1)

@@ -249,6 +249,42 @@ def test_teacher_is_detached():
             assert not pair.q_teacher.requires_grad and not pair.k_teacher.requires_grad
 
 
+def test_a_norm_in_parts_is_used_as_it_was_in_the_forward():
+    """As under ZeRO-3, whose parameters are empty but while a hook has them whole for a forward."""
+    model = tiny_model("qwen3")
+    norm = model.model.norm
+    norm.weight.data.uniform_(0.5, 2.0)
+    ids, calls, whole = tokens(), [], norm.weight.data
+    with Taps(model, STUDENTS) as taps:
+        model(input_ids=ids, use_cache=False)
+        wanted = taps.student_hidden().detach()
+
+    def fetch(*_):
+        calls.append("fetch")
+        norm.weight.data = whole
+
+    def release(*_):
+        norm.weight.data = torch.empty(0)
+
+    taps, trained = (Taps(model, STUDENTS, freeze_norm=freeze) for freeze in (True, False))
+    norm.weight.ds_id = 0  # DeepSpeed's mark
+    norm.register_forward_pre_hook(fetch)
+    norm.register_forward_hook(release)
+    release()
+    with taps:
+        model(input_ids=ids, use_cache=False)
+        found = taps.student_hidden()
+        assert torch.equal(found, wanted)
+        assert calls == ["fetch"] and norm.weight.numel() == 0
+        found.sin().sum().backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad.norm() > 1e-3
+    assert norm.weight.grad is None
+    with trained:
+        model(input_ids=ids, use_cache=False)
+        with pytest.raises(RuntimeError, match="under ZeRO-3.*freeze_norm=True"):
+            trained.student_hidden()
+
+
 @pytest.mark.parametrize("freeze_norm", [True, False])
 def test_freeze_norm(freeze_norm):
     model = tiny_model("qwen3")

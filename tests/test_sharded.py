@@ -42,7 +42,7 @@ CALLS = {
 def test_a_dtensor_is_refused(call, shard):
     op, argument = call.split("-")
     message = (
-        rf"{op}: {argument} must be a plain tensor, got a DTensor; pass {argument}.full_tensor"
+        rf"{op}: {argument} must be a plain tensor.*, got a DTensor.*; pass {argument}.full_tensor"
     )
     with pytest.raises(ValueError, match=message):
         CALLS[call](shard, torch.randn(7, 4))

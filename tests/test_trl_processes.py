@@ -1,7 +1,8 @@
-"""OISD inside TRL on two processes: data parallel and FSDP2 take the step that one takes."""
+"""OISD inside TRL on two processes: data parallel, FSDP2 and ZeRO take the step that one takes."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -18,6 +19,10 @@ ROOT = Path(__file__).parents[1]
 HEAVY = dict(think_weight=3.0, attention_weight=3.0)
 OFF = dict(think_weight=0.0, attention_weight=0.0)
 LORA = dict(lora=["q_proj", "k_proj", "up_proj"])
+DEEPSPEED = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
+needs_deepspeed = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed, see CONTRIBUTING.md"
+)
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -89,3 +94,67 @@ def test_fsdp2_in_all_its_forms(tmp_path):
     terms = difference(parallel, train(**(half | OFF))).norm()
     assert terms > 0.01
     assert difference(runs[2], parallel).norm() < 1e-3 * terms
+
+
+def zero(stage: int, **options: Any) -> dict[str, Any]:
+    """Settings of a run; small parameters, norms say, are in parts too unless `options` differ."""
+    auto = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
+    given = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+    return {
+        "use_cpu": False,
+        "deepspeed": {
+            "zero_optimization": given | options,
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,
+            **dict.fromkeys(auto, "auto"),
+        },
+    }
+
+
+def under_zero(case: dict[str, Any], stage: int, folder: Path, **options: Any) -> Run:
+    """A run in processes of its own: the second engine of one takes another step, OISD or not."""
+    (run,) = on_two_processes([case | zero(stage, **options)], folder, DEEPSPEED)
+    assert run.sharded == (stage == 3)
+    return run
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero(tmp_path, stage):
+    require_same_step(under_zero(HEAVY, stage, tmp_path), HEAVY, 1e-4)
+
+
+FORMS = {
+    "accumulated": dict(per_device_train_batch_size=2, gradient_accumulation_steps=2),
+    "lora": LORA,
+    "tied": dict(policy=dict(tie_word_embeddings=True), max_steps=2),
+    "checkpointed": dict(gradient_checkpointing=True, max_steps=2),
+    "from-files": dict(from_files=True, max_steps=2),
+    "no-norm": dict(lens_norm="none"),
+}
+
+
+@needs_deepspeed
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_in_all_its_forms(tmp_path, form, stage):
+    case = HEAVY | FORMS[form]
+    alone = HEAVY if form == "accumulated" else case
+    require_same_step(under_zero(case, stage, tmp_path), alone, 1e-4)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_zero3_that_keeps_small_parameters_whole(tmp_path):
+    kept = under_zero(HEAVY, 3, tmp_path, stage3_param_persistence_threshold=100)
+    require_same_step(kept, HEAVY, 1e-4)
+
+
+@needs_deepspeed
+@pytest.mark.slow
+def test_zero3_with_reentrant_checkpointing_is_refused(tmp_path):
+    """TRL makes it reentrant for adapters."""
+    case = HEAVY | LORA | dict(gradient_checkpointing=True)
+    with pytest.raises(AssertionError, match="OISDTrainer: TRL makes checkpointing"):
+        under_zero(case, 3, tmp_path)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import torch
+import torch.distributed
 import trl
 import trl.rewards
 
@@ -34,11 +37,28 @@ def save_policy(folder: Path) -> str:
 
 
 def test_your_own_loop_runs_and_is_short(capsys):
-    (code,) = blocks("your-own-loop.md", "python")
+    code, _ = blocks("your-own-loop.md", "python")
     exec(compile(code, "docs/your-own-loop.md", "exec"), {})
     assert "js/attention_pos" in capsys.readouterr().out
     loop = code[code.index("predicts =") :]
     assert len([line for line in loop.splitlines() if line.strip()]) <= 25
+
+
+def test_its_tensor_parallel_block_runs(tmp_path, monkeypatch):
+    """As torchrun starts it, on one process; test_vocab_parallel.py has several."""
+    _, code = blocks("your-own-loop.md", "python")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    own = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=port)
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    names: dict[str, Any] = {"torch": torch}
+    try:
+        exec(compile(code, "docs/your-own-loop.md", "exec"), names)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert names["hidden"].grad.norm() > 1e-3
 
 
 def apply_diff(code: str, diff: str) -> str:

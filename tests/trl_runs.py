@@ -22,7 +22,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from oisd.arithmetic import arithmetic_tokenizer
+from oisd.integrations.alignment import gathered
 from oisd.integrations.trl import OISDConfig, OISDTrainer
+from oisd.layout import is_partitioned
 from tests.tiny_models import tiny_model
 
 # Set before TRL warns of it: `rollout_func` is experimental.
@@ -99,12 +101,14 @@ def make(
     *,
     policy: dict[str, Any] | None = None,
     lora: list[str] | None = None,
+    from_files: bool = False,
     scripted: bool = True,
     keywords: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
     """A trainer of four prompts, by default on scripted completions.
 
+    from_files: let TRL load the model, as from a name.
     policy: overrides of the model's configuration. lora: the target modules of an adapter.
     keywords: other arguments of the trainer; options: of its configuration.
     """
@@ -115,6 +119,10 @@ def make(
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
         processing_class=arithmetic_tokenizer(),
     )
+    if from_files:
+        path = f"{folder}-policy-{os.environ.get('RANK', '0')}"
+        given["model"].save_pretrained(path)
+        given["model"] = path
     if scripted:
         given["rollout_func"] = scripted_rollouts
     if lora:
@@ -123,15 +131,16 @@ def make(
 
 
 def weights(model: Any) -> dict[str, Tensor]:
-    """A copy of a model's parameters, whole also where FSDP2 has shards."""
-    return {
-        name.replace("_checkpoint_wrapped_module.", ""): (
-            p.full_tensor() if isinstance(p, DTensor) else p
-        )
-        .detach()
-        .clone()
-        for name, p in model.named_parameters()
-    }
+    """A copy of a model's parameters, whole also where FSDP2 or ZeRO-3 has parts."""
+    with gathered(*model.parameters()):
+        return {
+            name.replace("_checkpoint_wrapped_module.", ""): (
+                p.full_tensor() if isinstance(p, DTensor) else p
+            )
+            .detach()
+            .clone()
+            for name, p in model.named_parameters()
+        }
 
 
 def train(trainer: Any = OISDTrainer, **options: Any) -> Run:
@@ -140,7 +149,7 @@ def train(trainer: Any = OISDTrainer, **options: Any) -> Run:
         made = make(folder, trainer, **options)
         before = weights(made.model)
         made.train()
-        sharded = any(isinstance(p, DTensor) for p in made.model.parameters())
+        sharded = any(isinstance(p, DTensor) or is_partitioned(p) for p in made.model.parameters())
         return Run(made.state.log_history, before, weights(made.model), sharded)
 
 
@@ -166,10 +175,23 @@ def allow_fsdp_on_cpus() -> None:
     AcceleratorState.__init__ = init
 
 
+def allow_deepspeed_on_cpus() -> None:
+    """Let accelerate start DeepSpeed on CPUs too: by itself it takes them for one process."""
+    prepare = PartialState._prepare_backend
+
+    def prepared(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            return "gloo", DistributedType.MULTI_CPU
+        return prepare(self, *args, **kwargs)
+
+    PartialState._prepare_backend = prepared
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     file, cases = sys.argv[1:]
     allow_fsdp_on_cpus()
+    allow_deepspeed_on_cpus()
     runs = [vars(train(**options)) for options in json.loads(cases)]
     if os.environ.get("RANK", "0") == "0":
         torch.save(runs, file)

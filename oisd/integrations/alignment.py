@@ -9,7 +9,9 @@ V vocabulary, S student layers.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from oisd import losses
 from oisd.config import AlignmentConfig
+from oisd.layout import is_partitioned
 from oisd.losses import Metrics
 from oisd.models import AttentionPair, Taps, pack_padded
 
@@ -68,6 +71,21 @@ def _whole(parameter: Tensor | None) -> Tensor | None:
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
+def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
+    """Within it, parameters that ZeRO-3 has in parts are whole; others are left alone.
+
+    One that is whole already (tied to embeddings that are in use, say) must not be let go of at the
+    end.
+    """
+    partitioned: Any = {id(p): p for p in parameters if p is not None and is_partitioned(p)}
+    if not partitioned:
+        return nullcontext()
+    from deepspeed import zero  # pyright: ignore[reportMissingImports]
+
+    absent = [p for p in partitioned.values() if p.ds_status.name != "AVAILABLE"]
+    return zero.GatheredParameters(absent) if absent else nullcontext()
+
+
 def _think(
     taps: Taps, rollouts: Rollouts, align: AlignmentConfig, operand: torch.dtype | None
 ) -> tuple[Tensor, Metrics]:
@@ -76,22 +94,25 @@ def _think(
     operand: see `alignment_losses`.
     """
     head = taps.unembedding
-    weight, bias = _whole(head.weight), _whole(head.bias)
-    assert weight is not None
-    operand = operand or weight.dtype
     token_weight = losses.token_weights(rollouts.predicts, "sequence-mean").flatten()
     signed = rollouts.advantages.flatten()
     rows = signed.nonzero().squeeze(1)
-    return losses.think_loss(
-        taps.student_hidden().flatten(1, 2)[:, rows].to(operand),
-        taps.final_hidden().flatten(0, 1)[rows].detach().to(operand),
-        weight.to(operand),
-        signed[rows],
-        align,
-        token_weight=token_weight[rows],
-        bias=bias,
-        logit_softcap=head.logit_softcap,
-    )
+    students = taps.student_hidden().flatten(1, 2)[:, rows]
+    final = taps.final_hidden().flatten(0, 1)[rows].detach()
+    with gathered(head.weight, head.bias):
+        weight, bias = _whole(head.weight), _whole(head.bias)
+        assert weight is not None
+        operand = operand or weight.dtype
+        return losses.think_loss(
+            students.to(operand),
+            final.to(operand),
+            weight.to(operand),
+            signed[rows],
+            align,
+            token_weight=token_weight[rows],
+            bias=bias,
+            logit_softcap=head.logit_softcap,
+        )
 
 
 def _attention(

@@ -8,10 +8,10 @@ all processes; so whatever TRL's `loss_type` divides by, they do not depend on h
 split. A completion without a token that counts (truncated and masked) has a share of 0.
 
 The terms are computed inside the wrapped model's forward, while FSDP2 still has the unembedding and
-the final norm whole, from what `oisd.Taps` captured there. `compute_loss` says for which rollouts,
-so that tokens of advantage 0 are dropped before any arithmetic, and adds the result. TRL's own pass
-over the unembedding returns log-probabilities and entropies but no logits, so the final layer's
-logits of the tokens that count are computed once more.
+the final norm whole (ZeRO-3 gathers them), from what `oisd.Taps` captured there. `compute_loss`
+says for which rollouts, so that tokens of advantage 0 are dropped before any arithmetic, and adds
+the result. TRL's own pass over the unembedding returns log-probabilities and entropies but no
+logits, so the final layer's logits of the tokens that count are computed once more.
 
 Letters: B rollouts, P prompt and C completion positions, T = P + C.
 """
@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import ProcessorMixin
 
 from oisd.config import AlignmentConfig, ConfigError
-from oisd.integrations.alignment import Rollouts, alignment_losses
+from oisd.integrations.alignment import Rollouts, alignment_losses, gathered
 from oisd.losses import Mean, Metrics, add_metrics
 from oisd.models import Taps
 
@@ -210,7 +210,7 @@ class OISDTrainer(GRPOTrainer):
     js/attention_pos, js/attention_neg, entropy/student, entropy/teacher, agreement/top1.
 
     Raises ValueError for what OISD cannot do: processors of images, reentrant checkpointing, FSDP
-    version 1, ZeRO-3, context parallelism, a quantised unembedding or one with an adapter, and
+    version 1, context parallelism, a quantised unembedding or one with an adapter, and
     models that `oisd.Taps` does not understand.
     """
 
@@ -261,23 +261,25 @@ class OISDTrainer(GRPOTrainer):
             self._base = _base(self.model)
             self._align_in_forward(self._base)
             if not self.is_fsdp_enabled:  # else not all processes may have the weights yet
-                self._make_taps()
+                # Before DeepSpeed's hooks are there: it would take the order of the probe's modules
+                # for the training forward's, and prefetch by it.
+                with gathered(*self.model.parameters()):
+                    self._make_taps()
 
     def _refuse(self) -> None:
         """Raises ValueError for a set-up in which the terms would be wrong, or were never tried."""
         checkpointing: Any = self.args.gradient_checkpointing_kwargs or {}
         parallel = getattr(self.args, "parallelism_config", None)
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
         head = _base(self.model).get_output_embeddings()
         wrong = None
         if isinstance(self.processing_class, ProcessorMixin):
             wrong = "multimodal models are not supported; use a text model and its tokenizer"
         elif self.args.gradient_checkpointing and checkpointing.get("use_reentrant"):
             wrong = 'use gradient_checkpointing_kwargs={"use_reentrant": False}'
+            if self.is_deepspeed_enabled and hasattr(self.model, "peft_config"):
+                wrong = "TRL makes checkpointing of adapters reentrant in ZeRO-3; turn it off"
         elif self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             wrong = "FSDP version 1 is not supported; set fsdp_version: 2"
-        elif plugin is not None and plugin.zero_stage == 3:
-            wrong = "ZeRO-3 is not supported; use FSDP2, or ZeRO-2"
         elif any((getattr(parallel, name, 1) or 1) > 1 for name in ("cp_size", "sp_size")):
             wrong = "context and sequence parallelism are not supported; set their sizes to 1"
         elif not head.weight.is_floating_point():

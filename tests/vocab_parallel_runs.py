@@ -1,0 +1,160 @@
+"""Calls of the ops with the vocabulary in parts: one process of a gloo group, or none.
+
+python tests/vocab_parallel_runs.py RANK WORLD_SIZE STORE CALLS RESULTS
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from oisd_kernels import (
+    PolicyTerms,
+    linear_logprob,
+    logit_lens_divergence,
+    policy_head,
+)
+
+
+@dataclass
+class Call:
+    """One call of an op, with the whole unembedding."""
+
+    op: str
+    tensors: dict[str, Tensor]
+    weight: Tensor
+    bias: Tensor | None
+    options: dict[str, Any] = field(default_factory=dict)
+    upstream: dict[str, Tensor] = field(default_factory=dict)  # by the output's name
+    wanted: tuple[str, ...] = ()  # tensors whose gradient is asked for; "weight" means bias too
+    split: Any = None  # rows of each rank; or how the weight is a DTensor
+    fewer_rows: bool = False  # a token less on the last rank, which is an error
+
+
+OPS = {
+    "logit_lens_divergence": logit_lens_divergence,
+    "linear_logprob": linear_logprob,
+    "policy_head": policy_head,
+}
+ORDER = {
+    "logit_lens_divergence": ("hidden", "teacher_hidden", "weight"),
+    "linear_logprob": ("hidden", "weight", "labels"),
+    "policy_head": ("hidden_final", "weight", "labels", "student_hidden"),
+}
+
+
+def run(call: Call, rank: int | None = None, **options: Any) -> dict[str, Tensor]:
+    """The values and gradients of a call; of this rank's part where there is a rank."""
+    tensors = {
+        name: x.clone().requires_grad_() if name in call.wanted else x
+        for name, x in call.tensors.items()
+    }
+    weight, bias, more = call.weight, call.bias, dict(call.options)
+    if call.fewer_rows and rank == dist.get_world_size() - 1:
+        tensors = {name: x[:-1] for name, x in tensors.items()}
+    if rank is not None:
+        weight, bias, group = _part(call, rank)
+        more["tp_group"] = group
+    if "weight" in call.wanted:
+        weight = weight.detach().clone().requires_grad_()
+        bias = None if bias is None else bias.detach().clone().requires_grad_()
+    tensors["weight"] = weight
+    if "policy" in more:
+        more["policy"] = PolicyTerms(**more["policy"])
+    if call.op == "logit_lens_divergence":
+        more["return_stats"] = True
+    positional = [tensors.pop(name) for name in ORDER[call.op] if name in tensors]
+    leaves = dict(zip(ORDER[call.op], positional, strict=False))
+    out = OPS[call.op](*positional, bias=bias, **tensors, **(more | options))
+    if call.op == "logit_lens_divergence":
+        loss, stats = out
+        values = {"loss": loss, **stats._asdict()}
+    else:
+        values = out._asdict()
+        stats = values.pop("stats")._asdict() if "stats" in values else {}
+        values |= {f"stats_{name}": x for name, x in stats.items()}
+    total = sum(((values[name] * g).sum() for name, g in call.upstream.items()), torch.zeros(()))
+    if call.wanted:
+        total.backward()
+    for name, x in leaves.items():
+        assert not x.requires_grad or x.grad is not None, (name, call.op, call.split, call.options)
+    gradients = {f"d_{name}": x.grad for name, x in leaves.items() if x.requires_grad}
+    if "weight" in call.wanted and bias is not None:
+        gradients["d_bias"] = bias.grad
+    return {name: _plain(x) for name, x in (values | gradients).items()}
+
+
+def _plain(x: Tensor) -> Tensor:
+    if isinstance(x, DTensor):
+        assert x.placements[-1] in (Shard(0), Replicate())
+        x = x.to_local()
+    return x.detach().clone()
+
+
+@functools.cache  # each makes process groups
+def _mesh(kind: str, world: int) -> DeviceMesh:
+    if kind == "tp-of-two-dimensions":
+        return init_device_mesh("cpu", (1, world), mesh_dim_names=("dp", "tp"))
+    name = {"dtensor": "tp", "replicated": "dp", "group": "vocabulary", "fsdp": "fsdp"}[kind]
+    return init_device_mesh("cpu", (world,), mesh_dim_names=(name,))
+
+
+def _part(call: Call, rank: int) -> tuple[Tensor, Tensor | None, Any]:
+    world = dist.get_world_size()
+    if isinstance(call.split, list):
+        weight, bias = (
+            None if x is None else x.split(call.split)[rank] for x in (call.weight, call.bias)
+        )
+        return weight, bias, dist.group.WORLD
+    kind = call.split
+    mesh = _mesh(kind, world)
+    placements: list[Any] = [Replicate() if kind == "replicated" else Shard(0)]
+    if mesh.ndim == 2:
+        placements = [Replicate(), Shard(0)]
+    weight, bias = (
+        None if x is None else distribute_tensor(x, mesh, placements)
+        for x in (call.weight, call.bias)
+    )
+    return weight, bias, mesh.get_group(0) if kind == "group" else None
+
+
+def member(rank: int, size: int, folder: Path) -> None:
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
+    done: list[Any] = []
+    for call in torch.load(folder / "calls.pt", weights_only=False):
+        try:
+            done.append(run(call, rank))
+        except ValueError as error:
+            done.append(str(error))
+    torch.save(done, folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def main(folder: str, *sizes: str) -> None:
+    torch.set_num_threads(1)
+    fork = multiprocessing.get_context("fork")
+    for size in map(int, sizes):
+        arguments = [(rank, size, Path(folder, str(size))) for rank in range(size)]
+        members = [fork.Process(target=member, args=each) for each in arguments]
+        for process in members:
+            process.start()
+        for process in members:
+            process.join()
+        if any(process.exitcode for process in members):
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
