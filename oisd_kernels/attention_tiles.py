@@ -30,27 +30,27 @@ class Tile(NamedTuple):
 
 
 # By architecture: (kernel, operands, largest head dimension). "align" has the teacher's scores
-# beside the plain gradient; "alone", instead of it, and "window" are there where they need another
-# tile. Not tuned: the first without a spill in the cases of `audit_attention`. What has no tile is
+# beside the plain gradient; "alone", instead of it, "mixed" and "window" are there where they need
+# another tile. Not tuned: the first without a spill in the cases of `audit_attention`. What has no tile is
 # refused.
 TILES: dict[int, dict[tuple[str, str, int], Tile]] = {
     80: {
         ("forward", "half", 64): Tile(128, 64, 8, 3),
-        ("forward", "half", 128): Tile(128, 64, 8, 3),
+        ("forward", "half", 128): Tile(128, 32, 8, 3),
         ("forward", "half", 256): Tile(64, 32, 8, 2, registers=255),
         ("forward", "fp32", 64): Tile(64, 32, 8, 2),
-        ("forward", "fp32", 128): Tile(16, 32, 4, 2),
+        ("forward", "fp32", 128): Tile(16, 32, 4, 2, registers=255),
         ("forward window", "half", 128): Tile(128, 32, 8, 2),
         ("statistics", "half", 64): Tile(128, 64, 8, 3),
         ("statistics", "half", 128): Tile(128, 64, 8, 3),
-        ("statistics", "half", 256): Tile(64, 32, 4, 1, depth=64),
+        ("statistics", "half", 256): Tile(64, 32, 8, 1, registers=255, depth=64),
         ("statistics", "fp32", 64): Tile(64, 32, 8, 2),
-        ("statistics", "fp32", 128): Tile(64, 16, 4, 1, depth=32),
-        ("statistics of several", "half", 64): Tile(128, 64, 8, 1),
+        ("statistics", "fp32", 128): Tile(64, 16, 4, 1, registers=255, depth=32),
+        ("statistics of several", "half", 64): Tile(64, 64, 8, 1),
         ("statistics of several", "half", 128): Tile(64, 64, 8, 1),
-        ("statistics of several", "half", 256): Tile(64, 32, 4, 1, depth=64),
+        ("statistics of several", "half", 256): Tile(64, 32, 8, 1, registers=255, depth=64),
         ("statistics of several", "fp32", 64): Tile(64, 32, 8, 1, depth=32),
-        ("statistics of several", "fp32", 128): Tile(64, 16, 4, 1, depth=32),
+        ("statistics of several", "fp32", 128): Tile(64, 16, 4, 1, registers=255, depth=32),
         ("dq", "half", 64): Tile(128, 64, 8, 3, True),
         ("dq", "half", 128): Tile(128, 32, 8, 3, True),
         ("dq", "half", 256): Tile(32, 32, 8, 1),
@@ -60,7 +60,7 @@ TILES: dict[int, dict[tuple[str, str, int], Tile]] = {
         ("dq align", "half", 128): Tile(64, 32, 8, 2),
         ("dq align", "half", 256): Tile(32, 32, 8, 1, depth=64),
         ("dq align", "fp32", 64): Tile(16, 32, 8, 1, registers=255),
-        ("dq align", "fp32", 128): Tile(64, 16, 4, 1, depth=32),
+        ("dq align", "fp32", 128): Tile(16, 16, 4, 1, registers=255, depth=32),
         ("dq alone", "half", 64): Tile(128, 64, 8, 2),
         ("dq alone", "half", 128): Tile(128, 32, 8, 2),
         ("dkdv", "half", 64): Tile(32, 64, 8, 2, True),
@@ -70,11 +70,11 @@ TILES: dict[int, dict[tuple[str, str, int], Tile]] = {
         ("dkdv", "fp32", 128): Tile(16, 16, 8, 1),
         ("dkdv align", "half", 64): Tile(32, 64, 8, 1),
         ("dkdv align", "half", 128): Tile(32, 64, 8, 2, registers=255),
+        ("dkdv align mixed", "half", 128): Tile(32, 32, 8, 2, registers=255),
         ("dkdv align", "half", 256): Tile(16, 32, 8, 1, depth=64),
         ("dkdv align", "fp32", 64): Tile(16, 32, 8, 1),
-        ("dkdv align", "fp32", 128): Tile(16, 16, 4, 1, depth=32),
+        ("dkdv align", "fp32", 128): Tile(16, 16, 4, 1, registers=255, depth=16),
         ("dkdv alone", "half", 64): Tile(32, 64, 8, 1, registers=255),
-        ("dkdv alone", "fp32", 128): Tile(16, 64, 4, 1, depth=32),
         ("sampled", "half", 128): Tile(16, 64, 4, 2, registers=168),
         ("sampled", "half", 256): Tile(16, 32, 4, 1, registers=168),
         ("sampled", "fp32", 64): Tile(16, 32, 4, 2, registers=168),
@@ -86,13 +86,17 @@ TILES: dict[int, dict[tuple[str, str, int], Tile]] = {
     },
 }
 TILES[86] = TILES[80] | {  # 99 KB of shared memory
-    ("forward", "half", 128): Tile(64, 32, 8, 2),
+    ("forward", "half", 128): Tile(64, 32, 8, 2, registers=255),
     ("statistics", "half", 128): Tile(128, 64, 8, 2),
+    ("dq align", "half", 256): Tile(32, 32, 8, 1, registers=255, depth=64),
     ("dq alone", "half", 128): Tile(64, 32, 8, 2),
     ("dkdv align", "half", 64): Tile(32, 32, 8, 2),
-    ("dkdv alone", "half", 128): Tile(32, 32, 8, 2),
+    ("dkdv alone", "half", 128): Tile(32, 32, 8, 2, registers=255),
 }
 TILES[90] = TILES[80] | {
+    ("forward", "half", 128): Tile(128, 64, 8, 3),
+    ("statistics of several", "half", 64): Tile(128, 64, 8, 1),
+    ("dkdv align", "half", 128): Tile(32, 64, 8, 2),
     ("forward window", "half", 128): Tile(128, 64, 8, 3),
     ("dq", "half", 128): Tile(128, 64, 8, 3),
     ("dq align", "half", 64): Tile(128, 64, 8, 2),
@@ -111,7 +115,7 @@ TILES[100] = TILES[90] | {
     ("dkdv window", "half", 128): Tile(32, 128, 8, 1),
     ("dkdv align", "half", 64): Tile(32, 128, 8, 1),
     ("dkdv alone", "half", 64): Tile(32, 128, 8, 1),
-    ("dkdv align", "half", 128): Tile(32, 32, 8, 1),
+    ("dkdv align", "half", 128): Tile(32, 32, 8, 1, registers=255),
 }
 INTERPRETED = Tile(16, 16, 4, 1)
 SIZES = 64, 128, 256
@@ -124,7 +128,8 @@ def launch_tile(
 
     kernel: "forward"; "statistics", " of several" behind it for several students; "dq" and "dkdv",
         the plain gradient, " align" behind them for the alignment beside it, " alone" for
-        the alignment alone; over sampled keys "sampled" and "sampled dk".
+        the alignment alone, and " mixed" for a teacher of another head dimension; over sampled keys
+        "sampled" and "sampled dk".
     width: the largest head dimension, student's or teacher's.
     """
     if width > widest(capability, dtype, geometry.softcap):
@@ -139,6 +144,7 @@ def launch_tile(
     if geometry.softcap is not None:
         width = min(2 * width, SIZES[-1])  # its registers are those of the next width's tile
     names = [kernel, kernel.replace(" alone", " align")]
+    names += [name.replace(" mixed", "") for name in names]
     if geometry.window is not None:
         names = [f"{name} window" for name in names] + names
     keys = [(name, _operands(dtype), size) for size in SIZES if width <= size for name in names]

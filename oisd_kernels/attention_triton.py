@@ -270,6 +270,8 @@ class _Backward:
         strides = strides_of(q, k, self.v, self.d_out, qt, kt)
 
         suffix = "" if alignment is None else " align" if plain else " alone"
+        if qt.shape[2] != K:
+            suffix += " mixed"
         width = max(K, qt.shape[2])
         kind = q.dtype, width, self.geometry
         tile = launch_tile(self.capability, f"dq{suffix}", *kind)
