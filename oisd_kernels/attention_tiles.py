@@ -31,8 +31,8 @@ class Tile(NamedTuple):
 
 # By architecture: (kernel, operands, largest head dimension). "align" has the teacher's scores
 # beside the plain gradient; "alone", instead of it, "mixed" and "window" are there where they need
-# another tile. Not tuned: the first without a spill in the cases of `audit_attention`. What has no tile is
-# refused.
+# another tile. Not tuned: the first without a spill in the cases of `audit_attention`. What has no
+# tile is refused.
 TILES: dict[int, dict[tuple[str, str, int], Tile]] = {
     80: {
         ("forward", "half", 64): Tile(128, 64, 8, 3),
