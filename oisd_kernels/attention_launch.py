@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from oisd_kernels.attention_geometry import Alignment, Geometry
+from oisd_kernels.attention_tiles import GFX942
 
 LOG2E = 1.4426950408889634
 
@@ -124,7 +125,8 @@ def arithmetic(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     compute = compute_of(dtype)
     # The interpreter's tl.dot takes the bits of bf16 for integers.
     operand = compute if x.device.type == "cpu" else dtype
-    precision = "tf32x3" if operand == torch.float32 else None
+    exact = "tf32x3" if torch.version.hip is None else "ieee"
+    precision = exact if operand == torch.float32 else None
     return {"OPERAND": TL[operand], "ACC": TL[compute], "PRECISION": precision}
 
 
@@ -133,5 +135,7 @@ def capability_of(x: Tensor, capability: int | None) -> int:
         return capability
     if x.device.type == "cpu":
         return 0
+    if torch.version.hip is not None:
+        return GFX942
     major, minor = torch.cuda.get_device_capability(x.device)
     return 10 * major + minor

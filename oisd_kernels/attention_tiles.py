@@ -14,6 +14,8 @@ from torch.nn.functional import pad
 
 from oisd_kernels.attention_geometry import Geometry
 
+GFX942 = 942  # stands for AMD's CDNA 3 among the compute capabilities
+
 
 class Tile(NamedTuple):
     m: int  # queries
@@ -96,7 +98,8 @@ TILES[86] = TILES[80] | {  # 99 KB of shared memory
 TILES[90] = TILES[80] | {
     ("forward", "half", 128): Tile(128, 64, 8, 3),
     ("statistics of several", "half", 64): Tile(128, 64, 8, 1),
-    ("dkdv align", "half", 128): Tile(32, 64, 8, 2),
+    ("dkdv align", "half", 128): Tile(16, 128, 8, 2),
+    ("dkdv alone", "half", 128): Tile(32, 64, 8, 2),
     ("forward window", "half", 128): Tile(128, 64, 8, 3),
     ("dq", "half", 128): Tile(128, 64, 8, 3),
     ("dq align", "half", 64): Tile(128, 64, 8, 2),
@@ -116,6 +119,11 @@ TILES[100] = TILES[90] | {
     ("dkdv align", "half", 64): Tile(32, 128, 8, 1),
     ("dkdv alone", "half", 64): Tile(32, 128, 8, 1),
     ("dkdv align", "half", 128): Tile(32, 32, 8, 1, registers=255),
+    ("dkdv alone", "half", 128): Tile(32, 32, 8, 1, registers=255),
+}
+# AMD's CDNA 3 has 64 KB, and its compiler knows no limit of registers.
+TILES[GFX942] = {key: tile._replace(registers=None) for key, tile in TILES[86].items()} | {
+    ("dkdv align", "half", 128): Tile(32, 32, 8, 2),
 }
 INTERPRETED = Tile(16, 16, 4, 1)
 SIZES = 64, 128, 256
@@ -164,6 +172,8 @@ def widest(capability: int, dtype: torch.dtype, softcap: float | None) -> int:
 
 def _known(capability: int) -> int:
     """The architecture whose tiles serve; after sm_100 shared memory is that of sm_86 again."""
+    if capability in TILES:
+        return capability
     return 86 if capability >= 120 else max((c for c in TILES if c <= capability), default=86)
 
 
