@@ -123,7 +123,7 @@ TILES[100] = TILES[90] | {
 }
 # AMD's CDNA 3 has 64 KB, and its compiler knows no limit of registers.
 TILES[GFX942] = {key: tile._replace(registers=None) for key, tile in TILES[86].items()} | {
-    ("dkdv align", "half", 128): Tile(32, 32, 8, 2),
+    ("dkdv align", "half", 128): Tile(16, 64, 8, 1),
 }
 INTERPRETED = Tile(16, 16, 4, 1)
 SIZES = 64, 128, 256
