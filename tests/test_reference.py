@@ -310,7 +310,11 @@ def test_lens_small_losses_are_good_to_a_micronat(divergence, beta):
 
 @pytest.mark.parametrize("divergence, beta", DIVERGENCES)
 def test_lens_large_vocabulary(divergence, beta):
-    """The error of a sum must not grow with the number of its terms."""
+    """The error of a sum must not grow with the number of its terms.
+
+    The last product is torch's: over 100,003 terms it is 1.2e-5 off on some CPUs, from the exact
+    gradient to the logits too, and nothing but that may be added to ours.
+    """
     weight = normal(100_003, 16, seed=0).float()
     hidden = leaf(2 * normal(2, 16, seed=1).float() / 4)
     teacher = 4 * normal(2, 16, seed=2).float() / 4
@@ -318,7 +322,10 @@ def test_lens_large_vocabulary(divergence, beta):
     loss = logit_lens_divergence(hidden, teacher, weight, divergence=divergence, beta=beta)
     assert relative_error(loss, truth.loss) < 2e-6
     loss.sum().backward()
-    assert_gradient_close(hidden.grad, truth.d_hidden, 1e-5)
+    student, other = (x.detach().double() @ weight.double().T for x in (hidden, teacher))
+    exact = closed_form_gradient(other, student, divergence, beta)
+    product = relative_error(exact.float() @ weight, truth.d_hidden)
+    assert_gradient_close(hidden.grad, truth.d_hidden, max(1e-5, 1.1 * product))
 
 
 @pytest.mark.parametrize("divergence, beta", DIVERGENCES)
