@@ -125,7 +125,9 @@ def _sampled(
         value = sampled_divergence(*layers, call.scale, call.sampled_teacher(), *settings)
         return out._replace(loss=_weighted(call.weight, value))
     found = _sampled_kernels().statistics(q, k, call.scale, call.sampled_teacher(), *settings)
-    return AttentionPass(_weighted(call.weight, found.value), *found[1:])
+    statistic = out.statistic if call.divergence == "forward_kl" else found.statistic
+    value = _weighted(call.weight, found.value)
+    return AttentionPass(value, found.lse, found.lse_teacher, statistic)
 
 
 def _sampled_kernels() -> ModuleType:
