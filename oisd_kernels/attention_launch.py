@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from oisd_kernels.attention_geometry import Alignment, Geometry
-from oisd_kernels.attention_tiles import GFX942
+from oisd_kernels.tiled_launch import machine
 
 LOG2E = 1.4426950408889634
 
@@ -131,11 +131,4 @@ def arithmetic(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def capability_of(x: Tensor, capability: int | None) -> int:
-    if capability is not None:
-        return capability
-    if x.device.type == "cpu":
-        return 0
-    if torch.version.hip is not None:
-        return GFX942
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
+    return machine(x.device)[0] if capability is None else capability

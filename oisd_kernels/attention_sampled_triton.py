@@ -96,12 +96,11 @@ def backward(
     dtype = common_dtype(q, k, teacher.q, teacher.k)
     compute = compute_of(dtype)
     width = q.shape[-1]
-    dq = q.new_zeros(q.shape[0], q.shape[1], _filled(width))
-    dk = k.new_zeros(k.shape[0], k.shape[1], _filled(width))
     N, H = q.shape[:2]
+    sampled = SampledTeacher(teacher.q, teacher.k, teacher.scale)
+    call = _Call(q, k, scale, sampled, dtype, geometry, capability)
+    dq, dk = (x.new_zeros(y.shape) for x, y in zip((q, k), call.tensors[:2], strict=True))
     if N > 0:
-        sampled = SampledTeacher(teacher.q, teacher.k, teacher.scale)
-        call = _Call(q, k, scale, sampled, dtype, geometry, capability)
         terms = RowTerms.of(lse.to(compute), None, alignment)
         rows = terms.lse, terms.lse_t, terms.factor, terms.shift
         log_odds = math.log(alignment.beta) - math.log1p(-alignment.beta)
@@ -174,8 +173,3 @@ def _queries_of(slots: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     keys, order = torch.where(counted, slots, N).flatten().sort(stable=True)
     places = torch.arange(N + 1, device=slots.device, dtype=torch.int32)
     return torch.searchsorted(keys, places), (order // max(M, 1)).int()
-
-
-def _filled(width: int) -> int:
-    """A head dimension as `ready` makes it."""
-    return width + -width % 16

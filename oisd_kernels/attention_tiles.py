@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from oisd_kernels.attention_geometry import Geometry
-
-GFX942 = 942  # stands for AMD's CDNA 3 among the compute capabilities
+from oisd_kernels.tiled_launch import GFX942
 
 
 class Tile(NamedTuple):
