@@ -20,30 +20,21 @@ V vocabulary, H heads, J key/value heads, K head dimension, M sampled keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from oisd.advantages import clip_advantages, frac_zero_std, group_advantages
+from oisd.attention_loss import attention_loss
 from oisd.attention_samples import sampled_keys, sampled_steps
 from oisd.config import AUTO_TIS_CAP, AlignmentConfig, GRPOConfig
-from oisd.metrics import Mean, Metrics, add_metrics
-from oisd_kernels import (
-    LensStats,
-    PolicyTerms,
-    attention_divergence,
-    logit_lens_divergence,
-    policy_head,
-)
+from oisd.metrics import Mean, Metrics, add_metrics, means_by_sign
+from oisd_kernels import LensStats, PolicyTerms, logit_lens_divergence, policy_head
 from oisd_kernels.policy_loss import PolicyLoss, policy_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from oisd.models import AttentionPair
-    from oisd_kernels import AttentionAlignment
 
 __all__ = [
     "JointLosses", "Mean", "Metrics", "add_metrics", "attention_loss", "clip_advantages",
@@ -360,142 +351,9 @@ def grpo_and_think_loss(
 
 
 def _think_metrics(stats: LensStats, signed: Tensor) -> Metrics:
-    metrics = _by_sign("js/think", stats.divergence, signed)
+    metrics = means_by_sign("js/think", stats.divergence, signed)
     live = (signed != 0).expand_as(stats.divergence)
     metrics["entropy/student"] = Mean.over(stats.student_entropy, live)
     metrics["entropy/teacher"] = Mean.over(stats.teacher_entropy, signed != 0)
     metrics["agreement/top1"] = Mean.over(stats.top1_agreement, live)
     return metrics
-
-
-def attention_loss(
-    pairs: Sequence[AttentionPair],
-    advantages: Tensor,
-    config: AlignmentConfig | None = None,
-    *,
-    token_weight: Tensor,
-    cu_seqlens: Tensor | None = None,
-    key_index: Tensor | None = None,
-    impl: str = "auto",
-) -> tuple[Tensor, Metrics]:
-    """Attention alignment, eq. 10: sum_n token_weight_n * Abar_n * 1/H sum_h JS(student, teacher).
-
-    Args:
-        pairs: for each student layer its post-rotary queries and keys and the final layer's, dense
-            [B, T, H, K] with right padding, or packed [N, H, K]. A pair with an alignment (see
-            `Taps`) is dense, padded on either side.
-        advantages: [B] or [B, T], or packed [N]: of the sequence that each query belongs to.
-        config: divergence, beta, clip.
-        token_weight: [B, T], or packed [N]; 0 at a query that does not predict a completion token.
-        cu_seqlens: of packed sequences.
-        key_index: the paper's sampled keys, from `sampled_keys`; all keys by default.
-        impl: of `oisd_kernels.attention_divergence`.
-
-    Returns the loss, a mean over the student layers, and the metrics js/attention_pos and
-    js/attention_neg over the rows whose weight is not 0.
-    """
-    config = config or AlignmentConfig()
-    if advantages.dim() < token_weight.dim():
-        advantages = advantages[:, None]
-    # Where the weight is 0 the advantage may be anything, as at padding.
-    signed = clip_advantages(advantages, config).float() * token_weight
-    signed = torch.where(token_weight == 0, 0.0, signed)
-    total = signed.new_zeros(())
-    metrics: Metrics = {}
-    # The unweighted divergence is the metric; dividing the weight out of the weighted one is exact
-    # enough for that, and rows of weight 0 are in no mean.
-    divisor = torch.where(signed == 0, 1.0, signed)
-    for group in _alike(pairs):
-        if group[0].alignment is None:
-            rows = _separate_rows(group, signed, config, key_index, cu_seqlens, impl)
-        else:
-            rows = _fused_rows(group[0], group[0].alignment, signed, config, key_index, cu_seqlens)
-        total = total + rows.sum()
-        by_sign = _by_sign("js/attention", rows.detach() / divisor, signed)
-        metrics = add_metrics(metrics, by_sign)
-    return total / max(len(pairs), 1), metrics
-
-
-def _alike(pairs: Sequence[AttentionPair]) -> list[list[AttentionPair]]:
-    """Groups of pairs that one call can take, so that the teacher's scores are computed once."""
-    groups: dict[object, list[AttentionPair]] = {}
-    for number, pair in enumerate(pairs):
-        key: object = number
-        if pair.alignment is None:
-            key = (
-                pair.q.shape,
-                pair.k.shape,
-                pair.scale,
-                pair.scale_teacher,
-                pair.softcap,
-                pair.window,
-            )
-        groups.setdefault(key, []).append(pair)
-    return list(groups.values())
-
-
-def _separate_rows(
-    pairs: Sequence[AttentionPair],
-    signed: Tensor,
-    config: AlignmentConfig,
-    key_index: Tensor | None,
-    cu_seqlens: Tensor | None,
-    impl: str,
-) -> Tensor:
-    """Weighted divergence of one or of several student layers, [B, T] or [S, B, T], or packed."""
-    first, several = pairs[0], len(pairs) > 1
-    return attention_divergence(
-        torch.stack([pair.q for pair in pairs]) if several else first.q,
-        torch.stack([pair.k for pair in pairs]) if several else first.k,
-        first.q_teacher,
-        first.k_teacher,
-        token_weight=signed,
-        cu_seqlens=cu_seqlens,
-        window=first.window,
-        softcap=first.softcap,
-        scale=first.scale,
-        scale_teacher=first.scale_teacher,
-        divergence=config.divergence,
-        beta=config.beta,
-        key_index=key_index,
-        impl=impl,
-    )
-
-
-def _fused_rows(
-    pair: AttentionPair,
-    alignment: AttentionAlignment,
-    signed: Tensor,
-    config: AlignmentConfig,
-    key_index: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """Weighted divergence [B, T] whose gradient is the student layer's own attention's work."""
-    if key_index is not None or cu_seqlens is not None:
-        raise ValueError(
-            "attention_loss: pairs with an alignment must come without key_index and cu_seqlens; "
-            'make the Taps with attention_kernel="separate" for those'
-        )
-    if (alignment.divergence, alignment.beta) != (config.divergence, config.beta):
-        raise ValueError(
-            f"attention_loss: config must have the alignment's divergence and beta, "
-            f"({alignment.divergence!r}, {alignment.beta}), got ({config.divergence!r}, "
-            f"{config.beta}); give Taps the same"
-        )
-    rows = alignment.loss(
-        pair.q_teacher.flatten(0, 1),
-        pair.k_teacher.flatten(0, 1),
-        token_weight=signed.flatten(),
-        lse_teacher=pair.lse_teacher,
-        scale_teacher=pair.scale_teacher,
-    )
-    return rows.view(signed.shape)
-
-
-def _by_sign(name: str, divergence: Tensor, signed: Tensor) -> Metrics:
-    """Mean divergence over the rows that are pulled together, and over those pushed apart."""
-    signed = signed.expand_as(divergence)
-    return {
-        f"{name}_pos": Mean.over(divergence, signed > 0),
-        f"{name}_neg": Mean.over(divergence, signed < 0),
-    }

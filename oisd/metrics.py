@@ -41,3 +41,12 @@ def add_metrics(a: Mapping[str, Mean], b: Mapping[str, Mean]) -> Metrics:
     for name, mean in b.items():
         merged[name] = merged[name] + mean if name in merged else mean
     return merged
+
+
+def means_by_sign(name: str, divergence: Tensor, signed: Tensor) -> Metrics:
+    """Mean divergence over the rows that are pulled together, and over those pushed apart."""
+    signed = signed.expand_as(divergence)
+    return {
+        f"{name}_pos": Mean.over(divergence, signed > 0),
+        f"{name}_neg": Mean.over(divergence, signed < 0),
+    }

@@ -88,7 +88,7 @@ def d_scores(
 
 @triton.jit
 def dq_block(
-    acc, q, qt, d_out, lse, lse_t, factor, shift, i, own, j, end, hi, window, boost,
+    acc, q, qt, d_out, lse, lse_t, factor, shift, i, own, j, keys, end, window, boost,
     Q, dOut, Qt, stride_qn, stride_don, stride_qtn, K, V, Kt, stride_kn, stride_vn, stride_ktn,
     DEPTH: tl.constexpr, PLAIN: tl.constexpr, ALIGN: tl.constexpr, DIVERGENCE: tl.constexpr,
     LOG_ODDS: tl.constexpr, SCALE: tl.constexpr, SCALE_T: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -96,12 +96,11 @@ def dq_block(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_KT: tl.constexpr,
     OPERAND: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Adds dS K of a block of keys; K, V, Kt point to it. Keys from `hi` on are seen by no row."""
-    rows = j < hi
-    k = load_rows(K, rows, stride_kn, HEAD_DIM, BLOCK_N, BLOCK_K, MASKED, OPERAND)
+    """Adds dS K of a block of keys; K, V, Kt point to it. No row sees any but `keys`."""
+    k = load_rows(K, keys, stride_kn, HEAD_DIM, BLOCK_N, BLOCK_K, MASKED, OPERAND)
     nothing = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     z = product(
-        q, k, nothing, Q, own, stride_qn, K, rows, stride_kn,
+        q, k, nothing, Q, own, stride_qn, K, keys, stride_kn,
         HEAD_DIM, BLOCK_K, DEPTH, OPERAND, PRECISION,
     )  # fmt: skip
     s, t = scores(z, SCALE, SOFTCAP, LOG2E)
@@ -110,9 +109,9 @@ def dq_block(
     x = tl.broadcast_to(-shift[:, None], p.shape)
     tail = 0.0
     if ALIGN:
-        kt = load_rows(Kt, rows, stride_ktn, HEAD_DIM_T, BLOCK_N, BLOCK_KT, MASKED, OPERAND)
+        kt = load_rows(Kt, keys, stride_ktn, HEAD_DIM_T, BLOCK_N, BLOCK_KT, MASKED, OPERAND)
         zt = product(
-            qt, kt, nothing, Qt, own, stride_qtn, Kt, rows, stride_ktn,
+            qt, kt, nothing, Qt, own, stride_qtn, Kt, keys, stride_ktn,
             HEAD_DIM_T, BLOCK_KT, DEPTH, OPERAND, PRECISION,
         )  # fmt: skip
         x, tail = alignment(
@@ -120,9 +119,9 @@ def dq_block(
             PLAIN, DIVERGENCE, LOG_ODDS, SCALE_T, SOFTCAP,
         )  # fmt: skip
     if PLAIN:
-        v = load_rows(V, rows, stride_vn, HEAD_DIM, BLOCK_N, BLOCK_K, MASKED, OPERAND)
+        v = load_rows(V, keys, stride_vn, HEAD_DIM, BLOCK_N, BLOCK_K, MASKED, OPERAND)
         x = product(
-            d_out, v, x, dOut, own, stride_don, V, rows, stride_vn,
+            d_out, v, x, dOut, own, stride_don, V, keys, stride_vn,
             HEAD_DIM, BLOCK_K, DEPTH, OPERAND, PRECISION,
         )  # fmt: skip
     ds = d_scores(p, x, tail, t, factor[:, None], PLAIN, ALIGN, DIVERGENCE, SOFTCAP)
@@ -131,6 +130,14 @@ def dq_block(
         ds = tl.where(seen, ds, 0.0)
     ds = (ds * boost).to(OPERAND)
     return tl.dot(ds, k, acc, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def seen_by_some(j, keys, a, b, window, Kept, CAUSAL: tl.constexpr):
+    """Which of the keys j some row of weight other than 0 in [a, b) sees through its window."""
+    first = j if CAUSAL else j - window + 1
+    before = tl.load(Kept + tl.maximum(first, a), mask=keys, other=0)
+    return tl.load(Kept + tl.minimum(j + window, b), mask=keys, other=0) > before
 
 
 @triton.jit
@@ -148,6 +155,7 @@ def attention_dq_kernel(
     Boost,  # [2]: a power of two that lifts dS into the operand's range, and its inverse
     dQ,  # [N, H, K]
     Tiles,  # [3, P]
+    Kept,  # [N + 1]: how many of the rows before this one have a weight other than 0
     tokens,
     group,
     group_t,
@@ -233,8 +241,9 @@ def attention_dq_kernel(
         if SPLIT:
             for n in range(left, right):
                 step = lo + n * BLOCK_N
+                j = step + lanes
                 acc = dq_block(
-                    acc, q, qt, d_out, lse, lse_t, factor, shift, i, rows, step + lanes, end, hi,
+                    acc, q, qt, d_out, lse, lse_t, factor, shift, i, rows, j, j < hi, end,
                     window, boost, Q, dOut, Qt, stride_qn, stride_don, stride_qtn,
                     head_at(K, step, h // group, stride_kn, stride_kh),
                     head_at(V, step, h // group, stride_vn, stride_vh),
@@ -248,8 +257,12 @@ def attention_dq_kernel(
             step = lo + n * BLOCK_N
             if SPLIT:
                 step = lo + tl.where(n < left, n, n + right - left) * BLOCK_N
+            j = step + lanes
+            keys = j < hi
+            if WINDOW and not PLAIN:  # the windows of two kept rows may leave keys between them
+                keys = seen_by_some(j, keys, a, b, window, Kept, CAUSAL)
             acc = dq_block(
-                acc, q, qt, d_out, lse, lse_t, factor, shift, i, rows, step + lanes, end, hi,
+                acc, q, qt, d_out, lse, lse_t, factor, shift, i, rows, j, keys, end,
                 window, boost, Q, dOut, Qt, stride_qn, stride_don, stride_qtn,
                 head_at(K, step, h // group, stride_kn, stride_kh),
                 head_at(V, step, h // group, stride_vn, stride_vh),

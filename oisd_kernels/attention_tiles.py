@@ -206,6 +206,11 @@ class Tiles(NamedTuple):
         return cls(table, sequence, first, programs)
 
 
+def kept_before(weight: Tensor) -> Tensor:
+    """[N + 1] int32: how many of the rows before this one have a weight [N] other than 0."""
+    return pad((weight != 0).cumsum(0, dtype=torch.int32), (1, 0))
+
+
 class Work(NamedTuple):
     """Which blocks of queries have a row of weight other than 0: see `attention_dkdv_kernel`."""
 
@@ -215,10 +220,9 @@ class Work(NamedTuple):
     kept: Tensor  # [N + 1]
 
     @classmethod
-    def of(cls, geometry: Geometry, keys: Tiles, weight: Tensor, block: int) -> "Work":
-        N = len(weight)
-        queries = Tiles.of(geometry, N, block)
-        kept = pad((weight != 0).cumsum(0, dtype=torch.int32), (1, 0))
+    def of(cls, geometry: Geometry, keys: Tiles, kept: Tensor, block: int) -> "Work":
+        """keys: tiles of the keys; kept: of `kept_before`."""
+        queries = Tiles.of(geometry, len(kept) - 1, block)
         _, end, start = queries.table.long()
         start = start.minimum(end)
         some = kept[(start + block).minimum(end)] > kept[start]

@@ -42,7 +42,7 @@ from oisd_kernels.attention_launch import (
     strides_of,
     window_of,
 )
-from oisd_kernels.attention_tiles import Tiles, Work, launch_tile
+from oisd_kernels.attention_tiles import Tiles, Work, kept_before, launch_tile
 from oisd_kernels.attention_tiles import widest as _widest
 
 DELTA_ROWS = 32
@@ -277,16 +277,17 @@ class _Backward:
         tile = launch_tile(self.capability, f"dq{suffix}", *kind)
         tiles = Tiles.of(self.geometry, N, tile.m)
         launches = self._launches(plain, divergence, beta, scale_t)
+        kept = None if alignment is None else kept_before(terms.factor)
         for options in launches:
             attention_dq_kernel[(tiles.programs, H)](
-                *inputs, boost, dq, tiles.table, *numbers, *strides, *strides_of(dq),
+                *inputs, boost, dq, tiles.table, kept, *numbers, *strides, *strides_of(dq),
                 **options, SPLIT=tile.split and alignment is None, DEPTH=tile.depth,
                 **constants,
                 BLOCK_M=tile.m, BLOCK_N=tile.n, **tile.options(),
             )  # fmt: skip
         tile = launch_tile(self.capability, f"dkdv{suffix}", *kind)
         tiles = Tiles.of(self.geometry, N, tile.n)
-        work = None if alignment is None else Work.of(self.geometry, tiles, terms.factor, tile.m)
+        work = None if kept is None else Work.of(self.geometry, tiles, kept, tile.m)
         for options in launches:
             attention_dkdv_kernel[(tiles.programs, J)](
                 *inputs, boost, dk, dv, tiles.table, *(work or (None,) * 4),

@@ -13,3 +13,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 def one_thread():
     """Two threads on two cores that others use too are many times slower than one."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=[None, 16], ids=["whole", "in-parts"])
+def depth(request, monkeypatch):
+    """Products over K in the interpreter's attention kernels: at once, and 16 columns at a time."""
+    from oisd_kernels import attention_tiles  # triton, which not every machine has
+
+    tile = attention_tiles.INTERPRETED._replace(depth=request.param)
+    monkeypatch.setattr(attention_tiles, "INTERPRETED", tile)

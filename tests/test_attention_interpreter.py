@@ -12,19 +12,29 @@ from interpreter import interpreted, outside, passes_in_the_interpreter
 from test_reference import (
     DIVERGENCES,
     GRADIENT_BOUND,
-    assert_gradient_close,
     assert_loss_close,
-    leaf,
     normal,
     relative_error,
 )
-from torch import Tensor
 from torch.nn.functional import softplus
 
 pytest.importorskip("triton")
 
-from oisd_kernels import attention_tiles, attention_triton, reference
-from oisd_kernels.attention_geometry import Alignment, Geometry, Teacher
+from attention_truth import (
+    SCALE,
+    SCALE_T,
+    Truth,
+    aligned,
+    check_alignment,
+    eager,
+    geometry,
+    inputs,
+    row_loss,
+    signed_weights,
+)
+
+from oisd_kernels import attention_triton
+from oisd_kernels.attention_geometry import Alignment, Teacher
 
 BOUND = GRADIENT_BOUND | {torch.float64: 1e-10}
 # The interpreter truncates to bf16 where a GPU rounds: twice the error, and all in one direction.
@@ -36,7 +46,6 @@ FORMS = [
     pytest.param((False, 5, 2.0), id="window5-full-softcap"),
     pytest.param((True, None, 2.0), id="softcap"),
 ]
-SCALE, SCALE_T = 0.4, 0.25
 
 
 @outside
@@ -49,89 +58,6 @@ def test_the_interpreter_passes():
 @outside
 def test_the_interpreter_passes_the_long_cases():
     passes_in_the_interpreter(__file__, "-m", "slow", timeout=1400)
-
-
-def geometry(lengths, form=(True, None, None)) -> Geometry:
-    offsets = torch.tensor([0, *lengths]).cumsum(0).int()
-    return Geometry(offsets, len(lengths), None, *form)
-
-
-def inputs(N, H=2, J=1, Jt=2, K=6, Kt=20, dtype=torch.float64, spread=1.5):
-    """Student q, k, v and teacher q, k, packed."""
-    shapes = ((H, K), (J, K), (J, K), (H, Kt), (Jt, Kt))
-    return [(spread * normal(N, *x, seed=seed)).to(dtype) for seed, x in enumerate(shapes)]
-
-
-def eager(q, k, v, geometry, scale) -> tuple[Tensor, Tensor]:
-    """out [N, H, K], lse [H, N], sequence by sequence."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    outs, lses = [], []
-    offsets = geometry.cu_seqlens.tolist()
-    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
-        rows = slice(begin, end)
-        scores = scale * torch.einsum("ihk,jhk->hij", q[rows], k[rows])
-        if geometry.softcap is not None:
-            scores = geometry.softcap * torch.tanh(scores / geometry.softcap)
-        ahead = torch.arange(end - begin)[None] - torch.arange(end - begin)[:, None]
-        hidden = ahead > 0 if geometry.causal else torch.zeros_like(ahead, dtype=torch.bool)
-        if geometry.window is not None:
-            hidden = hidden | (ahead.abs() >= geometry.window)
-        scores = scores.masked_fill(hidden, -math.inf)
-        outs.append(torch.einsum("hij,jhk->ihk", scores.softmax(-1), v[rows]))
-        lses.append(scores.logsumexp(-1))
-    return torch.cat(outs), torch.cat(lses, 1)
-
-
-def row_loss(q, k, qt, kt, geometry, divergence, beta, token_weight=None) -> Tensor:
-    return reference.attention_divergence(
-        q, k, qt, kt, token_weight=token_weight, cu_seqlens=geometry.cu_seqlens,
-        causal=geometry.causal, window=geometry.window, softcap=geometry.softcap,
-        scale=SCALE, scale_teacher=SCALE_T, divergence=divergence, beta=beta,
-    )  # fmt: skip
-
-
-class Truth:
-    """Float64 autograd on the same inputs: plain gradient, that of the alignment."""
-
-    def __init__(self, q, k, v, qt, kt, geometry, d_out=None, d_lse=None):
-        self.q, self.k, self.v = (leaf(x.double()) for x in (q, k, v))
-        self.qt, self.kt, self.geometry = qt.double(), kt.double(), geometry
-        self.out, self.lse = eager(self.q, self.k, self.v, geometry, SCALE)
-
-    def plain(self, d_out, d_lse):
-        total = (self.out * d_out.double()).sum() + (self.lse * d_lse.double()).sum()
-        return torch.autograd.grad(total, (self.q, self.k, self.v), retain_graph=True)
-
-    def alignment(self, weight, divergence, beta):
-        rows = row_loss(
-            self.q, self.k, self.qt, self.kt, self.geometry, divergence, beta, weight.double()
-        )
-        return rows.detach(), torch.autograd.grad(rows.sum(), (self.q, self.k))
-
-
-def aligned(q, k, qt, kt, geometry, divergence, beta, weight):
-    """Value, statistic, lse and the alignment for a backward, all by the kernels."""
-    lse = attention_triton.logsumexp(q, k, geometry, SCALE)
-    teacher = Teacher(qt, kt, attention_triton.logsumexp(qt, kt, geometry, SCALE_T), SCALE_T)
-    keep = weight != 0
-    value, statistic = attention_triton.statistics(
-        q, k, lse, SCALE, teacher, keep, divergence, beta, geometry
-    )
-    alignment = Alignment(teacher, weight / q.shape[1], statistic, divergence, beta)
-    return value, lse, alignment
-
-
-def signed_weights(N, dtype=torch.float64) -> Tensor:
-    """Of both signs, some 0."""
-    weight = normal(N, seed=9).to(dtype)
-    weight[::4] = 0
-    return weight
-
-
-def check_alignment(got, truth, bound, floor=1e-6):
-    for a, b in zip(got, truth, strict=True):
-        assert_gradient_close(a, b, bound, floor)
 
 
 # The functions
@@ -181,13 +107,6 @@ def test_float32(divergence, beta):
 @pytest.mark.parametrize("heads", [(4, 1, 4), (4, 4, 1)], ids=["heads4-of-1", "heads4-of-4"])
 def test_every_combination(form, divergence, beta, dtype, heads):
     compare(form, divergence, beta, dtype, [33, 0, 1, 2, 20], heads=heads, widths=(64, 16))
-
-
-@pytest.fixture(params=[None, 16], ids=["whole", "in-parts"])
-def depth(request, monkeypatch):
-    """Products over K at once, and 16 columns at a time."""
-    tile = attention_tiles.INTERPRETED._replace(depth=request.param)
-    monkeypatch.setattr(attention_tiles, "INTERPRETED", tile)
 
 
 @interpreted
@@ -394,99 +313,6 @@ def test_several_students(students, divergence):
     for n in range(students):
         alone = attention_triton.statistics(q[n], k[n], lse[n], *settings)
         assert torch.equal(value[n], alone[0]) and torch.equal(statistic[n], alone[1])
-
-
-# What rows and sequences may hold
-
-
-@interpreted
-@pytest.mark.parametrize("both", [False, True], ids=["alone", "and-plain"])
-def test_rows_of_weight_0_may_hold_nan(depth, both):
-    where, N = geometry([18, 16]), 34
-    q, k, v, qt, kt = inputs(N)
-    weight = torch.zeros(N, dtype=torch.float64)
-    weight[3:10], weight[20] = 1.5, -2.0
-    weight[5] = 0
-    dead = weight == 0
-    unseen = torch.zeros(N, dtype=torch.bool)
-    unseen[10:18] = unseen[21:] = True  # by causality: no kept row comes later
-    truth = Truth(q, k, v, qt, kt, where)
-    loss, gradient = truth.alignment(weight, "jsd", 0.5)
-    lse = attention_triton.logsumexp(q, k, where, SCALE)
-    qt[dead], kt[unseen] = math.nan, math.nan
-    d_out, d_lse = normal(*q.shape, seed=7), normal(*lse.shape, seed=8)
-    extra = {}
-    if both:
-        out = truth.out.detach()
-        extra = {"v": v, "out": out, "d_out": d_out, "d_lse": d_lse}
-        plain = truth.plain(d_out, d_lse)[:2]
-        gradient = [a + b for a, b in zip(plain, gradient, strict=True)]
-    else:
-        q[dead], k[unseen], lse[:, dead] = math.nan, math.nan, math.nan
-    lse_t = attention_triton.logsumexp(qt, kt, where, SCALE_T)
-    assert lse_t[:, dead].isnan().all() and not lse_t[:, ~dead].isnan().any()
-    teacher = Teacher(qt, kt, lse_t, SCALE_T)
-    value, statistic = attention_triton.statistics(
-        q, k, lse, SCALE, teacher, ~dead, "jsd", 0.5, where
-    )
-    assert_loss_close(weight * value, loss, 1e-12)
-    alignment = Alignment(teacher, weight / 2, statistic, "jsd", 0.5)
-    got = attention_triton.backward(q, k, where, SCALE, lse, alignment=alignment, **extra)
-    check_alignment(got[:2], gradient, 1e-12)
-
-
-@interpreted
-def test_nan_and_infinity_stay_in_their_sequence():
-    lengths = [18, 5, 17]
-    where, N = geometry(lengths), 40
-    q, k, v, qt, kt = inputs(N)
-    k[17, 0, 0], qt[30, 0, 0] = math.nan, math.inf
-    weight = torch.ones(N, dtype=torch.float64)
-    value, lse, alignment = aligned(q, k, qt, kt, where, "jsd", 0.5, weight)
-    out, _ = attention_triton.forward(q, k, v, where, SCALE)
-    d_out = normal(*out.shape, seed=7)
-    got = attention_triton.backward(
-        q, k, where, SCALE, lse, v=v, out=out, d_out=d_out, alignment=alignment
-    )
-    assert value[17].isnan() and value[30].isnan() and not value[:17].isnan().any()
-    clean = slice(18, 23)
-    middle = geometry(lengths[1:2])
-    alone = [x[clean] for x in (q, k, v, qt, kt)]
-    truth = Truth(*alone, middle)
-    _, gradient = truth.alignment(weight[clean], "jsd", 0.5)
-    plain = truth.plain(d_out[clean], torch.zeros(2, 5))
-    check_alignment(
-        [x[clean] for x in got],
-        [plain[0] + gradient[0], plain[1] + gradient[1], plain[2]],
-        1e-12,
-    )
-    assert got[0][17].isnan().any() and got[0][30].isnan().any()
-
-
-@interpreted
-def test_all_rows_of_weight_0():
-    where, N = geometry([17, 2]), 19
-    q, k, _, qt, kt = inputs(N)
-    weight = torch.zeros(N, dtype=torch.float64)
-    value, lse, alignment = aligned(q, k, qt, kt, where, "jsd", 0.5, weight)
-    got = attention_triton.backward(q, k, where, SCALE, lse, alignment=alignment)
-    for x in (value, alignment.statistic, *got[:2]):
-        assert torch.equal(x, torch.zeros_like(x))
-
-
-@interpreted
-@pytest.mark.parametrize("lengths", [[], [0, 0]], ids=["no-sequence", "empty-sequences"])
-def test_no_tokens(lengths):
-    where = geometry(lengths)
-    q, k, v, qt, kt = inputs(0)
-    weight = torch.zeros(0, dtype=torch.float64)
-    value, lse, alignment = aligned(q, k, qt, kt, where, "jsd", 0.5, weight)
-    out, _ = attention_triton.forward(q, k, v, where, SCALE)
-    got = attention_triton.backward(
-        q, k, where, SCALE, lse, v=v, out=out, d_out=out, alignment=alignment
-    )
-    assert value.shape == (0,) and lse.shape == (2, 0) and out.shape == q.shape
-    assert [x.shape for x in got] == [q.shape, k.shape, v.shape]
 
 
 @interpreted

@@ -6,7 +6,7 @@ from test_attention_interpreter import FORMS, geometry
 
 pytest.importorskip("triton")
 
-from oisd_kernels.attention_tiles import Tiles, Work, launch_tile, widest
+from oisd_kernels.attention_tiles import Tiles, Work, kept_before, launch_tile, widest
 
 SUFFIXES = ("", " align", " alone")
 STATISTICS = ("statistics", "statistics of several", "sampled", "sampled dk")
@@ -42,7 +42,7 @@ def test_the_list_of_blocks_with_work():
     weight = torch.zeros(17)
     weight[5] = weight[8] = weight[16] = -1
     keys = Tiles.of(where, 17, 8)
-    work = Work.of(where, keys, weight, block)
+    work = Work.of(where, keys, kept_before(weight), block)
     count = int(work.rank[-1])
     # Blocks start at 0, 4 | 7 | 8, 12, 16.
     assert work.live[:count].tolist() == [4, 8, 16]

@@ -100,12 +100,18 @@ def test_transformers_are_known_where_they_may_be(file):
         assert file in USE_TRANSFORMERS or inside_integrations
 
 
-def test_losses_know_no_transformers_at_all():
-    assert packages("oisd/losses.py") <= {"torch", "oisd", "oisd_kernels", *STANDARD_LIBRARY}
-    own = {name for name in imports("oisd/losses.py") if name.startswith("oisd.")}
-    assert {name.split(".")[1] for name in own} == {
-        "advantages", "attention_samples", "config", "metrics"
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    "file, wanted",
+    [
+        ("losses", {"advantages", "attention_loss", "attention_samples", "config", "metrics"}),
+        ("attention_loss", {"advantages", "config", "metrics"}),
+    ],
+)
+def test_losses_know_no_transformers_at_all(file, wanted):
+    path = f"oisd/{file}.py"
+    assert packages(path) <= {"torch", "oisd", "oisd_kernels", *STANDARD_LIBRARY}
+    own = {name for name in imports(path) if name.startswith("oisd.")}
+    assert {name.split(".")[1] for name in own} == wanted
 
 
 @pytest.mark.parametrize("file", OISD)
