@@ -13,13 +13,15 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interprete
 outside = pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
 
 
-def passes_in_the_interpreter(file: str, *options: str, timeout: float = 280) -> None:
+def passes_in_the_interpreter(
+    file: str | Path, *options: str, timeout: float = 280, **environment: str
+) -> None:
     """The tests of `file` pass where TRITON_INTERPRET=1."""
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", file, *options],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file), *options],
         cwd=Path(file).parents[1],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        env=os.environ | {"TRITON_INTERPRET": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=timeout,

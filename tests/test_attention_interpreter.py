@@ -5,6 +5,7 @@ tiles are 16 x 16: 17 tokens are two of them.
 """
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,16 @@ def test_the_interpreter_passes():
 @outside
 def test_the_interpreter_passes_the_long_cases():
     passes_in_the_interpreter(__file__, "-m", "slow", timeout=1400)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@outside
+@pytest.mark.parametrize("name", ["test_attention_torch", "test_flash_attention"])
+def test_the_public_functions_pass_on_triton(name):
+    """The tests that are written for every implementation."""
+    file = Path(__file__).with_name(f"{name}.py")
+    passes_in_the_interpreter(file, timeout=1400, OISD_ATTENTION_IMPL="triton")
 
 
 # The functions

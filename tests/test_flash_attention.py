@@ -235,6 +235,27 @@ def test_fused_is_separate(divergence, beta, form):
     assert (alone[0] - wanted[0]).norm() > 1e-2  # the alignment has a part in it
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+@divergences
+def test_gradcheck(divergence, beta, fused):
+    """Rows that straddle two tiles of the interpreter; signed weights, of which some are 0."""
+    lengths = [3, 17]
+    inputs, weight = packed(lengths, 2, 1, 4), signed(sum(lengths))
+    options = {"cu_seqlens": offsets(lengths), "window": 6, "impl": IMPL}
+
+    def run(q, k, v):
+        alignment = AttentionAlignment(divergence, beta) if fused else None
+        outputs = flash_attention(q, k, v, alignment=alignment, **options)
+        if alignment is not None:
+            return *outputs, alignment.loss(*inputs[3:], token_weight=weight)
+        return *outputs, attention_divergence(
+            q, k, *inputs[3:], token_weight=weight, divergence=divergence, beta=beta, **options
+        )  # fmt: skip
+
+    assert run(*inputs[:3])[2].norm() > 1e-2
+    assert gradcheck(run, leaves(inputs[:3]), fast_mode=True)
+
+
 @pytest.mark.parametrize("impl", ["reference", IMPL])
 def test_under_checkpointing_and_dense(impl):
     inputs = [x.view(2, 9, *x.shape[1:]) for x in packed([9, 9])]
