@@ -78,6 +78,10 @@ _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?:,|\\,| )\d{3})+")
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
 _SPACE = re.compile(r"\\[,;: ]|\\q?quad(?![a-zA-Z])|~")
 _SPACE_TO_DROP = re.compile(r"(?<!\d) | (?!\d)")  # all but "2 1/2", which is not 21/2
+_REPEATING = re.compile(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar)\s*\{(\d{1,30})\}")
+_SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})")
+_SET = re.compile(r"\\\{.*\\\}")
+_TUPLE = re.compile(r"\([^()]*,[^()]*\)")
 _INFINITY = re.compile(r"([-+]?)\s*(?:\\text\s*\{\s*)?infinity\s*\}?", re.IGNORECASE)
 WORD = re.compile(r"yes|no|true|false|[A-Z]")
 INTEGER = re.compile(r"[-+]?\d+")
@@ -94,7 +98,18 @@ def clean(text: str) -> str:
         text = quantity[1].strip()  # \text{12 apples}
     if infinity := _INFINITY.fullmatch(text):
         return f"{infinity[1]}\\infty"
+    if number := _SCIENTIFIC.fullmatch(text):
+        return f"{number[1]}\\times10^{{{number[2]}}}"
+    text = _REPEATING.sub(_as_fraction, text)
     return re.sub(r"[^-+\d]", "", text) if _THOUSANDS.fullmatch(text) else text
+
+
+def _as_fraction(repeating: re.Match[str]) -> str:
+    """0.1666... written with a bar, as (16 - 1) / 90."""
+    whole, once, again = repeating.groups()
+    before = whole + once
+    numerator = int(before + again) - int(before or "0")
+    return f"\\frac{{{numerator}}}{{{10 ** len(once) * (10 ** len(again) - 1)}}}"
 
 
 def key(cleaned: str) -> str:
@@ -112,6 +127,9 @@ def compare_strings(answer: str, gold: str) -> bool | None:
     if not a or a == g:
         return bool(a)
     if WORD.fullmatch(a) or WORD.fullmatch(g):
+        return False
+    # math-verify takes the elements of either for the other's.
+    if any(_SET.fullmatch(x) and _TUPLE.fullmatch(y) for x, y in ((a, g), (g, a))):
         return False
     return int(a) == int(g) if INTEGER.fullmatch(a) and INTEGER.fullmatch(g) else None
 
