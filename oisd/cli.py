@@ -129,6 +129,10 @@ def _eval(arguments: Sequence[str]) -> int:
         description="Avg@K and Pass@K with bootstrap intervals; goes on where it was stopped.",
         args=list(arguments[1:] if named else arguments),
     )
+    if "--benchmark" in arguments and not config.benchmark:
+        from oisd.evaluation_run import benchmark_names
+
+        raise ConfigError(f"--benchmark: wanted any of {', '.join(benchmark_names())}, got none")
     summaries = run(model, config)
     if config.benchmark and summaries:
         _print_benchmarks({Path(model).name: summaries}, Path(summaries[0]["output_dir"]).parent)
@@ -190,6 +194,8 @@ def _lens(arguments: Sequence[str]) -> int:
         (f"top token of layer {layer}", f"final one's at {summary['agreement'][layer - 1]:.1%}"),
         ("page", report["page"]),
     ]
+    if report["without_attention"]:
+        rows.append(("without attention", report["without_attention"]))
     _print_table(f"oisd lens: {model}", rows)
     return 0
 

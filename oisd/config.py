@@ -8,14 +8,13 @@ exists. The values are checked here where they can be checked alone; what depend
 
 from __future__ import annotations
 
-import re
 import tomllib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from oisd.tables import ConfigError, nearest, of_table
+from oisd.tables import ConfigError, nearest, of_table, require_device
 from oisd.tables import fields as _fields
 from oisd.tables import require as _require
 
@@ -364,12 +363,7 @@ class RunConfig:
             _require(getattr(self, name) >= 0, f"run.{name}", "at least 0", getattr(self, name))
         for name in ("tokens_per_microbatch", "keep_checkpoints"):
             _require(getattr(self, name) > 0, f"run.{name}", "at least 1", getattr(self, name))
-        _require(
-            bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device)),
-            "run.device",
-            '"auto", "cpu", "cuda" or "cuda:N"',
-            self.device,
-        )
+        require_device("run.device", self.device)
         _require(0 <= self.seed < 2**63, "run.seed", "in [0, 2^63)", self.seed)
         _require(self.threads is None or self.threads > 0, "run.threads", "above 0", self.threads)
 

@@ -173,7 +173,13 @@ def _read_source(source: Source, split: str, subset: str | None) -> Any:
         return _read(known.hub, theirs, subset or known.subset, source.name)
     if not source.path.exists():
         raise DataError(f"{source.written}: no such file or folder: {source.path}")
-    return _read_local(source.path, known, theirs, subset)
+    try:
+        return _read_local(source.path, known, theirs, subset)
+    except DataError as error:
+        raise DataError(
+            f"{source.written}: wanted the rows of {known.hub}, as a file or in its own layout: "
+            f"{error}"
+        ) from error
 
 
 def _read_local(path: Path, known: DataSet, split: str, subset: str | None) -> Any:
@@ -434,7 +440,7 @@ def encode_prompts(
         else:
             raise DataError(
                 f"prompt {example.id} has {len(ids)} tokens, the limit is {max_prompt_tokens}; "
-                f'raise max_prompt_tokens or set overlong_prompts="drop"'
+                f'raise max_prompt_tokens or, in training, set overlong_prompts="drop"'
             )
     if not kept:
         raise DataError(

@@ -24,6 +24,7 @@ from oisd.plots import plot_pass_at_k
 from oisd.policy import Policy, load_policy
 from oisd.processes import Processes
 from oisd.rewards import RewardFunction, load_reward
+from oisd.tables import require, require_device
 
 # A math grader's verdicts are compared with those of the other one, which costs next to nothing.
 SECOND_GRADER = {"math": "boxed_string", "math_verify": "boxed_string", "boxed_string": "math"}
@@ -101,10 +102,11 @@ class Job:
 def run(model: str, config: EvalRun) -> list[dict[str, Any]]:
     """Evaluate, write the files, and return a summary for each set of problems.
 
-    The summaries are on the first process; others return []. Raises ConfigError where a folder
-    holds an evaluation with other settings, DataError for problems that cannot be used, and what
-    loading the model raises.
+    The summaries are on the first process; others return []. Raises ConfigError for a setting out
+    of its range and where a folder holds an evaluation with other settings, DataError for problems
+    that cannot be used, and what loading the model raises.
     """
+    check_settings(config)
     if config.threads:
         import torch
 
@@ -113,15 +115,14 @@ def run(model: str, config: EvalRun) -> list[dict[str, Any]]:
     processes = Processes(config.device, PATIENCE)
     graders: list[RewardFunction] = []
     try:
+        # All of the data first: a benchmark that is not to be had is found before any work, and
+        # leaves no folder behind that would refuse the copy which the message asks for.
+        examples = [_examples(config, job) for job in jobs]
+        graders += _graders(config)
         if processes.is_first:
             for job in jobs:
                 _prepare(model, config, job)
         processes.barrier()
-        graders.append(load_reward(config.reward, config.timeout))
-        if config.reward in SECOND_GRADER:
-            graders.append(load_reward(SECOND_GRADER[config.reward], config.timeout))
-        # All of the data first: a benchmark that is not to be had is found before any work.
-        examples = [_examples(config, job) for job in jobs]
         policy = None
         summaries = []
         for job, problems in zip(jobs, examples, strict=True):
@@ -139,6 +140,39 @@ def run(model: str, config: EvalRun) -> list[dict[str, Any]]:
         for grader in graders:
             grader.close()
         processes.close()
+
+
+def benchmark_names() -> list[str]:
+    """What `--benchmark` may name."""
+    return [name for name, known in catalogue.DATA_SETS.items() if "test" in known.splits]
+
+
+def check_settings(config: EvalRun) -> None:
+    """Raise ConfigError for a number that cannot be evaluated with."""
+    for name in ("samples", "max_completion_tokens", "max_prompt_tokens", "batch_size", "limit",
+                 "threads"):  # fmt: skip
+        value = getattr(config, name)
+        require(value is None or value >= 1, _option(name), "at least 1", value)
+    require(config.seed >= 0, "--seed", "at least 0", config.seed)
+    require(config.temperature >= 0, "--temperature", "at least 0", config.temperature)
+    require(0 < config.top_p <= 1, "--top-p", "above 0 and at most 1", config.top_p)
+    require(config.timeout > 0, "--timeout", "above 0", config.timeout)
+    require_device("--device", config.device)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _graders(config: EvalRun) -> list[RewardFunction]:
+    """The grader, and for mathematics the one that it is compared with."""
+    try:
+        first = load_reward(config.reward, config.timeout)
+    except ValueError as error:
+        raise ConfigError(f"--reward: {error}") from error
+    if config.reward not in SECOND_GRADER:
+        return [first]
+    return [first, load_reward(SECOND_GRADER[config.reward], config.timeout)]
 
 
 def plan_jobs(model: str, config: EvalRun) -> list[Job]:
@@ -159,10 +193,9 @@ def plan_jobs(model: str, config: EvalRun) -> list[Job]:
     for written in config.benchmark:
         source = catalogue.resolve(written)
         if source.data_set is None or "test" not in source.data_set.splits:
-            known = [n for n, s in catalogue.DATA_SETS.items() if "test" in s.splits]
             raise ConfigError(
-                f"--benchmark {written!r} is none of {', '.join(known)}; for problems of your own "
-                f"pass --data"
+                f"--benchmark {written!r} is none of {', '.join(benchmark_names())}; for "
+                f"problems of your own pass --data"
             )
         jobs.append(
             Job(
@@ -282,7 +315,8 @@ def _prepare(model: str, config: EvalRun, job: Job) -> None:
     file = job.folder / "settings.json"
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        if file.exists():
+        done = read_all(job.folder)  # which mends lines that a kill cut short
+        if file.exists() and done:
             theirs = json.loads(file.read_text(encoding="utf-8"))
             # A setting that is younger than the folder had its default then.
             theirs = {k: getattr(EvalRun, k, None) for k in settings} | theirs
@@ -299,4 +333,3 @@ def _prepare(model: str, config: EvalRun, job: Job) -> None:
         raise ConfigError(
             f"output_dir {str(job.folder)!r} cannot be written: {error.strerror or error}"
         ) from error
-    read_all(job.folder)  # mends lines that a kill cut short

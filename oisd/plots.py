@@ -215,6 +215,9 @@ def plot_pass_at_k_panels(
     return save_figure(figure, Path(path))
 
 
+_LEAST_PERCENT = 6
+
+
 def _draw_pass_at_k(
     ax: Axes,
     title: str,
@@ -252,8 +255,10 @@ def _draw_pass_at_k(
     ax.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:.0f}"))
     ax.yaxis.set_major_formatter(PercentFormatter(decimals=0))
     style_axes(ax, title, "k (samples per problem)", "problems solved")
-    if ax.get_ylim()[1] > 100:
-        ax.set_ylim(top=101)
+    # Shares of problems: within 0 to 100 %, and not so close that two ticks read alike.
+    low, high = ax.get_ylim()
+    low, high = max(min(low, high - _LEAST_PERCENT), -1), min(high, 101)
+    ax.set_ylim(low, max(high, low + _LEAST_PERCENT))
     if len(curves) > 1:
         ax.legend(fontsize=9, labelcolor=INK, framealpha=0.85, edgecolor="none")
 

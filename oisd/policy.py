@@ -118,7 +118,7 @@ def load_policy(
             tokenizer = AutoTokenizer.from_pretrained(
                 adapter if shipped else source, trust_remote_code=trust
             )
-        except OSError as error:
+        except (OSError, ValueError) as error:
             named = f", the base of the adapter {str(adapter)!r}," if adapter else ""
             raise ConfigError(
                 f"model.path {str(source)!r}{named} cannot be loaded: {error}"

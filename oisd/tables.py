@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from typing import Any, Literal
 
@@ -20,6 +21,12 @@ def require(ok: bool, key: str, wanted: str, got: object) -> None:
     """Raise ConfigError unless `ok`, and for a number that is not finite."""
     if not ok or (isinstance(got, float) and not math.isfinite(got)):
         raise ConfigError(f"{key} must be {wanted}, got {got!r}")
+
+
+def require_device(key: str, name: str) -> None:
+    """Raise ConfigError for the name of a device that nothing here runs on."""
+    known = bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", name))
+    require(known, key, '"auto", "cpu", "cuda" or "cuda:N"', name)
 
 
 def fields(thing: Any) -> tuple[dataclasses.Field[Any], ...]:

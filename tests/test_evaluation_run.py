@@ -211,6 +211,53 @@ def test_no_network_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     assert '"aime24:some/folder"' in error
 
 
+def test_the_message_can_be_followed_in_the_same_folder(problems, tmp_path, monkeypatch):
+    """A benchmark that was not to be had leaves nothing that refuses its copy."""
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("datasets.load_dataset", unreachable)
+        assert main(["eval", "arithmetic", "--benchmark", "amc23", "--output-dir", str(tmp_path)])
+    assert main(command(problems, tmp_path)) == 0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--samples 0", "--samples must be at least 1, got 0"),
+        ("--max-completion-tokens 0", "--max-completion-tokens must be at least 1, got 0"),
+        ("--max-prompt-tokens 0", "--max-prompt-tokens must be at least 1, got 0"),
+        ("--batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("--limit 0", "--limit must be at least 1, got 0"),
+        ("--threads 0", "--threads must be at least 1, got 0"),
+        ("--seed -1", "--seed must be at least 0, got -1"),
+        ("--temperature -1", "--temperature must be at least 0, got -1.0"),
+        ("--temperature nan", "--temperature must be at least 0, got nan"),
+        ("--top-p 0", "--top-p must be above 0 and at most 1, got 0.0"),
+        ("--timeout 0", "--timeout must be above 0, got 0.0"),
+        ("--device cudda", '--device must be "auto", "cpu", "cuda" or "cuda:N", got \'cudda\''),
+        ("--reward nope", "--reward: load_reward: wanted"),
+        ("--benchmark", "--benchmark: wanted any of amc23, math500"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(options, message, tmp_path, capsys):
+    asked = ["eval", "arithmetic", *options.split(), "--output-dir", str(tmp_path / "out")]
+    assert main(asked) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_benchmarks_folder_is_named(problems, tmp_path, capsys):
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "test.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    (tmp_path / "copy" / "test-2.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
+    source = f"aime24:{tmp_path / 'copy'}"
+    assert main(["eval", "arithmetic", "--benchmark", source]) == 1
+    assert "wanted the rows of HuggingFaceH4/aime_2024" in capsys.readouterr().err
+
+
 # ---- the table -------------------------------------------------------------------------------
 
 

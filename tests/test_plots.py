@@ -157,6 +157,13 @@ def test_pass_at_k_axes(drawn):
         plots.plot_pass_at_k({"OISD": {}}, "pass.png")
 
 
+@pytest.mark.parametrize("share, low, high", [(0.0, -1, 5), (1.0, 90, 101), (0.5, 45, 55)])
+def test_pass_at_k_of_a_flat_curve_keeps_an_axis_of_different_ticks(drawn, share, low, high):
+    plots.plot_pass_at_k({"a": {1: share, 2: share}}, "pass.png")
+    below, above = drawn["pass"][0].get_ylim()
+    assert low <= below and above <= high and above - below >= 5
+
+
 def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
     path = plots.plot_pass_at_k({"a": {1: 0.5}}, tmp_path / "pass.png")
     before = path.read_bytes()
