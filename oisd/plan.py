@@ -33,10 +33,11 @@ CUDA context, communication buffers; `USABLE` leaves room for them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.table import Table
 from rich.text import Text
 
@@ -65,6 +66,8 @@ class Shape:
     """Whether embedding and unembedding are one matrix."""
     qk_norm: bool = False
     qkv_bias: bool = False
+    further: int = 0
+    """Parameters that the formulas here leave out: norms of other kinds, a bias."""
     source: str = "its configuration"
 
     @property
@@ -104,7 +107,7 @@ class Shape:
         """P, all of them."""
         matrices = 1 if self.tied else 2
         embeddings = matrices * self.vocabulary * self.width
-        return embeddings + self.layers * self.layer_parameters + self.width
+        return embeddings + self.layers * self.layer_parameters + self.width + self.further
 
 
 # The models of the recipes, from the config.json of each repository on the Hub. OctoThinker's are
@@ -147,7 +150,30 @@ def model_shape(path: str) -> Shape:
 
 
 def shape_of(config: Any, source: str = "its configuration") -> Shape:
-    """The shape that a transformers configuration describes."""
+    """The shape that a transformers configuration describes.
+
+    Its parameters are those of the model built without memory. Raises ConfigError where they are
+    not within 1 % of a decoder's with gated feed-forward blocks, such as a mixture of experts.
+    """
+    shape = _formula(config, source)
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config.get_text_config())
+    except ValueError as error:
+        raise ConfigError(f"model.path: wanted a causal language model, got {error}") from error
+    further = sum(p.numel() for p in model.parameters()) - shape.parameters
+    if abs(further) > 0.01 * shape.parameters:
+        raise ConfigError(
+            f"model.path: the plan wants a decoder with gated feed-forward blocks, got a "
+            f"{config.model_type} of {shape.parameters + further:,} parameters, where such a "
+            f"decoder of its sizes has {shape.parameters:,}"
+        )
+    return replace(shape, further=further)
+
+
+def _formula(config: Any, source: str) -> Shape:
     text = config.get_text_config()
     heads = text.num_attention_heads
     return Shape(
@@ -209,8 +235,16 @@ class MemoryPlan:
 
 
 def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
-    """The memory of a run; see the module's docstring for each formula."""
+    """The memory of a run; see the module's docstring for each formula.
+
+    Raises ConfigError for a student layer that the model has not.
+    """
     p, s = shape.parameters, len(config.oisd.student_layers)
+    if s and max(config.oisd.student_layers) >= shape.layers:
+        raise ConfigError(
+            f"oisd.student_layers must lie in 1..{shape.layers - 1}, below the final layer of "
+            f"{config.model.path}, got {max(config.oisd.student_layers)}"
+        )
     targets = lora_targets(config, shape)
     adapters = shape.layers * config.model.lora_rank * sum(sum(size) for size in targets.values())
     trained = adapters or p

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import TINY, tiny_model
 from transformers import AutoConfig, DynamicCache
 
 from oisd import plan as planning
@@ -19,10 +19,27 @@ RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("name", sorted(TINY))
 def test_parameters_of_real_models(name, tied):
     model = tiny_model(name, tie_word_embeddings=tied)
     assert shape_of(model.config).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_mixture_of_experts_is_refused():
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, intermediate_size=48, moe_intermediate_size=48,
+        num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="gated feed-forward blocks, got a qwen3_moe"):
+        shape_of(config)
+
+
+def test_a_layer_that_the_model_has_not_is_refused(capsys):
+    command = ["plan", "qwen3-4b", "--oisd.student-layers"]
+    assert main([*command, "36"]) == 2
+    assert "must lie in 1..35, below the final layer of Qwen/Qwen3-4B" in capsys.readouterr().err
+    assert main([*command, "35"]) == 0
 
 
 def test_parameters_of_the_built_in_model():
