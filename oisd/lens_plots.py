@@ -12,23 +12,33 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager, get_font
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from oisd.attention_maps import AttentionOverlap
 from oisd.lens import LensSummary
-from oisd.plots import BLUE, GREEN, INK, ORANGE, legend_above, save_figure, style_axes
+from oisd.plots import BLUE, GREEN, INK, ORANGE, save_figure, style_axes
 
 _CELL = 0.62  # inches
 _SHADES = "Blues"
 _MARGIN = "#111111"
+# Tokens come in every script; of these fonts whichever are here stand in, in this order.
+_FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans",
+          "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "WenQuanYi Micro Hei",
+          "WenQuanYi Zen Hei", "Arial Unicode MS")  # fmt: skip
+
+
+_CAPTION = "columns: tokens read; cells: likeliest next token; outlined: the final layer's choice"
 
 
 class Picture(NamedTuple):
@@ -40,17 +50,24 @@ class Picture(NamedTuple):
     agrees: list[list[bool]]  # [L][P]
 
 
-def shown_layers(layers: int, most: int = 20) -> list[int]:
-    """At most `most` layers, counted from 1, evenly spread, with the final one."""
+def shown_layers(layers: int, most: int = 20, also: int | None = None) -> list[int]:
+    """At most `most` layers, counted from 1, evenly spread, with the final one; and `also`."""
     step = math.ceil(layers / most)
-    return sorted(range(layers, 0, -step))
+    return sorted({*range(layers, 0, -step), *([also] if also else [])})
 
 
-def plot_lens(picture: Picture, path: str | Path, *, title: str = "Logit lens") -> Path:
-    """Draw layers by tokens, the final layer on top; of many layers only some are shown."""
-    layers = shown_layers(len(picture.top))
-    names = [_layer_name(layer, len(picture.top)) for layer in layers]
-    rows = [_row(picture, layer) for layer in layers]
+def plot_lens(
+    picture: Picture, path: str | Path, *, title: str = "Logit lens", layer: int | None = None
+) -> Path:
+    """Draw layers by tokens, the final layer on top; of many layers only some are shown.
+
+    layer: one that is shown in any case, and marked.
+    """
+    layers = shown_layers(len(picture.top), also=layer)
+    names = [_layer_name(number, len(picture.top)) for number in layers]
+    if layer:
+        names[layers.index(layer)] += " \u25c0"
+    rows = [_row(picture, number) for number in layers]
     figure = _grid_figure(rows[::-1], names[::-1], picture.tokens, title)
     return save_figure(figure, Path(path))
 
@@ -69,7 +86,7 @@ def plot_compare(
 
 def plot_layers(summaries: Sequence[tuple[str, LensSummary]], path: str | Path) -> Path:
     """Draw mean divergence, entropy and agreement by layer, for one model or several."""
-    figure = Figure(figsize=(11.4, 3.5), layout="constrained")
+    figure = Figure(figsize=(11.4, 3.5 + 0.2 * len(summaries)), layout="constrained")
     axes = [figure.add_subplot(1, 3, place) for place in (1, 2, 3)]
     titles = (
         ("Divergence from the final layer", "divergence (nats)"),
@@ -77,7 +94,7 @@ def plot_layers(summaries: Sequence[tuple[str, LensSummary]], path: str | Path) 
         ("Same top token as the final layer", "share of tokens"),
     )
     for ax, (title, unit) in zip(axes, titles, strict=True):
-        style_axes(ax, title, "layer", unit, title_pad=19)
+        style_axes(ax, title, "layer", unit)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     colours = (BLUE, ORANGE, GREEN)
     for number, (name, summary) in enumerate(summaries):
@@ -90,12 +107,18 @@ def plot_layers(summaries: Sequence[tuple[str, LensSummary]], path: str | Path) 
             height = summary.entropy[summary.boundary_layer - 1]
             axes[1].plot(
                 [summary.boundary_layer], [height], "D", color=colour, markersize=8,
-                markeredgecolor=INK, label=f"boundary: layer {summary.boundary_layer}",
+                markeredgecolor=INK, label=f"{name}, boundary: layer {summary.boundary_layer}",
             )  # fmt: skip
     for ax in axes:
-        ax.set_ylim(bottom=0)
-        legend_above(ax, ax.lines)
+        # Room for the markers: curves of nearly equal numbers have no margin once 0 is in view.
+        largest = max(float(y) for line in ax.lines for y in np.ravel(line.get_ydata()))
+        ax.set_ylim(0, 1.06 * largest if largest > 0 else 1)
     axes[2].set_ylim(0, 1.03)
+    # One for all panels, below them: names of checkpoints are longer than a panel is wide.
+    figure.legend(
+        handles=axes[1].lines, loc="outside lower left", ncols=2 if len(summaries) > 1 else 4,
+        fontsize=9, frameon=False, labelcolor=INK,
+    )  # fmt: skip
     return save_figure(figure, Path(path))
 
 
@@ -141,7 +164,8 @@ def _bars(ax: Axes, tokens: Sequence[str], rows: Sequence[Tensor], layer: int) -
         (rows[1], f"layer {layer}", ORANGE, 0.2),
     ):
         ax.bar([p + shift for p in places], row.tolist(), 0.4, color=colour, label=name)
-    ax.set_xticks(list(places), tokens, rotation=60, ha="right", rotation_mode="anchor", fontsize=8)
+    ax.set_xticks(list(places), tokens, rotation=60, ha="right", rotation_mode="anchor", fontsize=8,
+                  fontfamily=_fonts())  # fmt: skip
     ax.grid(False, axis="x")
     ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8.5, frameon=False,
               borderaxespad=0.2, labelcolor=INK)  # fmt: skip
@@ -181,13 +205,16 @@ def _grid_figure(
             text = _readable(text, 8)
             size = 7.5 if len(text) < 7 else 6.2
             colour = "white" if p > 0.6 else INK
-            ax.text(x, y, text, ha="center", va="center", fontsize=size, color=colour)
+            ax.text(x, y, text, ha="center", va="center", fontsize=size, color=colour,
+                    fontfamily=_fonts())  # fmt: skip
             if agrees:
                 corner = (x - 0.46, y - 0.44)
                 ax.add_patch(Rectangle(corner, 0.92, 0.88, fill=False, edgecolor=_MARGIN, lw=1.3))
     ax.set_xticks(range(width), [_readable(t, 10) for t in tokens], rotation=50, ha="left",
-                  rotation_mode="anchor", fontsize=8, color=INK)  # fmt: skip
+                  rotation_mode="anchor", fontsize=8, color=INK, fontfamily=_fonts())  # fmt: skip
     ax.xaxis.tick_top()
+    ax.set_xlabel(_CAPTION, fontsize=8.5, color=INK, loc="left")
+    ax.xaxis.set_label_position("bottom")
     ax.set_yticks(range(height), names, fontsize=8.5, color=INK)
     ax.set_ylabel("layer", fontsize=10, color=INK)
     ax.tick_params(length=0)
@@ -210,9 +237,27 @@ def visible_controls(token: str) -> str:
     return "".join(f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" else c for c in token)
 
 
+@lru_cache
+def _fonts() -> list[str]:
+    """Those of `_FONTS` that are here."""
+    here = {font.name for font in fontManager.ttflist}
+    return [name for name in _FONTS if name in here]
+
+
+@lru_cache
+def _has_glyph(character: str) -> bool:
+    files = [fontManager.findfont(name) for name in _fonts()]
+    return any(get_font(file).get_char_index(ord(character)) for file in files)
+
+
+def _spelled(token: str) -> str:
+    """Characters that no font here can draw, as their code points."""
+    return "".join(c if _has_glyph(c) else f"U+{ord(c):04X}" for c in token)
+
+
 def _readable(token: str, most: int) -> str:
     """White space made visible, long tokens cut, and no dollar that opens a formula."""
-    shown = visible_controls(token)
+    shown = _spelled(visible_controls(token))
     if shown.strip(" ") == "":
         shown = "\u2423" * len(shown)
     shown = shown.strip(" ") or shown

@@ -20,6 +20,7 @@ from oisd.lens_page import write_page
 from oisd.lens_plots import Picture, plot_attention, plot_compare, plot_layers, plot_lens
 from oisd.models import UnsupportedModelError
 from oisd.policy import Policy, load_policy
+from oisd.tables import require, require_device
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class LookRun:
     """A second checkpoint, read on the very same tokens."""
     picture_tokens: int = 24
     """The pictures show so many tokens, the last of the first text."""
-    divergence: str = "jsd"
+    divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"
     lens_norm: Literal["final", "none"] = "final"
     dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: str = "sdpa"
@@ -75,7 +76,8 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
     tokens: list[str] = []
     vocabulary: dict[str, int] = {}
     per_token: dict[str, dict[str, list[list[float]]]] = {}
-    layer = 1
+    depths: list[int] = []
+    without_attention = ""
     for name, path in zip(names, models, strict=True):
         policy = _load(path, config)
         vocabulary = vocabulary or policy.tokenizer.get_vocab()
@@ -83,8 +85,10 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
             raise ConfigError(
                 f"--compare needs a model of the same vocabulary as {model!r}, got {path!r}"
             )
-        texts = texts or _texts(policy, config)
         lens = LayerLens(policy.model, divergence=config.divergence, lens_norm=config.lens_norm)
+        depths.append(lens.num_layers)
+        _check_layer(config.layer, min(depths))
+        texts = texts or _texts(policy, config)
         looks = []
         for number, ids in enumerate(track(texts, f"{name}: lens", transient=True)):
             looks.append(lens(ids, config.picture_tokens if number == 0 else 0))
@@ -95,12 +99,15 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
         }
         pictures.append((name, _picture(policy, texts[0], looks[0], config.picture_tokens)))
         if path == model:
-            layer = _layer(config, summaries[0][1], lens.num_layers)
             tokens = _decode_each(policy, texts[0])
-            attention = _attention(policy, texts[0], lens.num_layers)
+            try:
+                attention = LayerAttention(policy.model, range(1, lens.num_layers))(texts[0])
+            except UnsupportedModelError as error:  # no softmax over keys: the lens does without
+                without_attention = _as_options(error)
+    layer = config.layer or _default_layer(summaries[0][1], min(depths))
     title = f"Logit lens of {names[0]}"
     plots = [
-        plot_lens(pictures[0][1], folder / "lens.png", title=title),
+        plot_lens(pictures[0][1], folder / "lens.png", title=title, layer=layer),
         plot_layers(summaries, folder / "layers.png"),
     ]
     if config.compare:
@@ -122,7 +129,7 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
     }
     (folder / "lens.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     page = write_page(folder / "index.html", title, summaries, pictures, attention, tokens, layer)
-    return {**report, "page": str(page)}
+    return {**report, "page": str(page), "without_attention": without_attention}
 
 
 def run_attention(model: str, config: LookRun) -> dict[str, Any]:
@@ -132,13 +139,15 @@ def run_attention(model: str, config: LookRun) -> dict[str, Any]:
     """
     folder = _folder(model, config, "attention")
     policy = _load(model, config)
+    lens = LayerLens(policy.model, lens_norm=config.lens_norm)
+    depth = lens.num_layers
+    _check_layer(config.layer, depth)
     texts = _texts(policy, config)
-    depth = len(LayerLens(policy.model).layout.layers)
-    layer = config.layer
-    if layer is None:
-        lens = LayerLens(policy.model, lens_norm=config.lens_norm)
-        layer = _layer(config, summarise([lens(ids) for ids in texts]), depth)
-    look = LayerAttention(policy.model, range(1, depth))
+    layer = config.layer or _default_layer(summarise([lens(ids) for ids in texts]), depth)
+    try:
+        look = LayerAttention(policy.model, range(1, depth))
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(_as_options(error)) from error
     seen = [look(ids) for ids in track(texts, "attention", transient=True)]
     overlap = torch.cat([x.overlap for x in seen], dim=1)
     divergence = torch.cat([x.divergence for x in seen], dim=1)
@@ -161,9 +170,14 @@ def run_attention(model: str, config: LookRun) -> dict[str, Any]:
 def _folder(model: str, config: LookRun, command: str) -> Path:
     if bool(config.prompt) == bool(config.data):
         raise ConfigError(f"oisd {command}: give either --prompt or --data")
-    for name in ("limit", "max_prompt_tokens", "picture_tokens"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
+    for name in ("limit", "max_prompt_tokens", "picture_tokens", "threads"):
+        value = getattr(config, name)
+        option = "--" + name.replace("_", "-")
+        require(value is None or value >= 1, option, "at least 1", value)
+    for name in ("completion_tokens", "seed"):
+        value = getattr(config, name)
+        require(value >= 0, "--" + name.replace("_", "-"), "at least 0", value)
+    require_device("--device", config.device)
     name = Path(model).resolve().name if Path(model).exists() else model.replace("/", "--")
     folder = Path(config.output_dir or f"runs/{command}/{name}")
     try:
@@ -221,6 +235,13 @@ def _texts(policy: Policy, config: LookRun) -> list[list[int]]:
         prompts = [policy.tokenizer(text)["input_ids"] for text in rendered]
     if any(not ids for ids in prompts):
         raise ConfigError("--prompt holds a text without tokens")
+    # The attention's maps grow with the square: 8,192 tokens of 36 layers are 9 GiB.
+    longest = max(map(len, prompts))
+    if longest > config.max_prompt_tokens:
+        raise ConfigError(
+            f"--prompt holds a text of {longest} tokens, the limit is {config.max_prompt_tokens}; "
+            f"shorten it or raise --max-prompt-tokens"
+        )
     if config.completion_tokens > 0:
         made = policy.sample(
             prompts,
@@ -234,21 +255,22 @@ def _texts(policy: Policy, config: LookRun) -> list[list[int]]:
     return prompts
 
 
-def _layer(config: LookRun, summary: LensSummary, layers: int) -> int:
-    layer = config.layer
-    if layer is None:
-        layer = summary.boundary_layer or max(layers // 2, 1)
-    if not 1 <= layer < layers:
-        raise ConfigError(f"layer must lie in 1..{layers - 1}, got {layer}")
-    return layer
+def _as_options(error: UnsupportedModelError) -> str:
+    """The remedy in the words of the command line, where Taps names a call."""
+    call = 'call model.set_attn_implementation("eager"), or use attention=False'
+    return str(error).replace(call, "pass --attn-implementation eager")
 
 
-def _attention(policy: Policy, ids: Sequence[int], layers: int) -> AttentionOverlap | None:
-    """None for a model whose attention is no softmax over its keys."""
-    try:
-        return LayerAttention(policy.model, range(1, layers))(ids)
-    except UnsupportedModelError:
-        return None
+def _check_layer(layer: int | None, depth: int) -> None:
+    if layer is not None and not 1 <= layer < depth:
+        raise ConfigError(
+            f"--layer must lie in 1..{depth - 1}, below the final layer of every model, got {layer}"
+        )
+
+
+def _default_layer(summary: LensSummary, depth: int) -> int:
+    """The boundary layer, or where there is none the middle; below the final of `depth` layers."""
+    return max(1, min(summary.boundary_layer or depth // 2, depth - 1))
 
 
 def _picture(policy: Policy, ids: Sequence[int], lens: Lens, shown: int) -> Picture:

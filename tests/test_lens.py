@@ -6,7 +6,10 @@ import math
 import pytest
 import torch
 from tiny_models import LAYERS, TINY, VOCAB, tiny_model
+from transformers import AutoModelForCausalLM
 
+from oisd import lens_plots
+from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.attention_maps import LayerAttention
 from oisd.cli import main
 from oisd.lens import LayerLens, Lens, _before_feed_forward, summarise
@@ -133,6 +136,7 @@ def test_attention_overlap(name):
 def test_many_layers_are_thinned_and_the_final_one_stays():
     assert shown_layers(6) == [1, 2, 3, 4, 5, 6]
     assert shown_layers(36) == [*range(2, 37, 2)]
+    assert shown_layers(36, also=5) == sorted([*range(2, 37, 2), 5])
     assert len(shown_layers(61)) <= 20 and shown_layers(61)[-1] == 61
 
 
@@ -172,13 +176,85 @@ def test_commands(tmp_path, capsys):
     [
         ([], "give either --prompt or --data"),
         (["--prompt", "1", "--data", "arithmetic"], "give either --prompt or --data"),
-        (["--prompt", "1", "--layer", "6"], "layer must lie in 1..5, got 6"),
-        (["--prompt", "1", "--layer", "0"], "layer must lie in 1..5, got 0"),
-        (["--prompt", "1", "--picture-tokens", "0"], "picture_tokens must be at least 1, got 0"),
+        (
+            ["--prompt", "1", "--layer", "6"],
+            "--layer must lie in 1..5, below the final layer of every model, got 6",
+        ),
+        (
+            ["--prompt", "1", "--layer", "0"],
+            "--layer must lie in 1..5, below the final layer of every model, got 0",
+        ),
+        (["--prompt", "1", "--picture-tokens", "0"], "--picture-tokens must be at least 1, got 0"),
+        (["--prompt", "1", "--completion-tokens", "-1"], "--completion-tokens must be at least 0"),
+        (["--prompt", "1", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--prompt", "1", "--device", "cudda"], '--device must be "auto", "cpu", "cuda"'),
         (["--prompt", ""], "a text without tokens"),
+        (["--prompt", "12+34=", "--max-prompt-tokens", "3"], "raise --max-prompt-tokens"),
     ],
 )
-def test_refuses(options, message, tmp_path, capsys):
-    status = main(["lens", "arithmetic", *options, "--output-dir", str(tmp_path)])
+@pytest.mark.parametrize("command", ["lens", "attention"])
+def test_refuses(command, options, message, tmp_path, capsys):
+    status = main([command, "arithmetic", *options, "--output-dir", str(tmp_path)])
     assert status == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_shallower_model_to_compare_with(tmp_path, capsys):
+    """The layer drawn is one that both have below their final one, or the request is refused."""
+    config = arithmetic_model().config
+    config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "shallow")
+    arithmetic_tokenizer().save_pretrained(tmp_path / "shallow")
+    command = ["lens", "arithmetic", "--prompt", "12+34=", "--compare", str(tmp_path / "shallow")]
+    command += ["--output-dir", str(tmp_path / "out")]
+    assert main(command) == 0
+    assert json.loads((tmp_path / "out" / "lens.json").read_text())["layer"] == 1
+    capsys.readouterr()
+    assert main([*command, "--layer", "3"]) == 2
+    assert "--layer must lie in 1..1, below the final layer of every" in capsys.readouterr().err
+
+
+def test_attention_that_cannot_be_read_is_said(tmp_path, capsys):
+    """Gemma 2 under SDPA: the lens goes on without, the other command names the option."""
+    tiny_model("gemma2", vocab_size=64).save_pretrained(tmp_path / "gemma")
+    arithmetic_tokenizer().save_pretrained(tmp_path / "gemma")
+    rest = [str(tmp_path / "gemma"), "--prompt", "12+34=", "--output-dir", str(tmp_path / "out")]
+    assert main(["lens", *rest]) == 0
+    assert "pass --attn-implementation eager" in capsys.readouterr().out
+    assert main(["attention", *rest]) == 1
+    assert "pass --attn-implementation eager" in capsys.readouterr().err
+    assert main(["attention", *rest, "--attn-implementation", "eager"]) == 0
+
+
+# ---- the pictures ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def figure(monkeypatch) -> list:
+    """The last figure that was drawn, in place of a file."""
+    drawn: list = []
+    monkeypatch.setattr(lens_plots, "save_figure", lambda figure, path: drawn.append(figure))
+    return drawn
+
+
+def test_the_picture_shows_the_layer_and_says_what_the_outline_means(figure):
+    layers, cells = 36, ["a", "b"]
+    picture = lens_plots.Picture(
+        cells, [cells] * layers, [[0.1, 0.9]] * layers, [[True, False]] * layers
+    )
+    lens_plots.plot_lens(picture, "x.png", layer=5)
+    axes = figure[0].axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names[0] == "final" and "5 \u25c0" in names and names[-1] == "2"
+    assert "outlined: the final layer's choice" in axes.get_xlabel()
+
+
+def test_markers_of_nearly_equal_entropies_are_not_cut(figure):
+    summary = summarise([look([5.31, 5.32, 5.30], [5.30, 5.30, 5.30])])
+    lens_plots.plot_layers([("model", summary)], "x.png")
+    assert figure[0].axes[1].get_ylim()[1] > 1.05 * 5.32
+
+
+def test_a_character_without_a_glyph_is_spelled():
+    assert lens_plots._readable("a\U0010fffd", 12) == "aU+10FFFD"
+    assert lens_plots._readable("\u00e9\u2423", 12) == "\u00e9\u2423"
