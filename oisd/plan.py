@@ -234,17 +234,19 @@ class MemoryPlan:
         return split // shards + gathered + sum(rest.values())
 
 
-def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
-    """The memory of a run; see the module's docstring for each formula.
-
-    Raises ConfigError for a student layer that the model has not.
-    """
-    p, s = shape.parameters, len(config.oisd.student_layers)
-    if s and max(config.oisd.student_layers) >= shape.layers:
+def check_student_layers(config: TrainConfig, shape: Shape) -> None:
+    """Raise ConfigError for a student layer that the model has not below its final one."""
+    last = max(config.oisd.student_layers, default=0)
+    if last >= shape.layers:
         raise ConfigError(
             f"oisd.student_layers must lie in 1..{shape.layers - 1}, below the final layer of "
-            f"{config.model.path}, got {max(config.oisd.student_layers)}"
+            f"{config.model.path}, got {last}"
         )
+
+
+def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
+    """The memory of a run; see the module's docstring for each formula."""
+    p, s = shape.parameters, len(config.oisd.student_layers)
     targets = lora_targets(config, shape)
     adapters = shape.layers * config.model.lora_rank * sum(sum(size) for size in targets.values())
     trained = adapters or p
