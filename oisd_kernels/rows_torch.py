@@ -141,7 +141,7 @@ def student_rows(
         log_sums[tile], _ = _log_softmax(tile_z, largest, q)
         if math_.divergence == "jsd":
             # By the sum that the rounded `log_sums` stands for, as in tile_z.
-            q.mul_(log_sums[tile, None].double().neg_().exp_().to(z.dtype))
+            q.mul_(log_sums[tile, None].double().neg().exp().to(z.dtype))
         else:
             torch.exp(tile_z, out=q)  # of the rounded logarithm: the terms of a KL rely on that
         if shared is None:
