@@ -138,10 +138,9 @@ def student_rows(
             largest, top1[tile] = likeliest(tile_z)
         else:
             largest = tile_z.amax(-1)
-        log_sums[tile], _ = _log_softmax(tile_z, largest, q)
+        log_sums[tile], sums = _log_softmax(tile_z, largest, q)
         if math_.divergence == "jsd":
-            # By the sum that the rounded `log_sums` stands for, as in tile_z.
-            q.mul_(log_sums[tile, None].double().neg().exp().to(z.dtype))
+            q.mul_(sums.reciprocal_()[:, None])  # its terms forgive what `tile_z` is rounded by
         else:
             torch.exp(tile_z, out=q)  # of the rounded logarithm: the terms of a KL rely on that
         if shared is None:

@@ -27,7 +27,7 @@ def test_the_interpreter_passes():
 
 
 def rows_with_ties(size: int, dtype: torch.dtype) -> Tensor:
-    """[9, V] in a wider buffer: few distinct values, so that each row has its maximum many times."""
+    """[9, V] in a wider buffer, of few distinct values: a row has its maximum many times."""
     z = torch.full((9, size + 24), math.nan, dtype=dtype)[:, :size]
     z.copy_(torch.randint(-3, 4, (9, size), generator=torch.Generator().manual_seed(size)))
     z[1] = 0  # all alike
@@ -54,7 +54,9 @@ def test_the_first_of_equals(size, dtype):
 
 
 @outside
-@pytest.mark.parametrize("place", [0, BLOCK - 1, BLOCK, 5 * BLOCK + 3, 6 * BLOCK - 1, 6 * BLOCK + 8])
+@pytest.mark.parametrize(
+    "place", [0, BLOCK - 1, BLOCK, 5 * BLOCK + 3, 6 * BLOCK - 1, 6 * BLOCK + 8]
+)
 def test_one_maximum_anywhere(place):
     """The last block overlaps the one before it."""
     z = normal(2, 6 * BLOCK + 9, seed=0)
@@ -77,7 +79,10 @@ def require_top(rows: object, size: int, dtype: torch.dtype, temperature: float)
         z, z_final, final, None, slot, ones, math_, False, True, dtype
     )
     sound = torch.arange(5)
-    for token, top in ((got.top1, got.top_logprob), (final.top1.flip(0), final.top_logprob.flip(0))):
+    for token, top in (
+        (got.top1, got.top_logprob),
+        (final.top1.flip(0), final.top_logprob.flip(0)),
+    ):
         assert token.dtype == torch.int64 and top.dtype == dtype
         assert torch.equal(token[sound], wanted[sound])
         torch.testing.assert_close(
