@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from oisd_kernels.chunks import SCRATCH_ROWS, tile_entries
+from oisd_kernels.chunks import SCRATCH_ROWS, tile_rows
 
 BLOCK = 128  # entries of a row whose maximum is taken at once where its place is wanted
 
@@ -247,7 +247,7 @@ def tiles(z: Tensor, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
 
 def tile_scratch(z: Tensor, scratch: int) -> tuple[int, Tensor]:
     rows, vocabulary = z.shape
-    step = max(tile_entries(z.device) // max(vocabulary, 1), 1)
+    step = tile_rows(z.device, vocabulary, rows)
     return step, z.new_empty(scratch, min(step, max(rows, 1)), vocabulary)
 
 

@@ -122,6 +122,7 @@ def test_rows_that_share_a_teacher_row(kind, beta, tile_rows, monkeypatch):
     """In any order and number, of one tile or several."""
     size = 311
     monkeypatch.setattr(chunks, "TILE", tile_rows * size)
+    monkeypatch.setattr(chunks, "WIDE_TILE", tile_rows * size)
     slot = torch.tensor([0, 0, 0, 1, 3, 2, 2, 4, 5, 6, 6, 6, 6, 6, 0, 6, 5, 5, 0])
     z_final, z = 3 * normal(7, size, seed=0), 3 * normal(len(slot), size, seed=1)
     factor = normal(len(slot), seed=2)
@@ -180,3 +181,24 @@ def test_lens_with_top_refuses_what_the_lens_refuses():
         lens_with_top(hidden, hidden[0], weight[:, :5])
     with pytest.raises(ValueError, match="divergence must"):
         lens_with_top(hidden, hidden[0], weight, divergence="kl")
+
+
+@outside
+@pytest.mark.parametrize("vocabulary", [13, 20_011, 32_000, 151_936])
+def test_the_budget_holds_the_rows_and_their_tile(vocabulary):
+    """As many rows as fit, whichever tile they get, but for those of a row of scratch."""
+    device, width, itemsize = torch.device("cpu"), 64, 4
+
+    def needed(rows: int) -> int:
+        row = (chunks.padded(vocabulary) + 2 * width) * itemsize
+        tile = min(chunks.tile_rows(device, vocabulary, rows), rows)
+        return rows * row + tile * chunks.SCRATCH_ROWS * vocabulary * itemsize
+
+    tiles = set()
+    for megabytes in (8, 9, 13, 20, 31, 40, 64, 96, 300, 1000):
+        budget = megabytes << 20
+        rows = chunks.row_capacity("op", budget, device, vocabulary, width, itemsize, 1)
+        assert needed(rows) <= budget
+        assert needed(rows + chunks.SCRATCH_ROWS + 1) > budget, "room for more"
+        tiles.add(chunks.tile_rows(device, vocabulary, rows))
+    assert len(tiles) > 1 or vocabulary > chunks.WIDE_TILE // 2
