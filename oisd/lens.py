@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from oisd.layout import Layout, find_layout, first_tensor, unwrap
 from oisd.models import Taps
-from oisd_kernels import linear_logprob, logit_lens_divergence
-
-_TOKENS_AT_ONCE = 64  # whose whole distribution is looked at for the picture
+from oisd_kernels import linear_logprob
+from oisd_kernels.logit_lens import lens_with_top
 
 
 class Lens(NamedTuple):
@@ -79,8 +78,8 @@ class LayerLens:
     def __call__(self, token_ids: Sequence[int], picture: int = 0) -> Lens:
         """Look at a text of T >= 1 tokens; the last `picture` ones get their likeliest token.
 
-        One pass over the layers' projections, L of T tokens; L of `picture` tokens for those, and L
-        of T tokens for `boundary`. No more memory than `logit_lens_divergence` takes.
+        One pass over the layers' projections, L of T tokens, and another L for `boundary`. No more
+        memory than `logit_lens_divergence` takes.
         """
         device = next(self.model.parameters()).device
         ids = torch.tensor([list(token_ids)], device=device)
@@ -92,21 +91,21 @@ class LayerLens:
             residuals = [self._ready(residual()[0]) for residual in before]
         cap = {"bias": head.bias, "logit_softcap": head.logit_softcap}
         # One call for all layers: the final layer's logits are computed once.
-        _, stats = logit_lens_divergence(
-            students, final, head.weight, divergence=self.divergence, beta=self.beta,
-            return_stats=True, **cap,
-        )  # fmt: skip
+        stats, top = lens_with_top(
+            students, final, head.weight, divergence=self.divergence, beta=self.beta, **cap
+        )
         entropy_before = stats.divergence.new_full((self.num_layers, len(final)), torch.nan)
         if self.boundary:
             rows = torch.cat(residuals)
             entropy = linear_logprob(rows, head.weight, ids.new_zeros(len(rows)), **cap).entropy
             entropy_before = entropy.view(self.num_layers, -1)
-        states = torch.cat([students, final[None]])[:, len(final) - min(picture, len(final)) :]
-        top, probability = _likeliest(states, head.weight, head.bias, head.logit_softcap)
+        token = torch.cat([top.student_token, top.teacher_token[None]])
+        logprob = torch.cat([top.student_logprob, top.teacher_logprob[None]])
+        shown = slice(len(final) - min(picture, len(final)), None)
         one_more = stats.divergence.new_zeros(1, len(final))
         return Lens(
-            top.cpu(),
-            probability.cpu(),
+            token[:, shown].cpu(),
+            logprob[:, shown].exp().cpu(),
             torch.cat([stats.divergence, one_more]).cpu(),
             torch.cat([stats.student_entropy, stats.teacher_entropy[None]]).cpu(),
             entropy_before.cpu(),
@@ -138,28 +137,6 @@ def summarise(looks: Sequence[Lens]) -> LensSummary:
         tokens=sum(look.entropy.shape[1] for look in looks),
         boundary_layer=max(raising, default=None),
     )
-
-
-def _likeliest(
-    states: Tensor,  # [L, P, D]
-    weight: Tensor,  # [V, D]
-    bias: Tensor | None,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    top = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
-    probability = torch.zeros(states.shape[:2], device=states.device)
-    for layer, rows in enumerate(states):
-        for start in range(0, len(rows), _TOKENS_AT_ONCE):
-            part = slice(start, start + _TOKENS_AT_ONCE)
-            logits = (rows[part] @ weight.T).float()
-            if bias is not None:
-                logits += bias
-            if softcap is not None:
-                logits = softcap * torch.tanh(logits / softcap)
-            largest = logits.max(-1)
-            top[layer, part] = largest.indices
-            probability[layer, part] = (largest.values - logits.logsumexp(-1)).exp()
-    return top, probability
 
 
 @contextmanager

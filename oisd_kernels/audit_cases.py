@@ -29,7 +29,7 @@ def row_cases(capability: int) -> Iterator[Case]:
     """The row kernels: logits in fp32, gradient in the dtype of the matmul's operands."""
     del capability
     z, factor, index = _empty(ROWS, VOCABULARY), _empty(ROWS), _empty(ROWS, dtype=torch.int64)
-    final = FinalRows(factor, factor, index, factor)
+    final = FinalRows(factor, factor, index, factor, factor)
     for options in (PLAIN, ALL):
         math_ = partial(RowMath, beta=0.5, temperature=1.0, softcap=None)
         bias, full = None, options == PLAIN

@@ -18,9 +18,11 @@ from oisd_kernels import checks
 # Default workspace. On CUDA it holds 1,024 tokens beside one layer at a vocabulary of 151,936,
 # where the matmuls have reached their speed; on a CPU they reach it with far fewer rows.
 DEFAULT_BYTES = {"cuda": 5 << 28, "cpu": 3 << 25}
-# Entries that the torch row functions work on at once: a few rows, in a CPU's cache; elsewhere as
-# many as outweigh a launch.
-TILE, DEVICE_TILE = 1 << 16, 1 << 22
+# Entries that the torch row functions work on at once. On a CPU: as many as outweigh a call and let
+# the scratch stay in its last cache, but fewer, down to TILE, where there are few rows. Elsewhere:
+# as many as outweigh a launch.
+TILE, WIDE_TILE, DEVICE_TILE = 1 << 16, 1 << 18, 1 << 22
+SHARE = 16  # rows for each one of a tile wider than TILE, so that its scratch stays a third of them
 SCRATCH_ROWS = 5  # of theirs for one row of the tile
 ALIGNMENT = 64  # logits of a row start at a multiple of so many entries
 
@@ -38,8 +40,15 @@ class Plan(NamedTuple):
     chunks: list[Chunk]
 
 
-def tile_entries(device: torch.device) -> int:
-    return TILE if device.type == "cpu" else DEVICE_TILE
+def tile_rows(device: torch.device, vocabulary: int, rows: int) -> int:
+    """How many the torch row functions take at once, of so many rows or more."""
+    least, most = _tile_bounds(device, vocabulary)
+    return min(max(rows // SHARE, least), most)
+
+
+def _tile_bounds(device: torch.device, vocabulary: int) -> tuple[int, int]:
+    entries = (TILE, WIDE_TILE) if device.type == "cpu" else (DEVICE_TILE, DEVICE_TILE)
+    return max(entries[0] // max(vocabulary, 1), 1), max(entries[1] // max(vocabulary, 1), 1)
 
 
 def padded(vocabulary: int) -> int:
@@ -62,17 +71,20 @@ def row_capacity(
     functions, which a vocabulary in parts takes everywhere, need scratch besides.
     """
     row = (padded(vocabulary) + 2 * width) * itemsize
-    scratch, tile = 0, 0
+    scratch, tile, widest = 0, 0, 0
     if device.type != "cuda" or parallel:
         scratch = SCRATCH_ROWS * vocabulary * itemsize
-        tile = max(tile_entries(device) // vocabulary, 1)
+        tile, widest = _tile_bounds(device, vocabulary)
     if max_bytes is None:
         budget = DEFAULT_BYTES.get(device.type, DEFAULT_BYTES["cuda"])
     else:
         budget = max_bytes
     rows = budget // (row + scratch)
-    if rows > tile:  # the scratch grows no further
+    if rows > tile:  # the scratch grows no further,
         rows = (budget - tile * scratch) // row
+    if rows // SHARE > tile:  # or with a share of the rows, up to the widest tile
+        shared = SHARE * budget // (SHARE * row + scratch)
+        rows = max(SHARE * tile, shared, (budget - widest * scratch) // row)
     if rows >= least or max_bytes is None:
         return max(rows, least)
     needed = least * row + min(least, tile) * scratch

@@ -32,6 +32,12 @@ class HeadPass(NamedTuple):
     logprob: Tensor  # [N], of the labels; empty without labels
     teacher_entropy: Tensor  # [N], `final_entropy` at the temperature of the divergence
     policy_loss: Tensor  # [], a sum over tokens; 0 without an advantage
+    # The likeliest tokens and their log-probabilities at the temperature of the divergence, empty
+    # without statistics. Those of the final layer are 0 where a chunk has no student rows.
+    student_top1: Tensor  # [S, N]
+    student_top_logprob: Tensor  # [S, N]
+    final_top1: Tensor  # [N]
+    final_top_logprob: Tensor  # [N]
     # Gradients of sum(loss), and of policy_loss or sum(final_factor * logprob); those to rows in
     # the rows' dtype, still to be multiplied by a scale where that dtype is float16.
     d_hidden: Tensor  # [S, N, D]
@@ -107,23 +113,32 @@ class HeadLoop:
         plan, out = self.plan, self.out
         token_index = plan.token_index
         where = chunk.tokens if token_index is None else token_index[chunk.tokens]
+        count = chunk.tokens.stop - chunk.tokens.start
+        parts = list(chunks.runs(chunk.rows, max(capacity - count, 1)))
         states = self.final[where].to(self.project.operand)  # [C, D]
-        count, rows = len(states), chunk.rows.stop - chunk.rows.start
-        at_once = min(rows, max(capacity - count, 1))
-        logits = self._logits_buffer(count + at_once)
+        if parts:  # one matmul for the final rows and the first student rows: few alone are slow
+            states = torch.cat([states, self._states(parts[0])])
+        logits = self._logits_buffer(len(states))
         z_final = logits[:count]
-        self.project.logits(states, z_final)
+        self.project.logits(states, logits[: len(states)])
         labels = None if self.labels is None else self.labels[where]
         # The teacher's statistics first where they are others than the policy's.
-        twice = rows > 0 and labels is not None and self.math != self.final_math
+        twice = bool(parts) and labels is not None and self.math != self.final_math
         first = self.math if labels is None or twice else self.final_math
         final = self.functions.final_rows(
-            z_final, self.bias, None if twice else labels, first, stats, stats and rows > 0
+            z_final, self.bias, None if twice else labels, first, stats, stats and bool(parts)
         )
         out.teacher_entropy[where] = final.entropy
-        for part in chunks.runs(chunk.rows, at_once):
+        if stats and parts:
+            out.final_top1[where] = final.top1
+            out.final_top_logprob[where] = final.top_logprob
+        for part in parts:
             z = logits[count : count + part.stop - part.start]
-            self._students(part, z, z_final, final, chunk.tokens.start, student_grad, stats)
+            rows = states[count:]
+            if part != parts[0]:
+                rows = self._states(part)
+                self.project.logits(rows, z)
+            self._students(part, rows, z, z_final, final, chunk.tokens.start, student_grad, stats)
         if twice:
             final = self.functions.final_rows_again(
                 z_final, final, self.bias, labels, self.math, self.final_math, stats
@@ -139,7 +154,7 @@ class HeadLoop:
         d_logits, scale = self.functions.final_gradient(
             z_final, final, self.bias, labels, factor, self.final_math, self.project.operand
         )
-        gradient = self._gradients(d_logits, scale, states, *final_grad)
+        gradient = self._gradients(d_logits, scale, states[:count], *final_grad)
         if gradient is not None:
             _store(gradient, out.d_final, out.d_final_scale, where)
 
@@ -159,9 +174,15 @@ class HeadLoop:
             return torch.ones_like(logprob)
         return self.final_factor[where]
 
+    def _states(self, part: slice) -> Tensor:
+        """Student rows as the matmul reads them, [R, D]."""
+        where = self.plan.layer_of_row[part], self.plan.token_of_row[part]
+        return self.hidden[where].to(self.project.operand)
+
     def _students(
         self,
         part: slice,
+        states: Tensor,
         z: Tensor,
         z_final: Tensor,
         final: rows_torch.FinalRows,
@@ -171,8 +192,6 @@ class HeadLoop:
     ) -> None:
         plan, out = self.plan, self.out
         where = plan.layer_of_row[part], plan.token_of_row[part]
-        states = self.hidden[where].to(self.project.operand)  # [R, D]
-        self.project.logits(states, z)
         got = self.functions.student_rows(
             z,
             z_final,
@@ -188,6 +207,9 @@ class HeadLoop:
         out.divergence[where] = got.divergence
         out.student_entropy[where] = got.entropy
         out.agreement[where] = got.agreement
+        if stats:
+            out.student_top1[where] = got.top1
+            out.student_top_logprob[where] = got.top_logprob
         if got.d_logits is None:
             return
         gradient = self._gradients(got.d_logits, got.scale, states, *gradients)
@@ -235,6 +257,7 @@ def allocate(
     hidden_grad: bool,
     final_grad: bool,
     weight_grad: bool,
+    stats: bool,
 ) -> HeadPass:
     compute = compute_dtype(hidden, final, weight, bias)
     layers, tokens, width = hidden.shape
@@ -254,6 +277,10 @@ def allocate(
         logprob=zeros(tokens, wanted=labels is not None),
         teacher_entropy=zeros(tokens),
         policy_loss=zeros(),
+        student_top1=zeros(layers, tokens, wanted=stats, dtype=torch.int64),
+        student_top_logprob=zeros(layers, tokens, wanted=stats),
+        final_top1=zeros(tokens, wanted=stats, dtype=torch.int64),
+        final_top_logprob=zeros(tokens, wanted=stats),
         d_hidden=zeros(layers, tokens, width, wanted=hidden_grad, dtype=hidden.dtype),
         d_hidden_scale=zeros(layers, tokens, wanted=scaled_hidden),
         d_final=zeros(tokens, width, wanted=final_grad, dtype=final.dtype),

@@ -66,12 +66,12 @@ def head_pass(
     final_weight_grad: bool,  # d_weight through `final`
     hidden_later: bool,  # the backward runs the pass again for d_hidden and d_weight
     final_later: bool,  # the same for d_final and d_weight
-    stats: bool,  # entropies and agreement
+    stats: bool,  # entropies, agreement, likeliest tokens
     group: str = "",  # name of the process group that has the vocabulary in parts; "" for none
     start: int = 0,  # this rank's first row of `weight` among all; `labels` count from the first
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor,
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
 ]:  # fmt: skip
     del hidden_later, final_later
     assert advantage is None or not hidden_weight_grad, "two upstream gradients, one d_weight"
@@ -87,7 +87,7 @@ def head_pass(
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         out = allocate(
             hidden, final, weight, bias, labels, reduce, hidden_grad, final_grad,
-            hidden_weight_grad or final_weight_grad,
+            hidden_weight_grad or final_weight_grad, stats,
         )  # fmt: skip
         layers, tokens, _ = hidden.shape
         dropping = factor if drop else None
@@ -113,7 +113,7 @@ def _(
 ):  # fmt: skip
     weight_grad = hidden_weight_grad or final_weight_grad
     return allocate(
-        hidden, final, weight, bias, labels, reduce, hidden_grad, final_grad, weight_grad
+        hidden, final, weight, bias, labels, reduce, hidden_grad, final_grad, weight_grad, stats
     )
 
 

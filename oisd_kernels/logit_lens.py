@@ -12,7 +12,7 @@ its eq. 6.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -30,7 +30,16 @@ OP = "logit_lens_divergence"
 NAMES = ("reference", "chunked", "tiled")
 
 
-def _chunked(
+class LensTop(NamedTuple):
+    """What the pass over the rows sees of their likeliest tokens; the first of equals."""
+
+    student_token: Tensor  # [S, N] int64
+    student_logprob: Tensor  # [S, N]
+    teacher_token: Tensor  # [N] int64
+    teacher_logprob: Tensor  # [N]
+
+
+def _chunked_pass(
     hidden: Tensor,
     teacher_hidden: Tensor,
     weight: Tensor,
@@ -46,14 +55,13 @@ def _chunked(
     return_stats: bool,
     max_bytes: int | None,
     part: Part | None = None,
-) -> Tensor | tuple[Tensor, LensStats]:
+) -> HeadPass:
     compute = compute_dtype(hidden, teacher_hidden, weight, bias)
     part = part or vocab_parallel.whole(weight, bias)
     capacity = chunks.row_capacity(
         OP, max_bytes, hidden.device, part.largest, weight.shape[1], compute.itemsize, 2,
         bool(part.group),
     )  # fmt: skip
-    rows = hidden.shape[:-1]
     layers = hidden if hidden.dim() == 3 else hidden[None]
     factor = None
     if token_weight is not None:
@@ -65,7 +73,7 @@ def _chunked(
     to_weight = recording and (weight.requires_grad or (bias is not None and bias.requires_grad))
     reduce = reduction != "none"
     later = to_weight and not reduce
-    out = HeadPass(
+    return HeadPass(
         *head_pass(
             layers,
             teacher_hidden.detach(),
@@ -94,13 +102,36 @@ def _chunked(
             start=part.start,
         )
     )
-    loss = out.loss if reduce else out.loss.view(rows)
+
+
+def _chunked(
+    hidden: Tensor,
+    *inputs: Tensor,
+    token_weight: Tensor | None,
+    reduction: str,
+    return_stats: bool,
+    **options: Any,
+) -> Tensor | tuple[Tensor, LensStats]:
+    out = _chunked_pass(
+        hidden,
+        *inputs,
+        token_weight=token_weight,
+        reduction=reduction,
+        return_stats=return_stats,
+        **options,
+    )
+    rows = hidden.shape[:-1]
+    loss = out.loss if reduction != "none" else out.loss.view(rows)
     if reduction == "mean":
-        count = max(rows.numel(), 1) if factor is None else (factor != 0).sum().clamp_min(1)
+        count = max(rows.numel(), 1)
+        if token_weight is not None:
+            count = (token_weight.to(loss.dtype) != 0).expand(rows).sum().clamp_min(1)
         loss = loss / count
-    if not return_stats:
-        return loss
-    return loss, LensStats(
+    return (loss, _stats(out, rows)) if return_stats else loss
+
+
+def _stats(out: HeadPass, rows: torch.Size) -> LensStats:
+    return LensStats(
         out.student_entropy.view(rows),
         out.final_entropy,
         out.agreement.view(rows),
@@ -230,19 +261,13 @@ def logit_lens_divergence(
 
     Source: arXiv 2605.29089, eq. 6 and 7; the weight is its clipped advantage.
     """
-    checks.check_dims(OP, "hidden", hidden, {2: "[N, D]", 3: "[S, N, D]"})
-    *layers, tokens, width = hidden.shape
-    shape = "[S, N, D]" if layers else "[N, D]"
-    checks.check_tensor(OP, "hidden", hidden, shape, hidden.shape)
-    device = hidden.device
-    checks.check_tensor(
-        OP, "teacher_hidden", teacher_hidden, "[N, D]", (tokens, width), device=device
-    )
+    _check_states(hidden, teacher_hidden)
     if token_weight is not None:
+        *layers, tokens, _ = hidden.shape
         checks.check_dims(OP, "token_weight", token_weight, {1: "[N]", 2: "[S, N]"})
         per_layer = bool(layers) and token_weight.dim() == 2
         layout, sizes = ("[S, N]", (*layers, tokens)) if per_layer else ("[N]", (tokens,))
-        checks.check_tensor(OP, "token_weight", token_weight, layout, sizes, device=device)
+        checks.check_tensor(OP, "token_weight", token_weight, layout, sizes, device=hidden.device)
     checks.check_divergence(OP, divergence, beta)
     checks.check_positive(OP, "temperature", temperature)
     checks.check_positive(OP, "logit_softcap", logit_softcap, optional=True)
@@ -267,3 +292,38 @@ def logit_lens_divergence(
         return_stats=return_stats,
         max_bytes=max_bytes,
     )
+
+
+def _check_states(hidden: Tensor, teacher_hidden: Tensor) -> None:
+    checks.check_dims(OP, "hidden", hidden, {2: "[N, D]", 3: "[S, N, D]"})
+    *layers, tokens, width = hidden.shape
+    shape = "[S, N, D]" if layers else "[N, D]"
+    checks.check_tensor(OP, "hidden", hidden, shape, hidden.shape)
+    checks.check_tensor(
+        OP, "teacher_hidden", teacher_hidden, "[N, D]", (tokens, width), device=hidden.device
+    )
+
+
+@torch.no_grad()
+def lens_with_top(
+    hidden: Tensor,  # [S, N, D]
+    teacher_hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    *,
+    bias: Tensor | None = None,  # [V]
+    divergence: str = "jsd",
+    beta: float = 0.5,
+    logit_softcap: float | None = None,
+) -> tuple[LensStats, LensTop]:
+    """The statistics of `logit_lens_divergence` and, from the same pass, the likeliest tokens."""
+    _check_states(hidden, teacher_hidden)
+    checks.check_divergence(OP, divergence, beta)
+    checks.check_positive(OP, "logit_softcap", logit_softcap, optional=True)
+    part = vocab_parallel.part(OP, hidden, weight, bias, None, False)
+    out = _chunked_pass(
+        hidden, teacher_hidden, part.weight, bias=part.bias, token_weight=None,
+        divergence=divergence, beta=beta, temperature=1.0, logit_softcap=logit_softcap,
+        reduction="none", grad_weight=False, return_stats=True, max_bytes=None, part=part,
+    )  # fmt: skip
+    top = out.student_top1, out.student_top_logprob, out.final_top1, out.final_top_logprob
+    return _stats(out, hidden.shape[:-1]), LensTop(*top)

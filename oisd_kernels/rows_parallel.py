@@ -18,6 +18,7 @@ from oisd_kernels.rows_torch import (
     FinalRows,
     RowMath,
     StudentRows,
+    likeliest,
     row_gradient,
     row_terms,
     scores,
@@ -48,7 +49,7 @@ class ParallelRows:
         entropies: bool,
         top1s: bool,
     ) -> FinalRows:
-        logsumexp, top1 = self._log_softmax(z, bias, math_, top1s)
+        logsumexp, top1, top_logprob = self._log_softmax(z, bias, math_, top1s)
         partial = z.new_zeros(2, len(z))
         if entropies:
             for tile, (e,) in tiles(z, 1):
@@ -61,7 +62,8 @@ class ParallelRows:
         if entropies or labels is not None:
             self.sum(partial)
         entropy, logprob = partial
-        return FinalRows(logsumexp, entropy, top1, z.new_zeros(0) if labels is None else logprob)
+        logprob = z.new_zeros(0) if labels is None else logprob
+        return FinalRows(logsumexp, entropy, top1, logprob, top_logprob)
 
     def final_rows_again(
         self,
@@ -117,7 +119,7 @@ class ParallelRows:
         stats: bool,
         operand: torch.dtype,
     ) -> StudentRows:
-        logsumexp, top1 = self._log_softmax(z, bias, math_, stats)
+        logsumexp, top1, top_logprob = self._log_softmax(z, bias, math_, stats)
         # Of each row the divergence, <q, inner> and the entropy.
         partial = z.new_zeros(3, len(z))
         pieces = list(tiles(z, SCRATCH_ROWS))  # one scratch for both turns
@@ -128,8 +130,9 @@ class ParallelRows:
             partial[0, tile], partial[1, tile] = row_terms(out, q, d, p, t, math_, gradient)
         divergence, mean, entropy = self.sum(partial)
         agreement = (top1 == final.top1[slot]).to(z.dtype) if stats else torch.zeros_like(mean)
+        values = divergence, entropy, agreement, top1, top_logprob
         if not gradient:
-            return StudentRows(divergence, entropy, agreement, None, z.new_zeros(0))
+            return StudentRows(*values, None, z.new_zeros(0))
         d_logits, scale = _in_place(z, operand)
         row_factor = (factor / math_.temperature)[:, None]
         for tile, (q, d, p, t, bend) in pieces:
@@ -143,19 +146,23 @@ class ParallelRows:
             if math_.softcap is not None:
                 tile_z.mul_(bend)
             _round(tile_z, t, d_logits[tile], scale[tile])
-        return StudentRows(divergence, entropy, agreement, d_logits, scale)
+        return StudentRows(*values, d_logits, scale)
 
     def _log_softmax(
         self, z: Tensor, bias: Tensor | None, math_: RowMath, top1s: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Raw logits to log-probabilities, in place -> (logsumexp, likeliest token), each [R]."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Raw logits to log-probabilities, in place.
+
+        -> (logsumexp, likeliest token, its log-probability), each [R].
+        """
         largest = z.new_full((len(z),), -torch.inf)
         place = torch.full_like(largest, NOWHERE, dtype=torch.int64)
         for tile, _ in tiles(z, 0):
             scores(z[tile], bias, math_)
             if z.shape[1]:
-                largest[tile], where = z[tile].max(-1)
+                largest[tile], where = likeliest(z[tile])
                 place[tile] = where + self.start
+        largest.masked_fill_(largest.isnan(), torch.inf)  # a maximum that every reduction keeps
         local = largest.clone()
         dist.all_reduce(largest, dist.ReduceOp.MAX, self.group)
         if top1s:
@@ -167,7 +174,7 @@ class ParallelRows:
         log_sums = self.sum(sums).log()
         for tile, _ in tiles(z, 0):
             z[tile].sub_(log_sums[tile, None]).clamp_min_(torch.finfo(z.dtype).min)
-        return largest + log_sums, place
+        return largest + log_sums, place, -log_sums
 
     def _labels_here(self, labels: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Which labels this rank holds, and where; a place that can be read for the others."""

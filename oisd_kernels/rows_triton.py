@@ -70,7 +70,10 @@ def row_statistics(
     HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """logsumexp, entropy, likeliest token and its log-probability, in one pass."""
+    """logsumexp, entropy, likeliest token and its log-probability, in one pass.
+
+    A NaN makes all of them NaN but the token, which is then the likeliest of the rest.
+    """
     lanes = tl.arange(0, BLOCK)
     dtype = Z.dtype.element_ty
     largest = tl.full([BLOCK], -3.4028234663852886e38, dtype)
@@ -116,6 +119,7 @@ def final_rows_kernel(
     Entropy,  # [C]
     Top1,  # [C]
     LogProb,  # [C]
+    TopLogProb,  # [C]
     V,
     stride_z,
     TEMPERATURE: tl.constexpr,
@@ -126,12 +130,13 @@ def final_rows_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     Z += row * stride_z
-    logsumexp, entropy, top1, _ = row_statistics(
+    logsumexp, entropy, top1, top_logprob = row_statistics(
         Z, Bias, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS, BLOCK
     )
     tl.store(LogSumExp + row, logsumexp)
     tl.store(Entropy + row, entropy)
     tl.store(Top1 + row, top1)
+    tl.store(TopLogProb + row, top_logprob)
     if HAS_LABELS:
         label = tl.load(Labels + row)
         # A label outside [0, V) reads nothing and gives -inf.
@@ -188,10 +193,12 @@ def student_rows_kernel(
     Slot,  # [R], into C
     Factor,  # [R]
     LogSumExp,  # [C]
-    Top1,  # [C]
+    FinalTop1,  # [C]
     Divergence,  # [R]
     Entropy,  # [R]
     Agreement,  # [R]
+    Top1,  # [R]
+    TopLogProb,  # [R]
     Scale,  # [R]
     V,
     stride_z,
@@ -217,9 +224,11 @@ def student_rows_kernel(
     lse_q, entropy, top1, lq_top = row_statistics(
         Z, Bias, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS, BLOCK
     )
-    lse_p, top1_p = tl.load(LogSumExp + slot), tl.load(Top1 + slot)
+    lse_p, top1_p = tl.load(LogSumExp + slot), tl.load(FinalTop1 + slot)
     tl.store(Entropy + row, entropy)
     tl.store(Agreement + row, tl.where(top1 == top1_p, 1.0, 0.0))
+    tl.store(Top1 + row, top1)
+    tl.store(TopLogProb + row, lq_top)
     factor = tl.load(Factor + row) / TEMPERATURE
     one_pass: tl.constexpr = DIVERGENCE == "forward_kl" and GRADIENT
     if DIVERGENCE == "jsd":
@@ -283,14 +292,14 @@ def final_rows(
     top1s: bool,
 ) -> FinalRows:
     del entropies, top1s  # they come along for nothing
-    logsumexp, entropy = z.new_empty(len(z)), z.new_empty(len(z))
+    logsumexp, entropy, top_logprob = (z.new_empty(len(z)) for _ in range(3))
     top1 = torch.empty(len(z), dtype=torch.int64, device=z.device)
     logprob = z.new_empty(0 if labels is None else len(z))
     final_rows_kernel[(len(z),)](
-        z, bias, labels, logsumexp, entropy, top1, logprob, z.shape[1], z.stride(0),
+        z, bias, labels, logsumexp, entropy, top1, logprob, top_logprob, z.shape[1], z.stride(0),
         **_constants(z, bias, math_, HAS_LABELS=labels is not None),
     )  # fmt: skip
-    return FinalRows(logsumexp, entropy, top1, logprob)
+    return FinalRows(logsumexp, entropy, top1, logprob, top_logprob)
 
 
 def final_rows_again(
@@ -337,7 +346,8 @@ def student_rows(
     operand: torch.dtype,
 ) -> StudentRows:
     del stats
-    divergence, entropy, agreement = (z.new_empty(len(z)) for _ in range(3))
+    divergence, entropy, agreement, top_logprob = (z.new_empty(len(z)) for _ in range(4))
+    top1 = torch.empty(len(z), dtype=torch.int64, device=z.device)
     d_logits, scale = _in_place(z, operand) if gradient else (z, z.new_empty(0))
     constants = _constants(
         z,
@@ -352,10 +362,11 @@ def student_rows(
     )
     student_rows_kernel[(len(z),)](
         z, z_final, d_logits, bias, slot.contiguous(), factor.contiguous(), final.logsumexp,
-        final.top1, divergence, entropy, agreement, scale, z.shape[1], z.stride(0),
-        z_final.stride(0), d_logits.stride(0), **constants,
+        final.top1, divergence, entropy, agreement, top1, top_logprob, scale, z.shape[1],
+        z.stride(0), z_final.stride(0), d_logits.stride(0), **constants,
     )  # fmt: skip
-    return StudentRows(divergence, entropy, agreement, d_logits if gradient else None, scale)
+    d_logits = d_logits if gradient else None
+    return StudentRows(divergence, entropy, agreement, top1, top_logprob, d_logits, scale)
 
 
 def _constants(z: Tensor, bias: Tensor | None, math_: RowMath, **more: Any) -> dict[str, Any]:

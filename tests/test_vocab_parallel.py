@@ -140,6 +140,19 @@ def exact_calls(splits: list[Any]) -> dict[str, Call]:
     return calls
 
 
+def likeliest_call() -> Call:
+    """Whole numbers, so that the ranks' logits are exact: each row of the unembedding comes twice,
+    on two ranks or one, and of a pair the first is masked. Two rows of states hold NaN."""
+    whole = [torch.round(2 * normal(*shape, seed=i)) for i, shape in enumerate([(3, N, D), (N, D)])]
+    hidden, teacher = whole
+    hidden[0, 2, 1] = teacher[3, 0] = math.nan
+    weight = torch.round(2 * normal(7, D, seed=2)).repeat(2, 1)[:V]
+    bias = torch.zeros(V).double()
+    bias[2] = -math.inf
+    tensors = {"hidden": hidden, "teacher_hidden": teacher}
+    return Call("likeliest", tensors, weight, bias, split="dtensor")
+
+
 def bounded_calls(splits: list[Any]) -> dict[str, Call]:
     """In float32, where the bounds lie: the cases of the reference's own tests."""
     size = len(splits[0])
@@ -186,6 +199,7 @@ def refused_calls(size: int) -> dict[str, tuple[Call, str]]:
 
 def all_calls(size: int) -> dict[str, Call]:
     calls = exact_calls(SPLITS[size]) | bounded_calls(SPLITS[size])
+    calls["likeliest"] = likeliest_call()
     calls["replicated-frozen"] = logprob("replicated", ("hidden",))
     return calls | {name: call for name, (call, _) in refused_calls(size).items()}
 
@@ -277,6 +291,26 @@ def test_the_bounds_of_float32_hold(results):
             require_equal(found, run(wide, impl="reference"), check)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+
+
+def test_likeliest_tokens_of_parts(results):
+    """The first of equals, and of NaN, whichever rank holds it."""
+    size, runs = results
+    call, found = runs["likeliest"]
+    rows = torch.cat([call.tensors["hidden"], call.tensors["teacher_hidden"][None]])
+    scores = rows @ call.weight.T + call.bias
+    logprob, token = scores.log_softmax(-1).max(-1)
+    assert logprob.isnan().sum() == 2 and (token == 9).any()
+    assert ((scores == scores.amax(-1, keepdim=True)).sum(-1) > 1).sum() > N
+    wanted = {
+        "student_token": token[:3], "student_logprob": logprob[:3],
+        "teacher_token": token[3], "teacher_logprob": logprob[3],
+    }  # fmt: skip
+
+    for part in found:
+        assert part.keys() == wanted.keys()
+        for name, want in wanted.items():
+            torch.testing.assert_close(part[name], want, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def test_what_cannot_be_right_is_refused_on_every_rank(results):

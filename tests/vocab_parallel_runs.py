@@ -24,6 +24,7 @@ from oisd_kernels import (
     logit_lens_divergence,
     policy_head,
 )
+from oisd_kernels.logit_lens import LensTop, lens_with_top
 
 
 @dataclass
@@ -41,12 +42,19 @@ class Call:
     fewer_rows: bool = False  # a token less on the last rank, which is an error
 
 
+def likeliest(*inputs: Tensor, tp_group: Any = None, **options: Any) -> LensTop:
+    assert tp_group is None, "of a DTensor alone"
+    return lens_with_top(*inputs, **options)[1]
+
+
 OPS = {
+    "likeliest": likeliest,
     "logit_lens_divergence": logit_lens_divergence,
     "linear_logprob": linear_logprob,
     "policy_head": policy_head,
 }
 ORDER = {
+    "likeliest": ("hidden", "teacher_hidden", "weight"),
     "logit_lens_divergence": ("hidden", "teacher_hidden", "weight"),
     "linear_logprob": ("hidden", "weight", "labels"),
     "policy_head": ("hidden_final", "weight", "labels", "student_hidden"),
