@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "emulate_order.h"
+#include "emulate_rounding.h"
 
 #define OISD_DEVICE inline
 #define OISD_KERNEL(threads, blocks) void
@@ -131,47 +132,6 @@ inline void suspend() {
   if (!_setjmp(me().jump)) longjmp(scheduler, 1);
 }
 
-inline float float_of(unsigned bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-inline unsigned bits_of(float x) {
-  unsigned bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
-inline unsigned round_bfloat16(float x) {
-  unsigned bits = bits_of(x);
-  if (std::isnan(x)) return 0x7fff;
-  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-[[gnu::noinline]] inline unsigned round_float16(float x) {
-  const unsigned sign = (bits_of(x) >> 16) & 0x8000;
-  const float a = std::fabs(x);
-  if (std::isnan(x)) return 0x7fff;
-  if (a >= 65520.f) return sign | 0x7c00;
-  // The spacing of float16 at x; rint rounds half to even.
-  int exponent = a > 0 ? std::ilogb(a) : -14;
-  exponent = exponent < -14 ? -14 : exponent;
-  const int units = int(std::rint(std::ldexp(a, 10 - exponent)));  // up to 2048
-  return sign | unsigned(units + ((exponent + 14) << 10));
-}
-[[gnu::noinline]] inline float from_float16(unsigned h) {
-  const int exponent = (h >> 10) & 31, mantissa = h & 1023;
-  float x = exponent == 31  ? (mantissa ? NAN : INFINITY)
-            : exponent == 0 ? std::ldexp(float(mantissa), -24)
-                            : std::ldexp(float(mantissa + 1024), exponent - 25);
-  return h & 0x8000 ? -x : x;
-}
-inline float element(bool half, unsigned bits) {
-  return half ? from_float16(bits & 0xffff) : float_of(bits << 16);
-}
-inline float part(bool half, unsigned word, int i) {
-  return element(half, word >> (16 * i) & 0xffff);
-}
-
 // All lanes of the warp that begins at `first` have posted their operands.
 [[gnu::noinline]] inline void execute(int first) {
   Lane* warp = &lanes[first];
@@ -208,9 +168,11 @@ inline float part(bool half, unsigned word, int i) {
       for (int i = 0; i < 4; i++) {
         const int row = accumulator_row(lane) + 8 * (i / 2),
                   column = accumulator_column(lane) + i % 2;
-        float sum = 0;
-        for (int k = 0; k < 16; k++) sum += a[row][k] * b[k][column];
-        warp[lane].c[i] += sum;
+        for (int k = 0; k < 16; k += 8) {
+          Sum<8> sum(warp[lane].c[i]);
+          for (int d = 0; d < 8; d++) sum.set(d, a[row][k + d], b[k + d][column]);
+          warp[lane].c[i] = sum.rounded();
+        }
       }
   } else if (operation == SHUFFLE) {
     float out[WARP];
@@ -400,7 +362,6 @@ inline void copy_async_16(unsigned to, const void* from, bool valid) {
 inline void copy_async_4(unsigned to, const void* from, bool valid) {
   emulated_copy(to, 4, valid ? from : nullptr);
 }
-inline void copy_async_commit() {}
 [[gnu::noinline]] inline void copy_async_wait_all() {
   using namespace emulator;
   for (size_t i = 0; i < flights.size();)  // copies that a barrier counts are this thread's, too
@@ -464,8 +425,8 @@ inline Pair unpack(Float16, unsigned r) {
   return {emulator::part(true, r, 0), emulator::part(true, r, 1)};
 }
 
-inline float exp2_of(float x) { return std::exp2(x); }
-inline float log2_of(float x) { return std::log2(x); }
+inline float exp2_of(float x) { return emulator::approximate_exp2(x); }
+inline float log2_of(float x) { return emulator::approximate_log2(x); }
 
 [[gnu::noinline]] inline Pair load_shared_pair(unsigned address) {
   Pair p;

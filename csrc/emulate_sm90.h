@@ -62,9 +62,10 @@ inline void read_matrix(int first, unsigned long long matrix, int rows, int colu
       for (int i = 0; i < 4; i++) {
         const int row = lane / WARP * 16 + accumulator_row(lane % WARP) + 8 * (i / 2);
         const int column = 8 * n + accumulator_column(lane % WARP) + i % 2;
-        float sum = 0;
-        for (int k = 0; k < 16; k++) sum += a[row * 16 + k] * b[k][column];
-        lanes[first + lane].products[index].sums[n][i] += sum;
+        float& accumulator = lanes[first + lane].products[index].sums[n][i];
+        Sum<16> sum(accumulator);
+        for (int k = 0; k < 16; k++) sum.set(k, a[row * 16 + k], b[k][column]);
+        accumulator = sum.rounded();
       }
 }
 

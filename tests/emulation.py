@@ -51,11 +51,12 @@ def library(unit: Unit) -> ctypes.CDLL:
     return loaded
 
 
-def tensor_map(dtype, address, sizes, strides, box) -> bytes:
+def tensor_map(device, dtype, address, sizes, strides, box) -> bytes:
     """Stands in for `attention_cuda.tensor_map`: `Map` of csrc/emulate_sm90.h.
 
     Refuses what the driver's documentation does.
     """
+    assert device.type == "cpu"
     assert dtype.itemsize == 2 and address % 16 == 0 and len(sizes) == len(box) == 3
     assert all(0 < stride < 1 << 40 and stride % 16 == 0 for stride in strides)
     assert all(0 < size <= 1 << 32 for size in sizes) and all(0 < side <= 256 for side in box)
