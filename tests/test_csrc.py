@@ -20,6 +20,7 @@ from csrc_cases import (
     SWEEP,
     TINY,
     Inputs,
+    by_engine,
     check_case,
     check_close,
     check_dropped_rows,
@@ -71,9 +72,10 @@ def test_a_nan_stays_in_its_sequence(case, machine, monkeypatch):
     check_nan_stays(case, machine)
 
 
+@by_engine
 @pytest.mark.parametrize("machine", MACHINES)
-def test_equal_maps_and_disjoint_ones(machine, monkeypatch):
-    set_up(machine, monkeypatch)
+def test_equal_maps_and_disjoint_ones(machine, gpu, monkeypatch):
+    set_up(machine, monkeypatch, *gpu)
     inputs = Inputs(replace(CASES[0], lengths=(90,)), machine)
     inputs.q_teacher, inputs.k_teacher, inputs.scale_teacher = inputs.q, inputs.k, inputs.scale
     answers = inputs.answers()
@@ -205,46 +207,6 @@ def test_no_two_lanes_of_a_phase_meet_in_a_bank(tile):
             assert len({offset // 16 % 8 for offset in offsets[8 * phase :][:8]}) == 8
     chunks = [library.offset_of(row, c) for row in range(tile.own) for c in range(tile.head // 8)]
     assert sorted(chunks) == list(range(0, tile.own * tile.head * 2, 16))  # each place once
-
-
-def triton_layouts() -> dict[str, tuple[int, list[list[int]], list[list[int]]]]:
-    """Registers, and where Triton puts a register's and a lane's bits in the tiles of m16n8k16."""
-    gluon = pytest.importorskip("triton.experimental.gluon.language")
-    from triton._C.libtriton import gluon_ir, ir
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import CUDABackend
-
-    context = ir.context()
-    ir.load_dialects(context)
-    CUDABackend(GPUTarget("cuda", 80, 32)).load_dialects(context)
-    builder = gluon_ir.GluonOpBuilder(context)
-    mma = gluon.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
-    left, right = (gluon.DotOperandLayout(i, mma, k_width=2) for i in range(2))
-    layouts = {}
-    for name, layout, shape in (
-        ("c", mma, [16, 8]),
-        ("left", left, [16, 16]),
-        ("right", right, [16, 8]),
-    ):
-        linear = builder.to_linear_layout(layout._to_ir(builder), shape)
-        layouts[name] = (2 ** len(linear.reg_bases), linear.reg_bases, linear.lane_bases)
-    return layouts
-
-
-@needs_emulation
-def test_lanes_are_those_that_triton_uses():
-    """The emulation shares csrc/layout.h with the kernels; here is somebody else's word on it."""
-    library = emulation.library(Unit("Bfloat16", cuda_build.tiles()[0], "NO_DIVERGENCE"))
-    for name, (registers, register_bases, lane_bases) in triton_layouts().items():
-        assert registers == {"c": 4, "left": 8, "right": 4}[name]
-        for lane in range(32):
-            for i in range(registers):
-                bits = [(i >> b & 1, base) for b, base in enumerate(register_bases)]
-                bits += [(lane >> b & 1, base) for b, base in enumerate(lane_bases)]
-                place = [sum(bit * base[axis] for bit, base in bits) for axis in range(2)]
-                row, column = ctypes.c_int(), ctypes.c_int()
-                library.element_of(name.encode(), lane, i, ctypes.byref(row), ctypes.byref(column))
-                assert [row.value, column.value] == place, (name, lane, i)
 
 
 # file, what stands there, what the mutant has instead, and what the error says of it.

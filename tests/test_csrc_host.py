@@ -1,6 +1,5 @@
 """The host's part of csrc/: tiles, checks, what is missing on a machine, the build."""
 
-import ctypes
 import re
 import subprocess
 import tomllib
@@ -243,15 +242,32 @@ def test_no_faults_anywhere(unit, arch):
 
 @needs_nvcc
 def test_machine_code_has_what_the_source_asks_for(tmp_path):
-    """Copies by tensor maps, their barriers, products of warpgroups, registers handed over."""
+    """Copies by tensor maps, their barriers, products of warpgroups, registers handed over; tensor
+    maps and tiles at addresses that the hardware takes."""
     tools = pytest.importorskip("triton").__path__[0]
     cuobjdump = Path(tools) / "backends" / "nvidia" / "bin" / "cuobjdump"
     unit, cubin = unit_named("float16-specialized_64-reverse_kl"), tmp_path / "unit.cubin"
     options = ["-cubin", "-gencode", *cuda_build.CODES[unit.tile.engine]]
     cuda_build.compile_unit(unit, cubin, options)
-    command = [str(cuobjdump), "-sass", str(cubin)]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def dump(what: str) -> str:
+        command = [str(cuobjdump), what, str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    code, sections = dump("-sass"), dump("-elf")
     kernels = dict(re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", code, re.DOTALL))
+    pairs = re.findall(r" ([0-9a-f]+) +NOBITS .* \.nv\.shared\.(\w+)\n", sections)
+    shared = {name: alignment for alignment, name in pairs}
+    parameters = re.findall(
+        r"^\.nv\.info\.(\w+)\n.*?Offset  : 0x(\w+).*?PARAM_CBANK.*?0x\w+ 0x(\w+)",
+        sections,
+        re.MULTILINE | re.DOTALL,
+    )
+    for name, offset, bank in parameters:
+        if not name.startswith("prepare"):
+            # The bank's upper half is its size.
+            assert ((int(bank, 16) & 0xFFFF) + int(offset, 16)) % cuda_driver.MAP_ALIGNMENT == 0
+    assert {name for name, _, _ in parameters} == set(kernels)
     owners, producer = register_shares()
     kinds = [
         f"backward_{side}_{kind}" for side in ("keys", "queries") for kind in ("align", "fused")
@@ -269,6 +285,7 @@ def test_machine_code_has_what_the_source_asks_for(tmp_path):
         ):
             assert re.search(instruction, kernels[name]), (name, instruction)
         assert not re.search(r"\s(STL|LDL|ATOMG|RED)[ .]", kernels[name])
+        assert shared[name] == "400"  # shared memory's alignment, 1024: the period of the swizzle
 
 
 @needs_nvcc
