@@ -59,14 +59,14 @@ def test_every_unit_against_float64(case, machine, monkeypatch):
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("kind", ["align", "fused"])
-@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7]], ids=str)
 def test_dropped_rows_may_hold_anything(case, kind, machine, monkeypatch):
     set_up(machine, monkeypatch, *case.gpu)
     check_dropped_rows(case, kind, machine)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7]], ids=str)
 def test_a_nan_stays_in_its_sequence(case, machine, monkeypatch):
     set_up(machine, monkeypatch, *case.gpu)
     check_nan_stays(case, machine)

@@ -1,4 +1,4 @@
-"""impl="cuda" of the public operations, by each engine; what only a GPU can show, where there is one.
+"""impl="cuda" of the public operations, by each engine; what only a GPU can show, on one.
 
 Emulated, the forward is torch's, because csrc/ has none.
 """
