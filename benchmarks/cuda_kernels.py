@@ -35,6 +35,7 @@ ENGINES = {
 TESTS = ("tests/test_csrc.py", "tests/test_cuda_ops.py")
 RERUNS = "test_250_reruns"
 SANITIZED = ("memcheck", "racecheck", "synccheck", "initcheck")
+SHOWN = 80  # last lines of a log
 PASSED = re.compile(r"\b(\d+) passed")
 
 
@@ -169,8 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         row = run(step, out, end - time.monotonic())
         summary["steps"].append(row)
         print(f"{row['step']:<30} {row['seconds']:>6.1f} s  {row['verdict']}", flush=True)
-        if step.name == "times":
-            print((out / row["log"]).read_text(errors="replace"), flush=True)
+        if step.name == "times" or "FAILED" in row["verdict"] or "not fin" in row["verdict"]:
+            lines = (out / row["log"]).read_text(errors="replace").splitlines()
+            print("\n".join(lines[-SHOWN:]), flush=True)
         (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     return int(any("FAILED" in row["verdict"] for row in summary["steps"]))
 
