@@ -5,8 +5,9 @@
 // starts as NaN; every access to it is checked for bounds, alignment, and order: emulate_order.h
 // says what a thread may see. An asynchronous copy arrives when its thread waits for it, or, if a
 // barrier counts it (emulate_sm90.h), when nothing else can go on; `reverse`: at once, with warps
-// and blocks in the reverse order. Where nothing can go on at all, the message says who waits for
-// what. Single-threaded; for tests.
+// and blocks in the reverse order, and of a warp that waits for a barrier in shared memory all lanes
+// but the first notice its phase as late as can be. Where nothing can go on at all, the message says
+// who waits for what. Single-threaded; for tests.
 #pragma once
 
 #include <csetjmp>
@@ -52,6 +53,7 @@ struct Lane {
   int barrier, barrier_threads;  // that it waits at, or -1
   bool awaits;                   // the end of a phase of a barrier in shared memory:
   unsigned awaited, parity;
+  bool late;  // looks at that barrier only when nothing else can go on
   Collective operation;
   unsigned in[4], address, b[2];
   float c[4];
@@ -235,7 +237,7 @@ void forget_barriers();
 void check_registers();
 
 inline bool can_run(const Lane& lane) {
-  return !lane.done && lane.barrier < 0 && !lane.waiting &&
+  return !lane.done && lane.barrier < 0 && !lane.waiting && !lane.late &&
          !(lane.awaits && !phase_ended(lane.awaited, lane.parity));
 }
 
@@ -262,6 +264,16 @@ inline bool land_one() {
   flights.pop_back();
   land(flight);
   return true;
+}
+
+// The late lanes of the first warp that has some go on.
+inline bool rouse() {
+  for (size_t first = 0; first < lanes.size(); first += WARP) {
+    bool any = false;
+    for (int i = 0; i < WARP; i++) any |= lanes[first + i].late, lanes[first + i].late = false;
+    if (any) return true;
+  }
+  return false;
 }
 
 // Who waits for what, of each warp its last thread that does.
@@ -296,7 +308,7 @@ inline void run_block() {
   forget_barriers();
   flights.clear();
   for (Lane& lane : lanes) {
-    lane.started = lane.done = lane.waiting = lane.awaits = lane.open = false;
+    lane.started = lane.done = lane.waiting = lane.awaits = lane.late = lane.open = false;
     lane.barrier = -1, lane.registers = 0;
     lane.copies.clear(), lane.products.clear(), lane.unfenced.clear();
   }
@@ -322,7 +334,7 @@ inline void run_block() {
       if (!flights.empty()) fail("a block ends before its copies arrive");
       return check_registers();
     }
-    if (!release_barriers() && !land_one()) fail_of_deadlock();
+    if (!release_barriers() && !land_one() && !rouse()) fail_of_deadlock();
   }
 }
 

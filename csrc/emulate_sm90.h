@@ -249,6 +249,7 @@ inline void fence_created_barriers() {
 [[gnu::noinline]] inline void barrier_wait(unsigned barrier, unsigned parity) {
   using namespace emulator;
   barrier_at(barrier);
+  if (reverse && current % WARP) me().late = true, suspend();
   while (!phase_ended(barrier, parity)) {
     me().awaits = true, me().awaited = barrier, me().parity = parity;
     suspend();

@@ -242,8 +242,13 @@ SPECIALIZED_MUTANTS = {
                              "reads shared memory|may still read"),
     "own tile not waited for": ("attention_backward.h", "    barrier_wait(ring.own_full(), 0);\n",
                                 "", "before the copy of barrier|that the copy of barrier"),
-    "stage not empty": ("attention_ring.h", "{ barrier_wait(empty(), parity ^ 1); }", "{}",
+    "stage not empty": ("attention_ring.h", "    barrier_wait(empty(), parity ^ 1);\n", "",
                         "may still read|has not handed over|more often|nothing can go on"),
+    "a lane misses a phase": (
+        "attention_ring.h",
+        "would take it for one that has not ended.\n    warp_barrier();\n",
+        "would take it for one that has not ended.\n",
+        "nothing can go on"),
     "stage given back early": (
         "attention_backward.h",
         "    gradients.add(p, place, Engine<ELEMENT, TILE>(fresh_thread_index()), note.first",
