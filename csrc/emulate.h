@@ -6,8 +6,8 @@
 // says what a thread may see. An asynchronous copy arrives when its thread waits for it, or, if a
 // barrier counts it (emulate_sm90.h), when nothing else can go on; `reverse`: at once, with warps
 // and blocks in the reverse order, and of a warp that waits for a barrier in shared memory all lanes
-// but the first notice its phase as late as can be. Where nothing can go on at all, the message says
-// who waits for what. Single-threaded; for tests.
+// but the first notice its phase as late as can be; `shuffled`: all of this by chance. Where nothing
+// can go on at all, the message says who waits for what. Single-threaded; for tests.
 #pragma once
 
 #include <csetjmp>
@@ -84,7 +84,8 @@ void land(const Flight& flight);
 inline std::vector<unsigned char> memory;
 inline std::vector<Lane> lanes;
 inline int current, block;
-inline bool reverse;
+inline bool reverse, shuffled;
+inline unsigned seed;  // of what is left to chance
 inline std::vector<Flight> flights;
 inline jmp_buf scheduler, launcher;
 inline ucontext_t starter;
@@ -108,6 +109,12 @@ inline std::string failure;
 }
 
 inline Lane& me() { return lanes[current]; }
+
+// From 0 to n - 1, by chance.
+inline unsigned roll(size_t n) {
+  seed = seed * 1664525u + 1013904223u;
+  return (seed >> 8) % unsigned(n);
+}
 
 inline unsigned char* shared(unsigned address, unsigned bytes) {
   if (address % bytes) fail("misaligned shared address %u", address);
@@ -257,18 +264,21 @@ inline bool release_barriers() {
   return any;
 }
 
-// The last copy that was started arrives.
+// The last copy that was started arrives, or any.
 inline bool land_one() {
   if (flights.empty()) return false;
-  const Flight flight = flights.back();
-  flights.pop_back();
+  const size_t which = shuffled ? roll(flights.size()) : flights.size() - 1;
+  const Flight flight = flights[which];
+  flights.erase(flights.begin() + which);
   land(flight);
   return true;
 }
 
 // The late lanes of the first warp that has some go on.
 inline bool rouse() {
-  for (size_t first = 0; first < lanes.size(); first += WARP) {
+  const size_t warps = lanes.size() / WARP, start = shuffled ? roll(warps) : 0;
+  for (size_t turn = 0; turn < warps; turn++) {
+    const size_t first = (start + turn) % warps * WARP;
     bool any = false;
     for (int i = 0; i < WARP; i++) any |= lanes[first + i].late, lanes[first + i].late = false;
     if (any) return true;
@@ -317,7 +327,8 @@ inline void run_block() {
     for (bool any = true; any && failure.empty();) {
       any = false;
       for (int w = 0; w < threads / WARP; w++) {
-        const int first = (reverse ? threads / WARP - 1 - w : w) * WARP;
+        const int turn = reverse ? threads / WARP - 1 - w : w;
+        const int first = (shuffled ? int(roll(threads / WARP)) : turn) * WARP;
         for (bool ran = true; ran && failure.empty();) {
           ran = false;
           for (int i = first; i < first + WARP && failure.empty(); i++)
@@ -334,20 +345,25 @@ inline void run_block() {
       if (!flights.empty()) fail("a block ends before its copies arrive");
       return check_registers();
     }
-    if (!release_barriers() && !land_one() && !rouse()) fail_of_deadlock();
+    if (shuffled && roll(2) && rouse()) continue;
+    if (release_barriers() || land_one() || rouse()) continue;
+    bool runs = false;  // a warp whose turn did not come, by chance
+    for (const Lane& lane : lanes) runs |= can_run(lane);
+    if (!runs) fail_of_deadlock();
   }
 }
 
 // Empty, or what went wrong.
 inline std::string launch(void (*kernel)(const void*), const void* argument, int blocks,
-                          int threads, int shared_bytes, bool reversed) {
+                          int threads, int shared_bytes, int order) {
   failure.clear();
-  body = kernel, parameters = argument, reverse = reversed;
+  body = kernel, parameters = argument;
+  reverse = order == 1, shuffled = order > 1, seed = unsigned(order);
   memory.assign(size_t(shared_bytes), 0);
   lanes.resize(size_t(threads));
   for (Lane& lane : lanes) lane.stack.resize(64 << 10);
   for (int i = 0; i < blocks && failure.empty(); i++) {
-    block = reversed ? blocks - 1 - i : i;
+    block = reverse ? blocks - 1 - i : i;
     current = -1;
     if (!_setjmp(launcher)) run_block();
   }

@@ -175,7 +175,9 @@ inline void land_copies(const Flight& flight) {
 }
 
 inline void land(const Flight& flight) { flight.map ? land_box(flight) : land_copies(flight); }
-inline void take_off(const Flight& flight) { reverse ? land(flight) : flights.push_back(flight); }
+inline void take_off(const Flight& flight) {
+  reverse || (shuffled && roll(2)) ? land(flight) : flights.push_back(flight);
+}
 
 inline void set_registers(int count, bool more) {
   const int before = me().registers ? me().registers : 65536 / int(lanes.size()) / 8 * 8;
@@ -249,7 +251,7 @@ inline void fence_created_barriers() {
 [[gnu::noinline]] inline void barrier_wait(unsigned barrier, unsigned parity) {
   using namespace emulator;
   barrier_at(barrier);
-  if (reverse && current % WARP) me().late = true, suspend();
+  if (shuffled ? roll(2) : reverse && current % WARP) me().late = true, suspend();
   while (!phase_ended(barrier, parity)) {
     me().awaits = true, me().awaited = barrier, me().parity = parity;
     suspend();

@@ -8,13 +8,14 @@ static void call(const void* argument) {
   KERNEL(params);
 }
 
-// Empty where all went well. `reversed` runs blocks and, between barriers, warps from the last.
+// Empty where all went well. `order` 1 runs blocks and, between barriers, warps from the last; above
+// that it is the seed of a shuffle.
 extern "C" const char* emulate(const char* name, const void* params, int blocks, int threads,
-                               int shared_bytes, int reversed) {
+                               int shared_bytes, int order) {
   static std::string message;
   const auto run = [&](void (*kernel)(const void*)) {
     emulator::boxes = 0;
-    message = emulator::launch(kernel, params, blocks, threads, shared_bytes, reversed != 0);
+    message = emulator::launch(kernel, params, blocks, threads, shared_bytes, order);
   };
   message = "no such kernel";
 #define OISD_TRY(kernel, Params) \

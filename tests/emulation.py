@@ -69,14 +69,15 @@ class Emulator:
     """Stands in for `attention_cuda.run`; keeps the launches."""
 
     def __init__(self) -> None:
-        self.reversed = False
+        self.order = 0  # 1: reversed; above: a seed of a shuffle, raised with each launch
         self.launches: list[tuple[Unit, str, int]] = []
         self.boxes: dict[str, int] = {}  # of a kernel's last launch, copied by tensor maps
 
     def __call__(self, unit, kernel, params, device, blocks, threads, shared) -> None:
         assert device.type == "cpu"
         self.launches.append((unit, kernel, blocks))
-        arguments = (kernel.encode(), ctypes.byref(params), blocks, threads, shared, self.reversed)
+        arguments = (kernel.encode(), ctypes.byref(params), blocks, threads, shared, self.order)
         message = library(unit).emulate(*arguments)
+        self.order += self.order > 1
         assert not message, f"{unit.name} {kernel}: {message.decode()}"
         self.boxes[kernel] = library(unit).boxes_copied()

@@ -16,6 +16,7 @@ from csrc_cases import (
     GRADIENT_BOUND,
     LOSS_BOUND,
     MACHINES,
+    ON_HOPPER,
     STEEP_BOUND,
     SWEEP,
     TINY,
@@ -106,18 +107,35 @@ def test_float16_gradients_do_not_underflow(emulator):
         assert (x.double() - wanted).norm() <= GRADIENT_BOUND * wanted.norm() + noise
 
 
+def results_in_order(case, order: int, monkeypatch) -> list[Tensor]:
+    emulator = emulate(monkeypatch, *case.gpu)
+    emulator.order = order
+    inputs = Inputs(case)
+    answers = inputs.answers()
+    value, statistic = inputs.statistics(answers, inputs.weight != 0)
+    results = [value, statistic]
+    for kind in ("align", "plain", "fused"):
+        results += inputs.backward(answers, kind, statistic)
+    return results
+
+
 @needs_emulation
 @pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7]], ids=str)
 def test_the_order_of_warps_and_blocks_does_not_matter(case, monkeypatch):
     """Else a barrier is missing."""
-    emulator = emulate(monkeypatch, *case.gpu)
-    inputs = Inputs(case)
-    answers = inputs.answers()
-    results = []
-    for emulator.reversed in (False, True):
-        value, statistic = inputs.statistics(answers, inputs.weight != 0)
-        results.append((value, statistic, *inputs.backward(answers, "fused", statistic)))
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    forward, backward = (results_in_order(case, order, monkeypatch) for order in (0, 1))
+    assert all(torch.equal(x, y) for x, y in zip(forward, backward, strict=True))
+
+
+@needs_emulation
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ON_HOPPER, ids=str)
+def test_any_order_of_warps_and_copies(case, monkeypatch):
+    case = replace(case, lengths=(70, 140, 5))
+    first = results_in_order(case, 0, monkeypatch)
+    for seed in range(1000, 16000, 1000):
+        again = results_in_order(case, seed, monkeypatch)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True)), seed
 
 
 @needs_emulation
@@ -312,7 +330,7 @@ def test_the_emulation_sees_a_mistake(mutant, tmp_path, monkeypatch):
     case = replace(CASE_OF[mutant], heads=(4, 2, 2), lengths=(70, 140))
     emulator = emulate(monkeypatch, *case.gpu)
     with pytest.raises(AssertionError, match=message):
-        for emulator.reversed in (False, True):
+        for emulator.order in (0, 1):
             check_case(case, "cpu")
             check_nan_stays(case, "cpu")
             check_dropped_rows(case, "align", "cpu")
