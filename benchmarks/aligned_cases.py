@@ -40,7 +40,13 @@ def case(
     """The backward at a shape."""
     H, J, K = shape
     absent = None if hasattr(oisd_kernels, "AttentionAlignment") else "not written yet"
-    made = {"ours: plain": "plain", "ours: with alignment": "fused", "ours: separate": "separate"}
+    made = {
+        "ours: plain": ("plain", "auto"),
+        "ours: with alignment": ("fused", "auto"),
+        "ours: separate": ("separate", "auto"),
+        "ours: cuda plain": ("plain", "cuda"),
+        "ours: cuda with alignment": ("fused", "cuda"),
+    }
     return Case(
         name=f"attention_backward/{model}/{thousands(tokens)}",
         family="attention_backward",
@@ -51,8 +57,8 @@ def case(
         inputs=partial(inputs, shape, tokens, device, dtype),
         truth=truth,
         implementations=[
-            Implementation(name, partial(backward, kind=kind), absent=absent)
-            for name, kind in made.items()
+            Implementation(name, partial(backward, kind=kind, impl=impl), absent=absent)
+            for name, (kind, impl) in made.items()
         ],
         yardstick=partial(plain.square_matmul, dtype=dtype, device=device),
         flops=5 * 2.0 * H * tokens**2 / 2 * K,
@@ -84,7 +90,7 @@ def truth(inputs: Inputs) -> Result:
     return found | {"d_aligned_v": attention["d_v"]}
 
 
-def backward(inputs: Inputs, kind: str) -> Run:
+def backward(inputs: Inputs, kind: str, impl: str = "auto") -> Run:
     """A forward, and the function that runs its backward."""
     given = q, k, _ = [inputs[name] for name in "qkv"]
     q_teacher, k_teacher, weights = (inputs[name] for name in ("q_teacher", "k_teacher", "weights"))
@@ -92,7 +98,7 @@ def backward(inputs: Inputs, kind: str) -> Run:
     rows: Tensor | None = None
     if kind == "fused":
         alignment = oisd_kernels.AttentionAlignment()  # type: ignore[attr-defined]
-    out, _ = flash(*given, causal=True, alignment=alignment)
+    out, _ = flash(*given, causal=True, alignment=alignment, impl=impl)
     if alignment is not None:
         rows = alignment.loss(q_teacher, k_teacher, token_weight=weights)
     elif kind == "separate":

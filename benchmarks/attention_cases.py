@@ -114,7 +114,10 @@ def attention(
     """Attention itself, forward and backward: the kernel that carries the alignment term."""
     H, J, K = shape
     dtype = torch.bfloat16
-    mine = Implementation("ours: flash_attention", own_flash, absent=no_flash())
+    mine = [
+        Implementation(name, partial(own_flash, impl=impl), absent=no_flash())
+        for name, impl in (("ours: flash_attention", "auto"), ("ours: cuda backward", "cuda"))
+    ]
     return Case(
         name=f"attention/{model}/{thousands(tokens)}",
         family="attention",
@@ -124,7 +127,7 @@ def attention(
         regime="random",
         inputs=partial(inputs, shape, tokens, device, dtype, values=True),
         truth=attention_truth,
-        implementations=[mine, *peers.attention(device, dtype)],
+        implementations=[*mine, *peers.attention(device, dtype)],
         yardstick=partial(square_matmul, dtype=dtype, device=device),
         flops=7 * 2.0 * H * tokens**2 / 2 * K,
         bytes=(4.0 * H + 4 * J) * tokens * K * dtype.itemsize,
@@ -239,11 +242,11 @@ def naive(inputs: Inputs, compiled: bool) -> Run:
     return run
 
 
-def own_flash(inputs: Inputs) -> Run:
+def own_flash(inputs: Inputs, impl: str) -> Run:
     flash = oisd_kernels.flash_attention  # type: ignore[attr-defined]  # it may not be there yet
 
     def run() -> Result:
-        out, _ = flash(inputs["q"], inputs["k"], inputs["v"], causal=True)
+        out, _ = flash(inputs["q"], inputs["k"], inputs["v"], causal=True, impl=impl)
         found = peers.grads(out, inputs["d_out"], q=inputs["q"], k=inputs["k"], v=inputs["v"])
         return {"loss": out.detach()} | found
 

@@ -132,7 +132,6 @@ OISD_DEVICE void backward_by_all(const BackwardParams& p) {
                      from + (valid ? row : 0), valid);
       }
     }
-    copy_async_commit();
   };
 
   Gradients<ELEMENT, TILE, D, PLAIN, KEYS> gradients(p, place, block.own_head);

@@ -74,4 +74,5 @@ struct BackwardParams {
   float scale2, scale2_teacher;  // of the scores, times log2(e)
   float scale;                   // of the scores
   float log2_ratio;              // log2(beta / (1 - beta))
+  int pad[16];
 };

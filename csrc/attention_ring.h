@@ -69,7 +69,12 @@ struct Ring {
 
   // The producer's warp: waits until a stage is empty; hands it over with its note. The copies that
   // it was filled by were announced to `full` before.
-  OISD_DEVICE void wait_empty() const { barrier_wait(empty(), parity ^ 1); }
+  OISD_DEVICE void wait_empty() const {
+    barrier_wait(empty(), parity ^ 1);
+    // All lanes have seen this phase before one of them fills the stage: whoever still looked for it
+    // when the owners have given the stage back again would take it for one that has not ended.
+    warp_barrier();
+  }
   OISD_DEVICE void hand_over(const Note& note) {
     if constexpr (WITH_VALUES) copy_async_arrive(full());
     if (thread_index() % WARP == 0) {
@@ -77,7 +82,6 @@ struct Ring {
                                      note.live[0], note.live[1]}});
       barrier_arrive(full());
     }
-    warp_barrier();  // a lane that fell two phases behind would wait for the wrong one
     advance();
   }
   OISD_DEVICE void end() {

@@ -129,7 +129,6 @@ OISD_DEVICE void statistics_by_all(const StatisticsParams& p) {
     copy_tile<TILE, STREAMED>(to, p.k, block.key_head, place.begin + next, valid);
     copy_tile<TILE, STREAMED>(to + TILE::STREAMED_BYTES, p.k_teacher, block.key_head_teacher,
                               place.begin + next, valid);
-    copy_async_commit();
   };
 
   const Engine<ELEMENT, TILE> engine(thread_index());

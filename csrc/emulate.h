@@ -5,8 +5,9 @@
 // starts as NaN; every access to it is checked for bounds, alignment, and order: emulate_order.h
 // says what a thread may see. An asynchronous copy arrives when its thread waits for it, or, if a
 // barrier counts it (emulate_sm90.h), when nothing else can go on; `reverse`: at once, with warps
-// and blocks in the reverse order. Where nothing can go on at all, the message says who waits for
-// what. Single-threaded; for tests.
+// and blocks in the reverse order, and of a warp that waits for a barrier in shared memory all lanes
+// but the first notice its phase as late as can be; `shuffled`: all of this by chance. Where nothing
+// can go on at all, the message says who waits for what. Single-threaded; for tests.
 #pragma once
 
 #include <csetjmp>
@@ -20,6 +21,7 @@
 #include <vector>
 
 #include "emulate_order.h"
+#include "emulate_rounding.h"
 
 #define OISD_DEVICE inline
 #define OISD_KERNEL(threads, blocks) void
@@ -51,6 +53,7 @@ struct Lane {
   int barrier, barrier_threads;  // that it waits at, or -1
   bool awaits;                   // the end of a phase of a barrier in shared memory:
   unsigned awaited, parity;
+  bool late;  // looks at that barrier only when nothing else can go on
   Collective operation;
   unsigned in[4], address, b[2];
   float c[4];
@@ -81,7 +84,8 @@ void land(const Flight& flight);
 inline std::vector<unsigned char> memory;
 inline std::vector<Lane> lanes;
 inline int current, block;
-inline bool reverse;
+inline bool reverse, shuffled;
+inline unsigned seed;  // of what is left to chance
 inline std::vector<Flight> flights;
 inline jmp_buf scheduler, launcher;
 inline ucontext_t starter;
@@ -106,6 +110,12 @@ inline std::string failure;
 
 inline Lane& me() { return lanes[current]; }
 
+// From 0 to n - 1, by chance.
+inline unsigned roll(size_t n) {
+  seed = seed * 1664525u + 1013904223u;
+  return (seed >> 8) % unsigned(n);
+}
+
 inline unsigned char* shared(unsigned address, unsigned bytes) {
   if (address % bytes) fail("misaligned shared address %u", address);
   if (size_t(address) + bytes > memory.size())
@@ -129,47 +139,6 @@ inline unsigned char* shared(unsigned address, unsigned bytes) {
 
 inline void suspend() {
   if (!_setjmp(me().jump)) longjmp(scheduler, 1);
-}
-
-inline float float_of(unsigned bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-inline unsigned bits_of(float x) {
-  unsigned bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
-inline unsigned round_bfloat16(float x) {
-  unsigned bits = bits_of(x);
-  if (std::isnan(x)) return 0x7fff;
-  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-[[gnu::noinline]] inline unsigned round_float16(float x) {
-  const unsigned sign = (bits_of(x) >> 16) & 0x8000;
-  const float a = std::fabs(x);
-  if (std::isnan(x)) return 0x7fff;
-  if (a >= 65520.f) return sign | 0x7c00;
-  // The spacing of float16 at x; rint rounds half to even.
-  int exponent = a > 0 ? std::ilogb(a) : -14;
-  exponent = exponent < -14 ? -14 : exponent;
-  const int units = int(std::rint(std::ldexp(a, 10 - exponent)));  // up to 2048
-  return sign | unsigned(units + ((exponent + 14) << 10));
-}
-[[gnu::noinline]] inline float from_float16(unsigned h) {
-  const int exponent = (h >> 10) & 31, mantissa = h & 1023;
-  float x = exponent == 31  ? (mantissa ? NAN : INFINITY)
-            : exponent == 0 ? std::ldexp(float(mantissa), -24)
-                            : std::ldexp(float(mantissa + 1024), exponent - 25);
-  return h & 0x8000 ? -x : x;
-}
-inline float element(bool half, unsigned bits) {
-  return half ? from_float16(bits & 0xffff) : float_of(bits << 16);
-}
-inline float part(bool half, unsigned word, int i) {
-  return element(half, word >> (16 * i) & 0xffff);
 }
 
 // All lanes of the warp that begins at `first` have posted their operands.
@@ -208,9 +177,11 @@ inline float part(bool half, unsigned word, int i) {
       for (int i = 0; i < 4; i++) {
         const int row = accumulator_row(lane) + 8 * (i / 2),
                   column = accumulator_column(lane) + i % 2;
-        float sum = 0;
-        for (int k = 0; k < 16; k++) sum += a[row][k] * b[k][column];
-        warp[lane].c[i] += sum;
+        for (int k = 0; k < 16; k += 8) {
+          Sum<8> sum(warp[lane].c[i]);
+          for (int d = 0; d < 8; d++) sum.set(d, a[row][k + d], b[k + d][column]);
+          warp[lane].c[i] = sum.rounded();
+        }
       }
   } else if (operation == SHUFFLE) {
     float out[WARP];
@@ -273,7 +244,7 @@ void forget_barriers();
 void check_registers();
 
 inline bool can_run(const Lane& lane) {
-  return !lane.done && lane.barrier < 0 && !lane.waiting &&
+  return !lane.done && lane.barrier < 0 && !lane.waiting && !lane.late &&
          !(lane.awaits && !phase_ended(lane.awaited, lane.parity));
 }
 
@@ -293,13 +264,26 @@ inline bool release_barriers() {
   return any;
 }
 
-// The last copy that was started arrives.
+// The last copy that was started arrives, or any.
 inline bool land_one() {
   if (flights.empty()) return false;
-  const Flight flight = flights.back();
-  flights.pop_back();
+  const size_t which = shuffled ? roll(flights.size()) : flights.size() - 1;
+  const Flight flight = flights[which];
+  flights.erase(flights.begin() + which);
   land(flight);
   return true;
+}
+
+// The late lanes of the first warp that has some go on.
+inline bool rouse() {
+  const size_t warps = lanes.size() / WARP, start = shuffled ? roll(warps) : 0;
+  for (size_t turn = 0; turn < warps; turn++) {
+    const size_t first = (start + turn) % warps * WARP;
+    bool any = false;
+    for (int i = 0; i < WARP; i++) any |= lanes[first + i].late, lanes[first + i].late = false;
+    if (any) return true;
+  }
+  return false;
 }
 
 // Who waits for what, of each warp its last thread that does.
@@ -334,7 +318,7 @@ inline void run_block() {
   forget_barriers();
   flights.clear();
   for (Lane& lane : lanes) {
-    lane.started = lane.done = lane.waiting = lane.awaits = lane.open = false;
+    lane.started = lane.done = lane.waiting = lane.awaits = lane.late = lane.open = false;
     lane.barrier = -1, lane.registers = 0;
     lane.copies.clear(), lane.products.clear(), lane.unfenced.clear();
   }
@@ -343,7 +327,8 @@ inline void run_block() {
     for (bool any = true; any && failure.empty();) {
       any = false;
       for (int w = 0; w < threads / WARP; w++) {
-        const int first = (reverse ? threads / WARP - 1 - w : w) * WARP;
+        const int turn = reverse ? threads / WARP - 1 - w : w;
+        const int first = (shuffled ? int(roll(threads / WARP)) : turn) * WARP;
         for (bool ran = true; ran && failure.empty();) {
           ran = false;
           for (int i = first; i < first + WARP && failure.empty(); i++)
@@ -360,20 +345,25 @@ inline void run_block() {
       if (!flights.empty()) fail("a block ends before its copies arrive");
       return check_registers();
     }
-    if (!release_barriers() && !land_one()) fail_of_deadlock();
+    if (shuffled && roll(2) && rouse()) continue;
+    if (release_barriers() || land_one() || rouse()) continue;
+    bool runs = false;  // a warp whose turn did not come, by chance
+    for (const Lane& lane : lanes) runs |= can_run(lane);
+    if (!runs) fail_of_deadlock();
   }
 }
 
 // Empty, or what went wrong.
 inline std::string launch(void (*kernel)(const void*), const void* argument, int blocks,
-                          int threads, int shared_bytes, bool reversed) {
+                          int threads, int shared_bytes, int order) {
   failure.clear();
-  body = kernel, parameters = argument, reverse = reversed;
+  body = kernel, parameters = argument;
+  reverse = order == 1, shuffled = order > 1, seed = unsigned(order);
   memory.assign(size_t(shared_bytes), 0);
   lanes.resize(size_t(threads));
   for (Lane& lane : lanes) lane.stack.resize(64 << 10);
   for (int i = 0; i < blocks && failure.empty(); i++) {
-    block = reversed ? blocks - 1 - i : i;
+    block = reverse ? blocks - 1 - i : i;
     current = -1;
     if (!_setjmp(launcher)) run_block();
   }
@@ -400,7 +390,6 @@ inline void copy_async_16(unsigned to, const void* from, bool valid) {
 inline void copy_async_4(unsigned to, const void* from, bool valid) {
   emulated_copy(to, 4, valid ? from : nullptr);
 }
-inline void copy_async_commit() {}
 [[gnu::noinline]] inline void copy_async_wait_all() {
   using namespace emulator;
   for (size_t i = 0; i < flights.size();)  // copies that a barrier counts are this thread's, too
@@ -464,8 +453,8 @@ inline Pair unpack(Float16, unsigned r) {
   return {emulator::part(true, r, 0), emulator::part(true, r, 1)};
 }
 
-inline float exp2_of(float x) { return std::exp2(x); }
-inline float log2_of(float x) { return std::log2(x); }
+inline float exp2_of(float x) { return emulator::approximate_exp2(x); }
+inline float log2_of(float x) { return emulator::approximate_log2(x); }
 
 [[gnu::noinline]] inline Pair load_shared_pair(unsigned address) {
   Pair p;

@@ -62,9 +62,10 @@ inline void read_matrix(int first, unsigned long long matrix, int rows, int colu
       for (int i = 0; i < 4; i++) {
         const int row = lane / WARP * 16 + accumulator_row(lane % WARP) + 8 * (i / 2);
         const int column = 8 * n + accumulator_column(lane % WARP) + i % 2;
-        float sum = 0;
-        for (int k = 0; k < 16; k++) sum += a[row * 16 + k] * b[k][column];
-        lanes[first + lane].products[index].sums[n][i] += sum;
+        float& accumulator = lanes[first + lane].products[index].sums[n][i];
+        Sum<16> sum(accumulator);
+        for (int k = 0; k < 16; k++) sum.set(k, a[row * 16 + k], b[k][column]);
+        accumulator = sum.rounded();
       }
 }
 
@@ -174,7 +175,9 @@ inline void land_copies(const Flight& flight) {
 }
 
 inline void land(const Flight& flight) { flight.map ? land_box(flight) : land_copies(flight); }
-inline void take_off(const Flight& flight) { reverse ? land(flight) : flights.push_back(flight); }
+inline void take_off(const Flight& flight) {
+  reverse || (shuffled && roll(2)) ? land(flight) : flights.push_back(flight);
+}
 
 inline void set_registers(int count, bool more) {
   const int before = me().registers ? me().registers : 65536 / int(lanes.size()) / 8 * 8;
@@ -248,6 +251,7 @@ inline void fence_created_barriers() {
 [[gnu::noinline]] inline void barrier_wait(unsigned barrier, unsigned parity) {
   using namespace emulator;
   barrier_at(barrier);
+  if (shuffled ? roll(2) : reverse && current % WARP) me().late = true, suspend();
   while (!phase_ended(barrier, parity)) {
     me().awaits = true, me().awaited = barrier, me().parity = parity;
     suspend();

@@ -8,13 +8,14 @@ static void call(const void* argument) {
   KERNEL(params);
 }
 
-// Empty where all went well. `reversed` runs blocks and, between barriers, warps from the last.
+// Empty where all went well. `order` 1 runs blocks and, between barriers, warps from the last; above
+// that it is the seed of a shuffle.
 extern "C" const char* emulate(const char* name, const void* params, int blocks, int threads,
-                               int shared_bytes, int reversed) {
+                               int shared_bytes, int order) {
   static std::string message;
   const auto run = [&](void (*kernel)(const void*)) {
     emulator::boxes = 0;
-    message = emulator::launch(kernel, params, blocks, threads, shared_bytes, reversed != 0);
+    message = emulator::launch(kernel, params, blocks, threads, shared_bytes, order);
   };
   message = "no such kernel";
 #define OISD_TRY(kernel, Params) \
@@ -70,4 +71,23 @@ extern "C" void element_of(const char* operand, int lane, int i, int* row, int* 
   *column = name == "left"    ? left_element_depth(lane, i)
             : name == "right" ? right_element_column(lane)
                               : accumulator_column(lane) + i % 2;
+}
+
+// The matrix descriptors of one product of tiles at address 0, in order: `which` is "own" or
+// "streamed" of the scores, or "rows". Their number.
+extern "C" int descriptors(const char* which, unsigned long long* to) {
+  if constexpr (Sizes::ENGINE == WARP_ENGINE) return 0;
+  else {
+    emulator::lanes.resize(1);
+    emulator::Lane& lane = emulator::lanes[emulator::current = 0];
+    lane.products.clear(), lane.open = true;
+    const Engine<Element, Sizes> engine(0);
+    const bool rows = std::string(which) == "rows";
+    static float scores[Sizes::STREAMED / 8][4], sums[Sizes::HEAD / 8][4];
+    static const unsigned left[Sizes::STREAMED / 16][4] = {};
+    rows ? engine.rows(sums, left, 0) : engine.scores(scores, 0, 0);
+    for (const emulator::Product& product : lane.products)
+      *to++ = std::string(which) == "own" ? product.left : product.right;
+    return int(lane.products.size());
+  }
 }

@@ -19,8 +19,9 @@ struct Quad {
   unsigned word[4];
 };
 
-// What the driver makes of a tensor's address, sizes and strides, for copy_box.
-struct alignas(64) TensorMap {
+// What the driver makes of a tensor's address, sizes and strides, for copy_box; aligned as cuda.h's
+// CUtensorMap is.
+struct alignas(128) TensorMap {
   unsigned long long word[16];
 };
 
@@ -50,8 +51,8 @@ OISD_DEVICE void copy_async_4(unsigned to, const void* from, bool valid) {
                "l"(__cvta_generic_to_global(from)), "r"(valid ? 4 : 0)
                : "memory");
 }
-OISD_DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-OISD_DEVICE void copy_async_wait_all() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
+// For all of this thread, in a group or not: cp.async.wait_group waits for groups alone.
+OISD_DEVICE void copy_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 OISD_DEVICE void barrier() { __syncthreads(); }
 
 OISD_DEVICE void load_matrices(unsigned (&r)[4], unsigned address) {

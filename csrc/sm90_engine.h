@@ -16,7 +16,7 @@ template <class ELEMENT, class TILE>
 struct Engine<ELEMENT, TILE, WARPGROUP_ENGINE> {
   static constexpr int HEAD = TILE::HEAD, OWN = TILE::OWN, STREAMED = TILE::STREAMED;
   static constexpr int ROWS = 64;
-  static constexpr int STREAMED_HALF = STREAMED * ROW_BYTES;
+  static constexpr int STREAMED_HALF = HEAD > 64 ? STREAMED * ROW_BYTES : 0;
 
   int own_offset;  // of this warpgroup's rows in the own tile
 

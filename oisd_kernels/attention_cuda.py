@@ -227,6 +227,7 @@ def engine(device: torch.device) -> str:
 
 
 def tensor_map(
+    device: torch.device,
     dtype: torch.dtype,
     address: int,
     sizes: Sequence[int],
@@ -234,7 +235,7 @@ def tensor_map(
     box: Sequence[int],
 ) -> bytes:
     with _explained():
-        return cuda_driver.tensor_map(dtype, address, sizes, strides, box)
+        return cuda_driver.tensor_map(_index(device), dtype, address, sizes, strides, box)
 
 
 def run(
@@ -410,7 +411,7 @@ def _ready(x: Tensor) -> Tensor:
     x = x.detach()
     apart = [stride for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True) if size > 1]
     aligned = x.data_ptr() % 16 == 0 and all(stride and stride % 8 == 0 for stride in apart)
-    return x if x.stride(2) == 1 and aligned else x.contiguous().clone()
+    return x if x.stride(2) == 1 and aligned else x.clone(memory_format=torch.contiguous_format)
 
 
 def _map(x: Tensor) -> cuda_params.TensorMap:
@@ -422,5 +423,5 @@ def _map(x: Tensor) -> cuda_params.TensorMap:
         for size, stride in zip((heads, N), (x.stride(1), x.stride(0)), strict=True)
     ]
     box = (cuda_build.BOX_COLUMNS, 1, cuda_build.BOX_ROWS)
-    words = tensor_map(x.dtype, x.data_ptr(), (K, heads, N), strides, box)
+    words = tensor_map(x.device, x.dtype, x.data_ptr(), (K, heads, N), strides, box)
     return cuda_params.TensorMap.from_buffer_copy(words)

@@ -18,6 +18,7 @@ SHARED_OPTIN = 97  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN
 # _L2_PROMOTION_L2_128B. The others that are wanted (no interleave, zeros outside) are 0.
 MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}
 MAP_SWIZZLE_128, MAP_PROMOTION_128 = 3, 2
+MAP_BYTES, MAP_ALIGNMENT = 128, 128  # of a CUtensorMap
 # CUDA_ERROR_INVALID_IMAGE, NO_BINARY_FOR_GPU, UNSUPPORTED_PTX_VERSION
 UNLOADABLE = (200, 209, 222)
 
@@ -40,7 +41,7 @@ def _library() -> ctypes.CDLL:
             library = ctypes.CDLL(name)
         except OSError:
             continue
-        library.cuInit(0)
+        library.cuInit(0)  # where this fails, so does every call, which then says so
         return library
     raise OSError("libcuda.so.1 not found: no CUDA driver is installed")
 
@@ -106,6 +107,7 @@ def _function(device: int, fatbin: Path, kernel: str, shared: int) -> ctypes.c_v
 
 
 def tensor_map(
+    device: int,
     dtype: torch.dtype,
     address: int,
     sizes: Sequence[int],
@@ -118,24 +120,25 @@ def tensor_map(
     bytes, multiples of 16, as `address` is.
     """
     rank = len(sizes)
-    space = (ctypes.c_ubyte * (128 + 64))()
-    start = -ctypes.addressof(space) % 64  # the driver wants 64-byte alignment
-    _call(
-        "cuTensorMapEncodeTiled",
-        ctypes.c_void_p(ctypes.addressof(space) + start),
-        ctypes.c_int(MAP_TYPES[dtype]),
-        ctypes.c_uint(rank),
-        ctypes.c_void_p(address),
-        (ctypes.c_ulonglong * rank)(*sizes),
-        (ctypes.c_ulonglong * (rank - 1))(*strides),
-        (ctypes.c_uint * rank)(*box),
-        (ctypes.c_uint * rank)(*[1] * rank),
-        ctypes.c_int(0),
-        ctypes.c_int(MAP_SWIZZLE_128),
-        ctypes.c_int(MAP_PROMOTION_128),
-        ctypes.c_int(0),
-    )
-    return bytes(space[start : start + 128])
+    space = (ctypes.c_ubyte * (MAP_BYTES + MAP_ALIGNMENT))()
+    start = -ctypes.addressof(space) % MAP_ALIGNMENT
+    with _Current(device):
+        _call(
+            "cuTensorMapEncodeTiled",
+            ctypes.c_void_p(ctypes.addressof(space) + start),
+            ctypes.c_int(MAP_TYPES[dtype]),
+            ctypes.c_uint(rank),
+            ctypes.c_void_p(address),
+            (ctypes.c_ulonglong * rank)(*sizes),
+            (ctypes.c_ulonglong * (rank - 1))(*strides),
+            (ctypes.c_uint * rank)(*box),
+            (ctypes.c_uint * rank)(*[1] * rank),
+            ctypes.c_int(0),
+            ctypes.c_int(MAP_SWIZZLE_128),
+            ctypes.c_int(MAP_PROMOTION_128),
+            ctypes.c_int(0),
+        )
+    return bytes(space[start : start + MAP_BYTES])
 
 
 def launch(

@@ -80,6 +80,7 @@ class Backward(ctypes.Structure):
         ),
         ("layout", Layout),
         *((name, ctypes.c_float) for name in ("scale2", "scale2_teacher", "scale", "log2_ratio")),
+        ("pad", ctypes.c_int * 16),
     ]
 
 

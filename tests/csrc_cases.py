@@ -14,7 +14,10 @@ from oisd_kernels.attention_geometry import Alignment, Geometry, Teacher
 KIB = 1024
 WIDE, NARROW = (163 * KIB, "WARP_ENGINE"), (99 * KIB, "WARP_ENGINE")
 HOPPER, SPECIALIZED = (227 * KIB, "WARPGROUP_ENGINE"), (227 * KIB, "SPECIALIZED_ENGINE")
+GPUS = {"wide": WIDE, "hopper": HOPPER, "specialized": SPECIALIZED}  # one for each engine
+by_engine = pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 5e-3
+STEEP_BOUND = 1e-4  # of a loss from scores of some hundred, whose own rounding is 1e-5
 TINY = 1e-6  # nats a token: where the loss itself is that small
 ODD = (1, 2, 127, 0, 128, 129)
 

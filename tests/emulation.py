@@ -51,11 +51,12 @@ def library(unit: Unit) -> ctypes.CDLL:
     return loaded
 
 
-def tensor_map(dtype, address, sizes, strides, box) -> bytes:
+def tensor_map(device, dtype, address, sizes, strides, box) -> bytes:
     """Stands in for `attention_cuda.tensor_map`: `Map` of csrc/emulate_sm90.h.
 
     Refuses what the driver's documentation does.
     """
+    assert device.type == "cpu"
     assert dtype.itemsize == 2 and address % 16 == 0 and len(sizes) == len(box) == 3
     assert all(0 < stride < 1 << 40 and stride % 16 == 0 for stride in strides)
     assert all(0 < size <= 1 << 32 for size in sizes) and all(0 < side <= 256 for side in box)
@@ -68,14 +69,15 @@ class Emulator:
     """Stands in for `attention_cuda.run`; keeps the launches."""
 
     def __init__(self) -> None:
-        self.reversed = False
+        self.order = 0  # 1: reversed; above: a seed of a shuffle, raised with each launch
         self.launches: list[tuple[Unit, str, int]] = []
         self.boxes: dict[str, int] = {}  # of a kernel's last launch, copied by tensor maps
 
     def __call__(self, unit, kernel, params, device, blocks, threads, shared) -> None:
         assert device.type == "cpu"
         self.launches.append((unit, kernel, blocks))
-        arguments = (kernel.encode(), ctypes.byref(params), blocks, threads, shared, self.reversed)
+        arguments = (kernel.encode(), ctypes.byref(params), blocks, threads, shared, self.order)
         message = library(unit).emulate(*arguments)
+        self.order += self.order > 1
         assert not message, f"{unit.name} {kernel}: {message.decode()}"
         self.boxes[kernel] = library(unit).boxes_copied()

@@ -16,9 +16,12 @@ from csrc_cases import (
     GRADIENT_BOUND,
     LOSS_BOUND,
     MACHINES,
+    ON_HOPPER,
+    STEEP_BOUND,
     SWEEP,
     TINY,
     Inputs,
+    by_engine,
     check_case,
     check_close,
     check_dropped_rows,
@@ -57,35 +60,36 @@ def test_every_unit_against_float64(case, machine, monkeypatch):
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("kind", ["align", "fused"])
-@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7]], ids=str)
 def test_dropped_rows_may_hold_anything(case, kind, machine, monkeypatch):
     set_up(machine, monkeypatch, *case.gpu)
     check_dropped_rows(case, kind, machine)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-@pytest.mark.parametrize("case", [CASES[0], CASES[7]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7]], ids=str)
 def test_a_nan_stays_in_its_sequence(case, machine, monkeypatch):
     set_up(machine, monkeypatch, *case.gpu)
     check_nan_stays(case, machine)
 
 
+@by_engine
 @pytest.mark.parametrize("machine", MACHINES)
-def test_equal_maps_and_disjoint_ones(machine, monkeypatch):
-    set_up(machine, monkeypatch)
+def test_equal_maps_and_disjoint_ones(machine, gpu, monkeypatch):
+    set_up(machine, monkeypatch, *gpu)
     inputs = Inputs(replace(CASES[0], lengths=(90,)), machine)
     inputs.q_teacher, inputs.k_teacher, inputs.scale_teacher = inputs.q, inputs.k, inputs.scale
     answers = inputs.answers()
     value, statistic = inputs.statistics(answers, None)
     assert value.abs().max() <= TINY
-    assert (statistic - math.log(2)).abs().max() <= TINY  # softplus(0)
+    assert (statistic - math.log(2)).abs().max() <= LOSS_BOUND * math.log(2)  # softplus(0)
 
     inputs.q_teacher = guarded(-8 * inputs.q)
     inputs.scale = inputs.scale_teacher = 1.0
     answers = inputs.answers()
     assert answers["value"][60:].min() > 0.999 * math.log(2)
     value, statistic = inputs.statistics(answers, None)
-    check_close(value, answers["value"], LOSS_BOUND, "value")
+    check_close(value, answers["value"], STEEP_BOUND, "value")
 
 
 @needs_emulation
@@ -103,18 +107,35 @@ def test_float16_gradients_do_not_underflow(emulator):
         assert (x.double() - wanted).norm() <= GRADIENT_BOUND * wanted.norm() + noise
 
 
+def results_in_order(case, order: int, monkeypatch) -> list[Tensor]:
+    emulator = emulate(monkeypatch, *case.gpu)
+    emulator.order = order
+    inputs = Inputs(case)
+    answers = inputs.answers()
+    value, statistic = inputs.statistics(answers, inputs.weight != 0)
+    results = [value, statistic]
+    for kind in ("align", "plain", "fused"):
+        results += inputs.backward(answers, kind, statistic)
+    return results
+
+
 @needs_emulation
 @pytest.mark.parametrize("case", [CASES[0], CASES[5], CASES[7]], ids=str)
 def test_the_order_of_warps_and_blocks_does_not_matter(case, monkeypatch):
     """Else a barrier is missing."""
-    emulator = emulate(monkeypatch, *case.gpu)
-    inputs = Inputs(case)
-    answers = inputs.answers()
-    results = []
-    for emulator.reversed in (False, True):
-        value, statistic = inputs.statistics(answers, inputs.weight != 0)
-        results.append((value, statistic, *inputs.backward(answers, "fused", statistic)))
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    forward, backward = (results_in_order(case, order, monkeypatch) for order in (0, 1))
+    assert all(torch.equal(x, y) for x, y in zip(forward, backward, strict=True))
+
+
+@needs_emulation
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ON_HOPPER, ids=str)
+def test_any_order_of_warps_and_copies(case, monkeypatch):
+    case = replace(case, lengths=(70, 140, 5))
+    first = results_in_order(case, 0, monkeypatch)
+    for seed in range(1000, 16000, 1000):
+        again = results_in_order(case, seed, monkeypatch)
+        assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True)), seed
 
 
 @needs_emulation
@@ -206,46 +227,6 @@ def test_no_two_lanes_of_a_phase_meet_in_a_bank(tile):
     assert sorted(chunks) == list(range(0, tile.own * tile.head * 2, 16))  # each place once
 
 
-def triton_layouts() -> dict[str, tuple[int, list[list[int]], list[list[int]]]]:
-    """Registers, and where Triton puts a register's and a lane's bits in the tiles of m16n8k16."""
-    gluon = pytest.importorskip("triton.experimental.gluon.language")
-    from triton._C.libtriton import gluon_ir, ir
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import CUDABackend
-
-    context = ir.context()
-    ir.load_dialects(context)
-    CUDABackend(GPUTarget("cuda", 80, 32)).load_dialects(context)
-    builder = gluon_ir.GluonOpBuilder(context)
-    mma = gluon.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
-    left, right = (gluon.DotOperandLayout(i, mma, k_width=2) for i in range(2))
-    layouts = {}
-    for name, layout, shape in (
-        ("c", mma, [16, 8]),
-        ("left", left, [16, 16]),
-        ("right", right, [16, 8]),
-    ):
-        linear = builder.to_linear_layout(layout._to_ir(builder), shape)
-        layouts[name] = (2 ** len(linear.reg_bases), linear.reg_bases, linear.lane_bases)
-    return layouts
-
-
-@needs_emulation
-def test_lanes_are_those_that_triton_uses():
-    """The emulation shares csrc/layout.h with the kernels; here is somebody else's word on it."""
-    library = emulation.library(Unit("Bfloat16", cuda_build.tiles()[0], "NO_DIVERGENCE"))
-    for name, (registers, register_bases, lane_bases) in triton_layouts().items():
-        assert registers == {"c": 4, "left": 8, "right": 4}[name]
-        for lane in range(32):
-            for i in range(registers):
-                bits = [(i >> b & 1, base) for b, base in enumerate(register_bases)]
-                bits += [(lane >> b & 1, base) for b, base in enumerate(lane_bases)]
-                place = [sum(bit * base[axis] for bit, base in bits) for axis in range(2)]
-                row, column = ctypes.c_int(), ctypes.c_int()
-                library.element_of(name.encode(), lane, i, ctypes.byref(row), ctypes.byref(column))
-                assert [row.value, column.value] == place, (name, lane, i)
-
-
 # file, what stands there, what the mutant has instead, and what the error says of it.
 MUTANTS = {
     "no barrier": ("attention_backward.h", "    engine.arrived();\n    barrier();\n", "",
@@ -279,8 +260,13 @@ SPECIALIZED_MUTANTS = {
                              "reads shared memory|may still read"),
     "own tile not waited for": ("attention_backward.h", "    barrier_wait(ring.own_full(), 0);\n",
                                 "", "before the copy of barrier|that the copy of barrier"),
-    "stage not empty": ("attention_ring.h", "{ barrier_wait(empty(), parity ^ 1); }", "{}",
+    "stage not empty": ("attention_ring.h", "    barrier_wait(empty(), parity ^ 1);\n", "",
                         "may still read|has not handed over|more often|nothing can go on"),
+    "a lane misses a phase": (
+        "attention_ring.h",
+        "would take it for one that has not ended.\n    warp_barrier();\n",
+        "would take it for one that has not ended.\n",
+        "nothing can go on"),
     "stage given back early": (
         "attention_backward.h",
         "    gradients.add(p, place, Engine<ELEMENT, TILE>(fresh_thread_index()), note.first",
@@ -344,7 +330,7 @@ def test_the_emulation_sees_a_mistake(mutant, tmp_path, monkeypatch):
     case = replace(CASE_OF[mutant], heads=(4, 2, 2), lengths=(70, 140))
     emulator = emulate(monkeypatch, *case.gpu)
     with pytest.raises(AssertionError, match=message):
-        for emulator.reversed in (False, True):
+        for emulator.order in (0, 1):
             check_case(case, "cpu")
             check_nan_stays(case, "cpu")
             check_dropped_rows(case, "align", "cpu")

@@ -1,6 +1,5 @@
 """The host's part of csrc/: tiles, checks, what is missing on a machine, the build."""
 
-import ctypes
 import re
 import subprocess
 import tomllib
@@ -183,62 +182,7 @@ def test_tensor_map(x, sizes, strides, monkeypatch):
     monkeypatch.setattr(attention_cuda, "tensor_map", record)
     made = attention_cuda._map(x)
     assert bytes(made) == bytes(range(128))
-    assert calls == [(BF16, x.data_ptr(), sizes, strides, (64, 1, 64))]
-
-
-class Library:
-    """The driver's side of `cuda_driver.tensor_map`."""
-
-    def cuTensorMapEncodeTiled(self, to, kind, rank, address, sizes, strides, box, steps, *modes):
-        assert to.value % 64 == 0
-        ctypes.memset(to, 0x5A, 128)
-        lists = [list(x) for x in (sizes, strides, box, steps)]
-        self.got = (kind.value, rank.value, address.value, *lists, *(mode.value for mode in modes))
-        return self.code
-
-    def cuGetErrorString(self, code, text):
-        return 0
-
-    code = 0
-
-
-def test_the_driver_encodes_a_tensor_map(monkeypatch):
-    library = Library()
-    monkeypatch.setattr(cuda_driver, "_library", lambda: library)
-    arguments = (torch.float16, 4096, (64, 3, 7), [128, 384], (64, 1, 64))
-    assert cuda_driver.tensor_map(*arguments) == b"\x5a" * 128
-    sides = ([64, 3, 7], [128, 384], [64, 1, 64], [1, 1, 1])
-    assert library.got == (6, 3, 4096, *sides, 0, 3, 2, 0)
-    library.code = 1
-    with pytest.raises(cuda_driver.DriverError, match="cuTensorMapEncodeTiled"):
-        cuda_driver.tensor_map(*arguments)
-
-
-@needs_nvcc
-def test_the_driver_s_constants():
-    """As cuda.h, which comes with nvcc, has them."""
-    nvcc = Path(str(cuda_build.find_nvcc())).resolve()
-    headers = [nvcc.parents[1] / "include" / "cuda.h", Path("/usr/local/cuda/include/cuda.h")]
-    header = next((path for path in headers if path.is_file()), None)
-    if header is None:
-        pytest.skip("no cuda.h beside nvcc")
-    text = header.read_text(encoding="utf-8", errors="replace")
-
-    def value(enumeration: str, name: str) -> int:
-        body = re.search(rf"typedef enum {enumeration}_enum {{(.*?)}}", text, re.DOTALL)
-        assert body is not None
-        return re.findall(r"^ *(CU_\w+)", body[1], re.MULTILINE).index(name)
-
-    prefix = "CU_TENSOR_MAP"
-    for dtype, name in ((torch.float16, "FLOAT16"), (BF16, "BFLOAT16")):
-        kind = value("CUtensorMapDataType", f"{prefix}_DATA_TYPE_{name}")
-        assert cuda_driver.MAP_TYPES[dtype] == kind
-    swizzle = value("CUtensorMapSwizzle", f"{prefix}_SWIZZLE_128B")
-    assert cuda_driver.MAP_SWIZZLE_128 == swizzle
-    promotion = value("CUtensorMapL2promotion", f"{prefix}_L2_PROMOTION_L2_128B")
-    assert cuda_driver.MAP_PROMOTION_128 == promotion
-    for name, kind in (("INTERLEAVE_NONE", "Interleave"), ("FLOAT_OOB_FILL_NONE", "FloatOOBfill")):
-        assert value(f"CUtensorMap{kind}", f"{prefix}_{name}") == 0
+    assert calls == [(x.device, BF16, x.data_ptr(), sizes, strides, (64, 1, 64))]
 
 
 # The build
@@ -298,15 +242,32 @@ def test_no_faults_anywhere(unit, arch):
 
 @needs_nvcc
 def test_machine_code_has_what_the_source_asks_for(tmp_path):
-    """Copies by tensor maps, their barriers, products of warpgroups, registers handed over."""
+    """Copies by tensor maps, their barriers, products of warpgroups, registers handed over; tensor
+    maps and tiles at addresses that the hardware takes."""
     tools = pytest.importorskip("triton").__path__[0]
     cuobjdump = Path(tools) / "backends" / "nvidia" / "bin" / "cuobjdump"
     unit, cubin = unit_named("float16-specialized_64-reverse_kl"), tmp_path / "unit.cubin"
     options = ["-cubin", "-gencode", *cuda_build.CODES[unit.tile.engine]]
     cuda_build.compile_unit(unit, cubin, options)
-    command = [str(cuobjdump), "-sass", str(cubin)]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def dump(what: str) -> str:
+        command = [str(cuobjdump), what, str(cubin)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    code, sections = dump("-sass"), dump("-elf")
     kernels = dict(re.findall(r"Function : (\w+)(.*?)(?=Function : |\Z)", code, re.DOTALL))
+    pairs = re.findall(r" ([0-9a-f]+) +NOBITS .* \.nv\.shared\.(\w+)\n", sections)
+    shared = {name: alignment for alignment, name in pairs}
+    parameters = re.findall(
+        r"^\.nv\.info\.(\w+)\n.*?Offset  : 0x(\w+).*?PARAM_CBANK.*?0x\w+ 0x(\w+)",
+        sections,
+        re.MULTILINE | re.DOTALL,
+    )
+    for name, offset, bank in parameters:
+        if not name.startswith("prepare"):
+            # The bank's upper half is its size.
+            assert ((int(bank, 16) & 0xFFFF) + int(offset, 16)) % cuda_driver.MAP_ALIGNMENT == 0
+    assert {name for name, _, _ in parameters} == set(kernels)
     owners, producer = register_shares()
     kinds = [
         f"backward_{side}_{kind}" for side in ("keys", "queries") for kind in ("align", "fused")
@@ -324,6 +285,7 @@ def test_machine_code_has_what_the_source_asks_for(tmp_path):
         ):
             assert re.search(instruction, kernels[name]), (name, instruction)
         assert not re.search(r"\s(STL|LDL|ATOMG|RED)[ .]", kernels[name])
+        assert shared[name] == "400"  # shared memory's alignment, 1024: the period of the swizzle
 
 
 @needs_nvcc

@@ -1,0 +1,150 @@
+"""Times of csrc/'s kernels by each engine, beside Triton's and torch's attention: launches alone.
+
+No autograd and no forward: the passes over the scores that csrc/ has, on the same tensors, in
+turns. Torch's is the backward of a graph that is kept. What differs from Triton's result is not
+timed. Rates count the matmuls that a pass cannot do without, 2*H*T*T*K each, halved by the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks import timer
+from benchmarks.attention_cases import inputs
+from benchmarks.shapes import ATTENTIONS, Attention
+from oisd_kernels import attention_cuda, attention_triton
+from oisd_kernels.attention_geometry import Alignment, Teacher, dense_geometry
+
+CASES = [("qwen3-4b", 4096), ("qwen3-4b", 8192), ("64-wide", 8192)]
+MATMULS = {"statistics": 2, "plain": 5, "fused": 6, "align": 4}
+TOLERANCE = 1e-2  # both have errors of 3e-3
+
+
+@contextmanager
+def engine(name: str) -> Iterator[None]:
+    """Launches of csrc/ go to this engine."""
+    before = attention_cuda.WARPGROUPS, attention_cuda.HOPPER_ENGINE
+    attention_cuda.WARPGROUPS = name != "WARP_ENGINE"
+    attention_cuda.HOPPER_ENGINE = name
+    try:
+        yield
+    finally:
+        attention_cuda.WARPGROUPS, attention_cuda.HOPPER_ENGINE = before
+
+
+class Call:
+    """What all passes of a case are given."""
+
+    def __init__(self, shape: Attention, tokens: int, device: str = "cuda") -> None:
+        dtype = torch.bfloat16
+        found = inputs(shape, tokens, device, dtype, values=True)
+        teacher = inputs(shape, tokens, device, dtype)
+        self.leaves = [found[name] for name in "qkv"]
+        self.q, self.k, self.v = (x.detach()[0] for x in self.leaves)
+        self.d_out, self.weight = found["d_out"][0], found["weights"][0] / shape.heads
+        q_teacher, k_teacher = teacher["q_teacher"][0], teacher["k_teacher"][0]
+        self.geometry = dense_geometry(self.q, 1, tokens, True, None, None)
+        self.scale = shape.dim**-0.5
+        settings = self.geometry, self.scale
+        self.out, self.lse = attention_triton.forward(self.q, self.k, self.v, *settings)
+        lse_teacher = attention_triton.logsumexp(q_teacher, k_teacher, *settings)
+        self.teacher = Teacher(q_teacher, k_teacher, lse_teacher, self.scale)
+        self.statistic = self.statistics(attention_triton)[1]
+
+    def statistics(self, impl: ModuleType) -> tuple[Tensor, ...]:
+        return impl.statistics(
+            self.q, self.k, self.lse, self.scale, self.teacher, self.weight != 0, "jsd", 0.5,
+            self.geometry,
+        )  # fmt: skip
+
+    def backward(self, impl: ModuleType, kind: str) -> tuple[Tensor, ...]:
+        given: dict[str, Any] = {}
+        if kind != "align":
+            given |= {"v": self.v, "out": self.out, "d_out": self.d_out}
+        if kind != "plain":
+            given["alignment"] = Alignment(self.teacher, self.weight, self.statistic, "jsd", 0.5)
+        found = impl.backward(self.q, self.k, self.geometry, self.scale, self.lse, **given)
+        return tuple(x for x in found if x is not None)
+
+    def run(self, impl: ModuleType, kind: str, by: str | None = None) -> tuple[Tensor, ...]:
+        pass_of = self.statistics if kind == "statistics" else partial(self.backward, kind=kind)
+        if by is None:
+            return pass_of(impl)
+        with engine(by):
+            return pass_of(impl)
+
+    def defined(self, found: tuple[Tensor, ...], kind: str) -> tuple[Tensor, ...]:
+        """Without the statistics of rows of weight 0, which nothing reads."""
+        return (found[0], found[1][:, self.weight != 0]) if kind == "statistics" else found
+
+    def torch_backward(self, backend: SDPBackend) -> Callable[[], tuple[Tensor, ...]]:
+        q, k, v = (x.transpose(1, 2) for x in self.leaves)
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        upstream = self.d_out[None].transpose(1, 2)
+        run = partial(torch.autograd.grad, out, self.leaves, upstream, retain_graph=True)
+        return lambda: tuple(x[0] for x in run())
+
+
+def error(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> float:
+    """The largest relative difference of the tensors."""
+    pairs = zip(got, wanted, strict=True)
+    return max(((x - y).float().norm() / y.float().norm()).item() for x, y in pairs)
+
+
+def engines() -> list[str]:
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return ["WARP_ENGINE", *(["WARPGROUP_ENGINE", "SPECIALIZED_ENGINE"] if hopper else [])]
+
+
+def lines(name: str, kind: str, call: Call, seconds: float = 3.0) -> Iterator[str]:
+    """One of each implementation of a pass; `seconds` for all their rounds."""
+    wanted = call.run(attention_triton, kind)
+    start = f"{name:<14} {kind:<10} "
+    functions: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
+    candidates = {f"cuda {by}": partial(call.run, attention_cuda, kind, by) for by in engines()}
+    if kind == "plain":
+        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
+            candidates[f"SDPA {backend.name}"] = partial(call.torch_backward, backend)
+    for label, candidate in candidates.items():
+        try:
+            function = candidate() if label.startswith("SDPA") else candidate
+            off = error(*(call.defined(found, kind) for found in (function(), wanted)))
+        except Exception as failure:
+            first = (str(failure).splitlines() or [""])[0]
+            yield f"{start}{label:<24} failed: {type(failure).__name__}: {first}"
+            continue
+        if off <= TOLERANCE:
+            functions[label] = function
+        else:
+            yield f"{start}{label:<24} wrong: {off:.1e} from Triton's"
+    functions["Triton"] = partial(call.run, attention_triton, kind)
+    tokens, heads, width = call.q.shape
+    work = MATMULS[kind] * 2.0 * heads * tokens**2 / 2 * width
+    plan = timer.Plan(warmup=3, seconds=seconds)
+    for label, found in timer.interleaved(functions, plan, call.q.device.type).items():
+        median, p20, p80 = timer.spread(found)
+        yield (
+            f"{start}{label:<24} {1e3 * median:8.3f} ms ({1e3 * p20:.3f} to {1e3 * p80:.3f})  "
+            f"{work / median / 1e12:6.1f} TFLOP/s"
+        )
+
+
+def report() -> int:
+    for name, tokens in CASES:
+        call = Call(ATTENTIONS[name], tokens)
+        for kind in MATMULS:
+            for line in lines(f"{name} {tokens}", kind, call):
+                print(line, flush=True)
+        del call
+        torch.cuda.empty_cache()
+    return 0
