@@ -24,7 +24,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks import eager
 from benchmarks.cases import Bar, Bound, Case, Implementation, Inputs, Result, Run, Yardstick
 from benchmarks.shapes import thousands
-from oisd import losses
+from oisd import attention_loss, losses
 from oisd.batch import Batch
 from oisd.config import AlignmentConfig, GRPOConfig, OptimizerConfig, RunConfig, TrainConfig
 from oisd.learner import Learner
@@ -248,7 +248,7 @@ def truth(given: Inputs) -> Result:
 def written(variant: str, policy: Policy) -> Iterator[None]:
     """The alignment losses in eager PyTorch, or with `impl="reference"`; otherwise as they are."""
     head: Any = losses.policy_head
-    attention: Any = losses.attention_divergence
+    attention: Any = attention_loss.attention_divergence
     if variant == "eager":
         head, attention = partial(two_passes, partial(eager_lens, policy)), eager_attention
     elif variant == "two passes":
@@ -257,7 +257,7 @@ def written(variant: str, policy: Policy) -> Iterator[None]:
         head, attention = partial(by_reference, head), partial(by_reference, attention)
     with (
         mock.patch.object(losses, "policy_head", head),
-        mock.patch.object(losses, "attention_divergence", attention),
+        mock.patch.object(attention_loss, "attention_divergence", attention),
     ):
         yield
 
