@@ -1,4 +1,4 @@
-"""Advantages of completions against the others for their prompt (GRPO, arXiv 2402.03300)."""
+"""Advantages of completions: GRPO's (arXiv 2402.03300), RLOO's, Reinforce++'s."""
 
 from __future__ import annotations
 
@@ -34,6 +34,42 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale_by_std: bool = T
     if scale_by_std:
         advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-6)
     return advantages.masked_fill(equal, 0.0).flatten()
+
+
+def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """RLOO's (arXiv 2402.14740): the reward less the mean of the *other* completions' rewards.
+
+    Arguments, result and errors as of `group_advantages`; G / (G - 1) times what that gives
+    without the standard deviation.
+    """
+    advantages = group_advantages(rewards, group_size, scale_by_std=False)
+    return advantages * (group_size / (group_size - 1))
+
+
+def batch_advantages(
+    rewards: Tensor, lengths: Tensor, batch: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Reinforce++'s (arXiv 2501.03262) for a reward at the end of a completion, undiscounted.
+
+    The reward, the return of each of the completion's tokens, less its mean over all tokens of the
+    batch, over its standard deviation there (with Bessel's correction): no group has a part in it.
+
+    Args:
+        rewards: [B].
+        lengths: [B], tokens of each completion.
+        batch: rewards and lengths of the whole batch, where these are one process's; by default
+            these.
+
+    Returns [B] float32; exactly 0 where all rewards of the batch are equal.
+    """
+    everything, tokens = (rewards, lengths) if batch is None else batch
+    everything, tokens = everything.double(), tokens.double()
+    total = tokens.sum()
+    if total == 0 or bool((everything == everything[0]).all()):
+        return torch.zeros_like(rewards, dtype=torch.float32)
+    mean = (tokens * everything).sum() / total
+    variance = (tokens * (everything - mean) ** 2).sum() / (total - 1).clamp_min(1)
+    return ((rewards.double() - mean) * (variance + 1e-8).rsqrt()).float()
 
 
 def frac_zero_std(rewards: Tensor, group_size: int) -> Mean:

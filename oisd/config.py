@@ -171,13 +171,16 @@ AUTO_TIS_CAP = 2.0
 class GRPOConfig:
     """The policy loss of the final layer (GRPO and its usual variants)."""
 
+    advantage: Literal["grpo", "rloo", "reinforce++"] = "grpo"
+    """A completion's reward against those of its group (GRPO), against the others' of its group
+    (RLOO), or against those of all tokens of the batch (Reinforce++)."""
     aggregation: Literal["token-mean", "sequence-mean", "dr-grpo"] = "token-mean"
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = 10.0
     """Bound on ratio for negative advantages, above 1; none for no bound."""
     scale_by_std: bool = True
-    """Divide a group's advantages by its standard deviation (Dr. GRPO does not)."""
+    """Divide a group's advantages by its standard deviation (Dr. GRPO does not); "grpo" alone."""
     kl_coef: float = 0.0
     """Weight of the k3 estimate of KL(policy || initial policy)."""
     tis_cap: float | Literal["auto"] | None = "auto"

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from oisd import adapters
+from oisd.advantages import batch_advantages, group_advantages, rloo_advantages
 from oisd.batch import Batch, assemble
 from oisd.checkpoint import RunFolder
 from oisd.config import AlignmentConfig, ConfigError, TrainConfig
@@ -29,7 +30,7 @@ from oisd.data import Example, encode_prompts, load_examples, prompt_indices
 from oisd.engine_choice import EngineChoice, choose_engine
 from oisd.evaluate import Evaluation, evaluate, in_order
 from oisd.learner import Learner, NonFiniteError
-from oisd.losses import Mean, Metrics, add_metrics, frac_zero_std, group_advantages
+from oisd.losses import Mean, Metrics, add_metrics, frac_zero_std
 from oisd.models import UnsupportedModelError
 from oisd.objective import Objective, Totals
 from oisd.policy import load_policy
@@ -219,7 +220,7 @@ class Trainer:
             texts = self.policy.decode(completions)
             graded = self.reward(texts, [self.examples[i].answer for i in index])
             rewards = torch.tensor(graded, dtype=torch.float32)
-        advantages = group_advantages(rewards, size, scale_by_std=config.grpo.scale_by_std)
+        advantages = self._advantages(rewards, completions.lengths.cpu())
         everything = torch.ones_like(rewards, dtype=torch.bool)
         metrics = {
             "reward": Mean.over(rewards, everything),
@@ -250,6 +251,17 @@ class Trainer:
         slots = torch.tensor([slot for slot in mine for _ in range(size)], dtype=torch.int64)
         with clock("logprobs"):
             return self._minibatches(batch, slots), metrics
+
+    def _advantages(self, rewards: Tensor, lengths: Tensor) -> Tensor:
+        """[B] of this process's completions; Reinforce++ looks at all processes'."""
+        config, size = self.config.grpo, self.config.rollout.completions_per_prompt
+        if config.advantage == "rloo":
+            return rloo_advantages(rewards, size)
+        if config.advantage == "reinforce++":
+            shares = self.processes.gather((rewards, lengths))
+            whole = [torch.cat(parts) for parts in zip(*shares, strict=True)]
+            return batch_advantages(rewards, lengths, (whole[0], whole[1]))
+        return group_advantages(rewards, size, scale_by_std=config.scale_by_std)
 
     def _shared_out(self, step: int) -> tuple[list[int], list[int]]:
         """This process's completions of a step: the index of each one's example, and its number."""

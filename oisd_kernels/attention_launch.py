@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from oisd_kernels.attention_geometry import Alignment, Geometry
-from oisd_kernels.tiled_launch import machine
+from oisd_kernels.tiled_launch import GFX942, machine
 
 LOG2E = 1.4426950408889634
 
@@ -121,11 +121,11 @@ def mask_of(geometry: Geometry) -> dict[str, Any]:
     return {"CAUSAL": geometry.causal, "WINDOW": window, "SOFTCAP": geometry.softcap}
 
 
-def arithmetic(x: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+def arithmetic(x: Tensor, dtype: torch.dtype, capability: int) -> dict[str, Any]:
     compute = compute_of(dtype)
     # The interpreter's tl.dot takes the bits of bf16 for integers.
     operand = compute if x.device.type == "cpu" else dtype
-    exact = "tf32x3" if torch.version.hip is None else "ieee"
+    exact = "ieee" if capability == GFX942 else "tf32x3"
     precision = exact if operand == torch.float32 else None
     return {"OPERAND": TL[operand], "ACC": TL[compute], "PRECISION": precision}
 

@@ -144,7 +144,7 @@ class _Call:
         self.heads = math.gcd(*self.groups)
         self.width = max(K, Kt)
         self.strides = strides_of(*self.tensors)
-        numbers = arithmetic(q, dtype)
+        numbers = arithmetic(q, dtype, self.capability)
         self.options: dict[str, Any] = {
             "SCALE": scale, "SCALE_T": teacher.scale, "SOFTCAP": geometry.softcap,
             "HEAD_DIM": K, "HEAD_DIM_T": Kt, "BLOCK_K": rounded_up(K), "BLOCK_KT": rounded_up(Kt),

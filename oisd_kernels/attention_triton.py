@@ -157,7 +157,8 @@ def _forward(
     lse = q.new_full((H, N), -math.inf, dtype=compute_of(dtype))
     out = q.new_zeros(N, H, K, dtype=out_dtype) if v is not None else q
     if N > 0:
-        tile = launch_tile(capability_of(q, capability), "forward", dtype, K, geometry)
+        capability = capability_of(q, capability)
+        tile = launch_tile(capability, "forward", dtype, K, geometry)
         tiles = Tiles.of(geometry, N, tile.m)
         attention_forward_kernel[(tiles.programs, H)](
             q, k, values, out, lse, tiles.table,
@@ -165,7 +166,7 @@ def _forward(
             *strides_of(q, k, values, out),
             SCALE=scale, **mask_of(geometry), HAS_V=v is not None,
             HEAD_DIM=K, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=rounded_up(K),
-            **arithmetic(q, dtype), **tile.options(),
+            **arithmetic(q, dtype, capability), **tile.options(),
         )  # fmt: skip
     return out if v is None else out[..., :width].contiguous(), lse
 
@@ -191,7 +192,8 @@ def _statistics(
     if N > 0:
         width = max(K, qt.shape[2])
         name = "statistics" if S == 1 else "statistics of several"
-        tile = launch_tile(capability_of(q, capability), name, dtype, width, geometry)
+        capability = capability_of(q, capability)
+        tile = launch_tile(capability, name, dtype, width, geometry)
         tiles = Tiles.of(geometry, N, tile.m)
         attention_statistics_kernel[(tiles.programs, H)](
             q, k, qt, kt, rows_of(lse, compute), rows_of(teacher.lse, compute),
@@ -204,7 +206,7 @@ def _statistics(
             SCALE=scale, SCALE_T=teacher.scale, **mask_of(geometry),
             HEAD_DIM=K, HEAD_DIM_T=qt.shape[2], BLOCK_M=tile.m, BLOCK_N=tile.n,
             BLOCK_K=rounded_up(K), BLOCK_KT=rounded_up(qt.shape[2]),
-            **arithmetic(q, dtype), **tile.options(),
+            **arithmetic(q, dtype, capability), **tile.options(),
         )  # fmt: skip
     return value, statistic
 
@@ -263,7 +265,7 @@ class _Backward:
             "SCALE": self.scale, "BOOST": boost is not None,
             "HEAD_DIM": K, "HEAD_DIM_T": qt.shape[2],
             "BLOCK_K": rounded_up(K), "BLOCK_KT": rounded_up(qt.shape[2]),
-            **mask_of(self.geometry), **arithmetic(q, q.dtype),
+            **mask_of(self.geometry), **arithmetic(q, q.dtype, self.capability),
         }  # fmt: skip
         inputs = q, k, self.v, self.d_out, qt, kt, *terms
         numbers = N, H // J, H // kt.shape[1], window_of(self.geometry, N)

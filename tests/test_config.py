@@ -69,6 +69,7 @@ OTHER: dict[str, dict[str, Any]] = {
     },
     "reward": {"function": "exact", "timeout": 0.5},
     "grpo": {
+        "advantage": "rloo",
         "aggregation": "dr-grpo",
         "clip_low": 0.1,
         "clip_high": 0.28,
@@ -351,6 +352,7 @@ PAPER = {
     "qwen3-4b-attention": (0.0, 0.1), "qwen3-8b": (1.0, 0.1), "qwen3-8b-grpo": (0.0, 0.0),
     "octothinker-3b": (1.0, 0.1), "octothinker-3b-grpo": (0.0, 0.0),
     "octothinker-8b": (1.0, 0.1), "octothinker-8b-grpo": (0.0, 0.0),
+    "qwen3-4b-rloo": (0.0, 0.0), "qwen3-4b-reinforce-plus-plus": (0.0, 0.0),
 }  # fmt: skip
 LAYERS = {"qwen3-4b": 6, "qwen3-8b": 6, "octothinker-3b": 27, "octothinker-8b": 31}
 
@@ -363,10 +365,12 @@ def test_rows_of_the_papers_table_1(name):
     assert config.oisd.student_layers == (LAYERS[model],)
     assert config.rollout.max_completion_tokens == (3072 if "octo" in name else 8192)
     assert (config.data.source, config.rollout.prompts_per_step) == ("deepmath-5k", 128)
-    # An arm differs from its model's OISD in the two weights and the folder alone.
+    # An arm differs from its model's OISD in the two weights, the folder and the advantage alone.
     found = differences(load_recipe(ROOT / "recipes" / f"{model}.toml"), config)
     allowed = {"oisd.think_weight", "oisd.attention_weight", "run.output_dir"}
-    assert {d.split(":")[0] for d in found} <= allowed
+    other = {"qwen3-4b-rloo": "rloo", "qwen3-4b-reinforce-plus-plus": "reinforce++"}
+    assert config.grpo.advantage == other.get(name, "grpo")
+    assert {d.split(":")[0] for d in found} <= allowed | {"grpo.advantage"}
 
 
 @pytest.mark.parametrize("name", PAPER)

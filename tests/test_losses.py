@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from oisd.advantages import batch_advantages, rloo_advantages
 from oisd.config import AlignmentConfig, GRPOConfig
 from oisd.losses import (
     Mean,
@@ -118,6 +119,30 @@ def test_the_largest_advantage_of_eight_binary_rewards():
 def test_advantages_refuse_what_is_no_group(shape, size):
     with pytest.raises(ValueError, match="group_size must be at least 2"):
         group_advantages(torch.zeros(shape), size)
+
+
+def test_rloo_is_the_reward_less_the_others_mean():
+    groups = [[1.0, 0.0, 0.0, 1.0], [0.25, 0.5, -1.0, 3.0], [0.3, 0.3, 0.3, 0.3]]
+    wanted = [r - (sum(group) - r) / 3 for group in groups[:2] for r in group] + [0.0] * 4
+    found = rloo_advantages(torch.tensor(groups).flatten(), 4)
+    close(found, wanted, rtol=1e-6)
+    assert (found[8:] == 0).all() and found.dtype == torch.float32
+
+
+def test_batch_advantages_are_whitened_over_the_tokens_of_all():
+    rewards, lengths = [1.0, 0.0, 0.25, 1.0, -1.0], [3, 1, 7, 2, 5]
+    tokens = [r for r, n in zip(rewards, lengths, strict=True) for _ in range(n)]
+    wanted = [(r - np.mean(tokens)) / math.sqrt(np.var(tokens, ddof=1) + 1e-8) for r in rewards]
+    whole = torch.tensor(rewards), torch.tensor(lengths)
+    close(batch_advantages(*whole), wanted, rtol=1e-6)
+    parts = [batch_advantages(*(x[part] for x in whole), whole) for part in (slice(2), slice(2, 5))]
+    assert torch.equal(torch.cat(parts), batch_advantages(*whole))
+
+
+@pytest.mark.parametrize("reward, length", [(0.0, 3), (0.1, 7), (1.0, 0)])
+def test_batch_advantages_of_equal_rewards_or_no_tokens_are_zero(reward, length):
+    rewards, lengths = torch.full((6,), reward), torch.full((6,), length)
+    assert (batch_advantages(rewards, lengths) == 0).all()
 
 
 def test_frac_zero_std():
