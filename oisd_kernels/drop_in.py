@@ -246,6 +246,9 @@ def chunked_divergence_loss(
     for name, x in zip(names, given, strict=True):
         if not isinstance(x, Tensor):
             raise checks.argument_error(op, name, "be a torch.Tensor", type(x).__name__)
+        if checks.is_dtensor(x):
+            got, remedy = f"a {type(x).__name__}", checks.how_to_gather(name, x)
+            raise checks.argument_error(op, name, "be a plain tensor", got, remedy)
     leading = student_hidden_states.shape[:-1]
     for name, x in zip(names[1:], (teacher_hidden_states[..., 0], completion_mask), strict=True):
         if x.shape != leading:
