@@ -138,17 +138,23 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
     Nor may autocast keep the weights that a probe casts: they have no graph, and the caller's own
     forward would go on with them.
+
+    Nor may bitsandbytes' layers see it: on some CPUs they lay their codes out anew in the first
+    forward of evaluation, and pass no gradient on from then. They have no dropout.
     """
-    training = [module for module in model.modules() if module.training]
+    training = {module: module.training for module in model.modules()}
     cached = torch.is_autocast_cache_enabled()
     model.eval()
+    for module in training:
+        if type(module).__module__.startswith("bitsandbytes."):
+            module.training = True
     torch.set_autocast_cache_enabled(False)
     try:
         yield
     finally:
         torch.set_autocast_cache_enabled(cached)
-        for module in training:
-            module.training = True
+        for module, mode in training.items():
+            module.training = mode
 
 
 def _probe_ids(model: Any) -> Tensor:

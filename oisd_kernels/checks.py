@@ -34,6 +34,17 @@ def is_dtensor(x: Any) -> bool:
     return type(x).__module__.startswith("torch.distributed.tensor")
 
 
+def how_to_gather(argument: str, x: Any) -> str:
+    """The remedy for a DTensor where its whole is wanted."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return f"pass {argument}.full_tensor(), or {GATHER}"
+    # `full_tensor` alone takes the gradient to be the same on all ranks, and keeps this rank's.
+    return (
+        f"pass {argument}.full_tensor(grad_placements=...) with Partial() or, as FSDP2 does, "
+        f'Partial("avg") over dimensions whose ranks have other tokens, or {GATHER}'
+    )
+
+
 def check_tensor(
     op: str,
     argument: str,
@@ -52,8 +63,8 @@ def check_tensor(
     if not isinstance(x, Tensor):
         raise argument_error(op, argument, "be a torch.Tensor", type(x).__name__)
     if is_dtensor(x):
-        remedy = f"pass {argument}.full_tensor(), or {GATHER}"
-        raise argument_error(op, argument, "be a plain tensor", f"a {type(x).__name__}", remedy)
+        got, remedy = f"a {type(x).__name__}", how_to_gather(argument, x)
+        raise argument_error(op, argument, "be a plain tensor", got, remedy)
     fits = x.dim() == len(sizes) and all(
         want is None or have == want for have, want in zip(x.shape, sizes, strict=True)
     )
@@ -79,15 +90,21 @@ def check_dims(op: str, argument: str, x: Any, layouts: Mapping[int, str]) -> No
         raise argument_error(op, argument, wanted, list(x.shape))
 
 
-def check_head(op: str, hidden: Tensor, weight: Any, bias: Any, *, empty: bool = False) -> None:
-    """The unembedding that maps `hidden` [..., D] to V logits; with `empty` V may be 0."""
-    check_dims(op, "weight", weight, {2: "[V, D]"})
+def check_head(
+    op: str, hidden: Tensor, weight: Any, bias: Any, *, empty: bool = False, prefix: str = ""
+) -> None:
+    """The unembedding that maps `hidden` [..., D] to V logits; with `empty` V may be 0.
+
+    prefix: of the names of `weight` and `bias`; with "teacher_" the width is E.
+    """
+    name, layout = f"{prefix}weight", "[V, E]" if prefix else "[V, D]"
+    check_dims(op, name, weight, {2: layout})
     sizes = (weight.shape[0], hidden.shape[-1])
-    check_tensor(op, "weight", weight, "[V, D]", sizes, device=hidden.device)
+    check_tensor(op, name, weight, layout, sizes, device=hidden.device)
     if weight.shape[0] == 0 and not empty:
-        raise argument_error(op, "weight", "have at least one row", list(weight.shape))
+        raise argument_error(op, name, "have at least one row", list(weight.shape))
     if bias is not None:
-        check_tensor(op, "bias", bias, "[V]", sizes[:1], device=hidden.device)
+        check_tensor(op, f"{prefix}bias", bias, "[V]", sizes[:1], device=hidden.device)
 
 
 def check_values(

@@ -10,16 +10,21 @@ The divergences are those of `oisd_kernels.reference`. A head that student and t
 through `logit_lens_divergence`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from oisd_kernels import checks, chunks, reference
+from oisd_kernels import checks, chunks, logit_lens, reference, vocab_parallel
 from oisd_kernels.head_loop import compute_dtype
-from oisd_kernels.logit_lens import logit_lens_divergence
 from oisd_kernels.two_heads import TwoHeads, rows_of_a_token, two_heads
+from oisd_kernels.vocab_parallel import Part
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OP = "distillation_divergence"
 NAMES = ("reference", "chunked")
@@ -44,7 +49,9 @@ def _chunked(
     reduction: str,
     return_entropy: bool,
     max_bytes: int | None,
+    part: Part | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    part = part or vocab_parallel.whole(weight, bias)
     softcap = None if logit_softcap is None else logit_softcap / logit_scale
     teacher_softcap = (
         None if teacher_logit_softcap is None else teacher_logit_softcap / teacher_logit_scale
@@ -52,7 +59,7 @@ def _chunked(
     temperatures = temperature / logit_scale, temperature / teacher_logit_scale
     one_head = weight is teacher_weight and bias is teacher_bias
     if one_head and softcap == teacher_softcap and temperatures[0] == temperatures[1]:
-        out = logit_lens_divergence(
+        out = logit_lens.IMPLEMENTATIONS["chunked"](
             hidden,
             teacher_hidden,
             weight,
@@ -65,8 +72,8 @@ def _chunked(
             reduction=reduction,
             grad_weight=True,
             return_stats=True,
-            impl="chunked",
             max_bytes=max_bytes,
+            part=part,
         )
         return (out[0], out[1].student_entropy) if return_entropy else out[0]
 
@@ -75,10 +82,11 @@ def _chunked(
         OP,
         max_bytes,
         hidden.device,
-        len(weight),
+        part.largest,
         max(hidden.shape[1], teacher_hidden.shape[1]),
         compute.itemsize,
         rows_of_a_token(softcap),
+        bool(part.group),
     )
     factor = None if token_weight is None else token_weight.detach().to(compute)
     recording = torch.is_grad_enabled()
@@ -107,6 +115,7 @@ def _chunked(
             weight_grad=to_weight and not later,
             later=later,
             stats=return_entropy,
+            group=part.group,
         )
     )
     loss = out.loss
@@ -128,13 +137,11 @@ def check_two_heads(
     """
     (hidden, rows), (head, weight), (bias, b), *teacher = tensors.items()
     (teacher_hidden, teacher_rows), (teacher_head, teacher_weight), (teacher_bias, c) = teacher
-    checks.check_tensor(op, hidden, rows, "[N, D]", (None, None))
-    device, (tokens, width) = rows.device, rows.shape
+    _check_rows(op, {hidden: rows, teacher_hidden: teacher_rows})
+    device, width = rows.device, rows.shape[1]
     checks.check_tensor(op, head, weight, "[V, D]", (None, width), device=device)
     if len(weight) == 0:
         raise checks.argument_error(op, head, "have at least one row", list(weight.shape))
-    sizes = tokens, None
-    checks.check_tensor(op, teacher_hidden, teacher_rows, "[N, E]", sizes, device=device)
     sizes = len(weight), teacher_rows.shape[1]
     remedy = "student and teacher must share the vocabulary"
     checks.check_tensor(
@@ -143,6 +150,18 @@ def check_two_heads(
     for name, x in ((bias, b), (teacher_bias, c)):
         if x is not None:
             checks.check_tensor(op, name, x, "[V]", sizes[:1], device=device)
+    _check_options(op, positive, softcaps)
+
+
+def _check_rows(op: str, tensors: Mapping[str, Any]) -> None:
+    """Hidden states of the student and of the teacher."""
+    (name, rows), (teacher_name, teacher_rows) = tensors.items()
+    checks.check_tensor(op, name, rows, "[N, D]", (None, None))
+    sizes = len(rows), None
+    checks.check_tensor(op, teacher_name, teacher_rows, "[N, E]", sizes, device=rows.device)
+
+
+def _check_options(op: str, positive: Mapping[str, Any], softcaps: Mapping[str, Any]) -> None:
     for name, value in positive.items():
         checks.check_positive(op, name, value)
     for name, value in softcaps.items():
@@ -177,6 +196,7 @@ def distillation_divergence(
     return_entropy: Literal[False] = False,
     impl: str = "auto",
     max_bytes: int | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> Tensor: ...
 
 
@@ -201,6 +221,7 @@ def distillation_divergence(
     return_entropy: Literal[True],
     impl: str = "auto",
     max_bytes: int | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -224,6 +245,7 @@ def distillation_divergence(
     return_entropy: bool = False,
     impl: str = "auto",
     max_bytes: int | None = None,
+    tp_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Signed, weighted divergence of a student from a teacher with another head, per token.
 
@@ -250,6 +272,11 @@ def distillation_divergence(
             is a `token_weight`. "reference": all logits in memory, plain autograd.
         max_bytes: workspace budget of "chunked" in bytes, beside inputs, outputs and their
             gradients; default 1.25 GiB on CUDA, 96 MiB on a CPU, or one token where that is more.
+        tp_group: the process group that has both vocabularies in the same parts; the heads and
+            their biases are then this rank's rows of each, see `logit_lens_divergence`, of which
+            the rest holds here too. DTensors with Shard(0) over a mesh dimension named "tp" need no
+            `tp_group`; the meshes of student and teacher may be two, of the same ranks. One head in
+            parts beside a whole one, or in other parts, is an error.
 
     Returns:
         token_weight * divergence in nats, [N], or a scalar. float32; float64 if an input is. With
@@ -263,21 +290,14 @@ def distillation_divergence(
 
     Source: generalised JSD, arXiv 2306.13649, section 3; with one head, the logit lens.
     """
-    tensors = {
-        "hidden": hidden,
-        "weight": weight,
-        "bias": bias,
-        "teacher_hidden": teacher_hidden,
-        "teacher_weight": teacher_weight,
-        "teacher_bias": teacher_bias,
-    }
     positive = {
         "temperature": temperature,
         "logit_scale": logit_scale,
         "teacher_logit_scale": teacher_logit_scale,
     }
     softcaps = {"logit_softcap": logit_softcap, "teacher_logit_softcap": teacher_logit_softcap}
-    check_two_heads(OP, tensors, positive, softcaps)
+    _check_rows(OP, {"hidden": hidden, "teacher_hidden": teacher_hidden})
+    _check_options(OP, positive, softcaps)
     if token_weight is not None:
         sizes = (len(hidden),)
         checks.check_tensor(OP, "token_weight", token_weight, "[N]", sizes, device=hidden.device)
@@ -286,13 +306,16 @@ def distillation_divergence(
     checks.check_flag(OP, "return_entropy", return_entropy)
     checks.check_count(OP, "max_bytes", max_bytes)
     run = checks.choose(OP, impl, IMPLEMENTATIONS, NAMES)
-    return run(
+    part, teacher = vocab_parallel.two_parts(
+        OP, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, tp_group
+    )
+    return vocab_parallel.bind(OP, impl, run, part)(
         hidden,
-        weight,
+        part.weight,
         teacher_hidden,
-        teacher_weight,
-        bias=bias,
-        teacher_bias=teacher_bias,
+        teacher.weight,
+        bias=part.bias,
+        teacher_bias=teacher.bias,
         token_weight=token_weight,
         divergence=divergence,
         beta=beta,

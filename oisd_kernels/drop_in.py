@@ -11,7 +11,9 @@ which here is `distillation_divergence`, and let beta = 0 stand for KL(P || Q), 
 KL(Q || P). As there, autocast rounds hidden states and heads to its dtype, the loss is float32 (and
 float64 where an input is), gradient goes to the student alone, and ignored rows give none. What
 differs: rows that are ignored are left out before any matmul, logits and accumulated gradients are
-float32 always, and bad arguments are a ValueError.
+float32 always, and bad arguments are a ValueError. A head that is a DTensor is one, but for
+`chunked_divergence_loss`, which gathers it as TRL's does; a tensor-parallel pair of heads that is
+to stay in parts goes to `distillation_divergence`.
 
 Letters: N tokens, D width, E the teacher's width, V vocabulary.
 """
@@ -224,7 +226,8 @@ def chunked_divergence_loss(
         student_hidden_states: [..., D]. Receives gradient.
         teacher_hidden_states: [..., E]. Receives none.
         student_lm_head_weight, student_lm_head_bias: [V, D], [V]. Receive gradient where they
-            require it. A DTensor is gathered, once.
+            require it. A DTensor is gathered, once, and its gradient is the mean over the ranks of
+            its mesh, as FSDP2's is.
         teacher_lm_head_weight, teacher_lm_head_bias: [V, E], [V]. Receive none.
         completion_mask: [...], any dtype; positions of 0 are left out before any matmul.
         num_items_in_batch: what the sum is divided by; None for the number of positions that
@@ -243,6 +246,9 @@ def chunked_divergence_loss(
     for name, x in zip(names, given, strict=True):
         if not isinstance(x, Tensor):
             raise checks.argument_error(op, name, "be a torch.Tensor", type(x).__name__)
+        if checks.is_dtensor(x):
+            got, remedy = f"a {type(x).__name__}", checks.how_to_gather(name, x)
+            raise checks.argument_error(op, name, "be a plain tensor", got, remedy)
     leading = student_hidden_states.shape[:-1]
     for name, x in zip(names[1:], (teacher_hidden_states[..., 0], completion_mask), strict=True):
         if x.shape != leading:
@@ -320,11 +326,18 @@ def _autocast(device: torch.device, *tensors: Tensor) -> list[Tensor]:
 def _gathered(
     weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """A head that FSDP2 has sharded, whole and in the hidden states' dtype; others as they are."""
+    """A head that FSDP2 has sharded, whole and in the hidden states' dtype; others as they are.
+
+    Each rank's gradient to it is of its own tokens; FSDP2 means those of its parameters over the
+    ranks, which `full_tensor` does not do unless it is told. Of tensor-parallel ranks, whose tokens
+    are the same, it is the mean as well.
+    """
     if torch.distributed.is_available():
-        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor import DTensor, Partial
 
         if isinstance(weight, DTensor):
-            weight = weight.full_tensor().to(dtype)
-            bias = bias.full_tensor() if isinstance(bias, DTensor) else bias
+            mean = [Partial("avg")] * weight.device_mesh.ndim
+            weight = weight.full_tensor(grad_placements=mean).to(dtype)
+            if isinstance(bias, DTensor):
+                bias = bias.full_tensor(grad_placements=mean)
     return weight, bias

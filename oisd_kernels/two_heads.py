@@ -15,6 +15,9 @@ A logit scale s needs no arithmetic of its own: cap_c(s z) / tau = cap_(c/s)(z) 
 two heads then still differ in bias, softcap or temperature, their scores are made before the row
 functions see them, in the memory of the logits, and the softcap's slope is kept beside.
 
+With both heads in the same parts on the ranks of a group, V is this rank's share of the vocabulary;
+the rows go through `rows_parallel`, and the gradient to `hidden` is the sum over the ranks.
+
 Letters: N tokens, D width, E the teacher's width, V vocabulary, C tokens of a chunk.
 """
 
@@ -24,7 +27,7 @@ import torch
 from torch import Tensor
 
 from oisd_kernels import chunks
-from oisd_kernels.head_loop import compute_dtype, row_functions
+from oisd_kernels.head_loop import compute_dtype, parallel_rows, row_functions
 from oisd_kernels.projection import Projection
 from oisd_kernels.rows_torch import RowMath
 
@@ -61,11 +64,12 @@ def two_heads(
     weight_grad: bool,
     later: bool,  # the backward runs the pass again
     stats: bool,  # the entropy
+    group: str = "",  # name of the process group that has the vocabulary in parts; "" for none
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     call = _Call(
         hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, factor, divergence,
         beta, temperature, softcap, teacher_temperature, teacher_softcap, capacity, drop, reduce,
-        hidden_grad, weight_grad, later, stats,
+        hidden_grad, weight_grad, later, stats, group,
     )  # fmt: skip
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         return _Run(call).result()
@@ -104,6 +108,7 @@ class _Call(NamedTuple):
     weight_grad: bool
     later: bool
     stats: bool
+    group: str = ""
 
 
 _TENSORS = _Call._fields.index("factor") + 1
@@ -116,7 +121,9 @@ class _Run:
         self.call = call
         self.out = _allocate(call)
         self.compute = self.out.entropy.dtype
-        self.functions = row_functions(call.weight.device)
+        # Where a part starts matters to labels and likeliest tokens, which nobody asks for here.
+        self.parallel = parallel_rows(call.group, 0) if call.group else None
+        self.functions: Any = self.parallel or row_functions(call.weight.device)
         self.project = Projection(call.weight, {call.hidden.dtype}, self.compute)
         self.teacher = Projection(call.teacher_weight, {call.teacher_hidden.dtype}, self.compute)
         self.bias, self.teacher_bias = (
@@ -187,6 +194,8 @@ class _Run:
         if call.hidden_grad:
             gradient = self.project.to_hidden(got.d_logits)
             gradient = gradient if got.scale.numel() == 0 else gradient * got.scale[:, None]
+            if self.parallel is not None:
+                self.parallel.sum(gradient)
             out.d_hidden[where] = gradient.to(out.d_hidden.dtype)
 
 

@@ -15,6 +15,8 @@ A part is told by `tp_group`, for plain tensors, or by a DTensor:
 
 Any other sharding, FSDP2's among them, means that the caller should gather it, and is refused.
 
+A teacher with a head of its own has it in the same parts, over the same ranks.
+
 Letters: V vocabulary, D width.
 """
 
@@ -45,7 +47,12 @@ class Part(NamedTuple):
     group: str  # the process group's name
     start: int  # first row, of V
     vocabulary: int  # V
-    largest: int  # rows of the largest part, from which all ranks take the size of their chunks
+    rows: tuple[int, ...]  # of each rank's part
+
+    @property
+    def largest(self) -> int:
+        """Rows of the largest part, from which all ranks take the size of their chunks."""
+        return max(self.rows)
 
 
 def part(
@@ -55,6 +62,7 @@ def part(
     bias: Any,
     tp_group: ProcessGroup | None,
     weight_grad: bool,
+    prefix: str = "",
 ) -> Part:
     """The checked unembedding of an op on this rank.
 
@@ -62,25 +70,76 @@ def part(
     for which the host waits.
 
     weight_grad: whether `weight` and `bias` receive gradient where they require it.
+    prefix: "teacher_" where these are the op's `teacher_hidden`, `teacher_weight`, `teacher_bias`.
 
     Raises ValueError where `weight` or `bias` is none of the forms above.
     """
     if checks.is_dtensor(weight) or checks.is_dtensor(bias):
-        return _from_dtensor(op, hidden, weight, bias, tp_group, weight_grad)
+        return _from_dtensor(op, hidden, weight, bias, tp_group, weight_grad, prefix)
     if tp_group is None:
-        checks.check_head(op, hidden, weight, bias)
+        checks.check_head(op, hidden, weight, bias, prefix=prefix)
         return whole(weight, bias)
-    checks.check_head(op, hidden, weight, bias, empty=True)
+    checks.check_head(op, hidden, weight, bias, empty=True, prefix=prefix)
     rank, size = _place(op, tp_group)
     if size == 1:
-        checks.check_head(op, hidden, weight, bias)
+        checks.check_head(op, hidden, weight, bias, prefix=prefix)
         return whole(weight, bias)
     parts, tokens = _sizes(hidden, weight, tp_group, rank, size)
     if len(set(tokens)) > 1:
         wanted = "have as many rows on every rank of tp_group"
         remedy = "the group shares the vocabulary, not the tokens: gather what is split"
-        raise checks.argument_error(op, "hidden", wanted, tokens, remedy)
-    return _part(op, weight, bias, tp_group, parts, rank)
+        raise checks.argument_error(op, f"{prefix}hidden", wanted, tokens, remedy)
+    return _part(op, weight, bias, tp_group, parts, rank, prefix)
+
+
+def two_parts(
+    op: str,
+    hidden: Tensor,  # [N, D]
+    weight: Any,
+    bias: Any,
+    teacher_hidden: Tensor,  # [N, E]
+    teacher_weight: Any,
+    teacher_bias: Any,
+    tp_group: ProcessGroup | None,
+) -> tuple[Part, Part]:
+    """The checked unembeddings of a student and a teacher: both whole, or both in the same parts.
+
+    Where the two are one, so are their parts. The student's receives gradient.
+
+    Raises ValueError on every rank, for what `part` does and where the parts differ.
+    """
+    student = part(op, hidden, weight, bias, tp_group, True)
+    if teacher_weight is weight and teacher_bias is bias:
+        bias = student.bias
+        checks.check_head(op, teacher_hidden, student.weight, bias, empty=True, prefix="teacher_")
+        return student, student
+    if not student.group:
+        checks.check_dims(op, "teacher_weight", teacher_weight, {2: "[V, E]"})
+        if len(teacher_weight) != student.vocabulary:
+            wanted, got = f"have {student.vocabulary} rows, as weight", list(teacher_weight.shape)
+            remedy = "student and teacher must share the vocabulary"
+            raise checks.argument_error(op, "teacher_weight", wanted, got, remedy)
+    teacher = part(op, teacher_hidden, teacher_weight, teacher_bias, tp_group, False, "teacher_")
+    if not student.group and not teacher.group:
+        return student, teacher
+    if not student.group:
+        wanted, got = "be whole, as weight is", f"parts of {list(teacher.rows)} rows"
+        remedy = "distribute both alike, over the ranks of one group"
+        raise checks.argument_error(op, "teacher_weight", wanted, got, remedy)
+    wanted = f"be in the parts of weight, {list(student.rows)} rows on the ranks of its group"
+    if not teacher.group:
+        rows = f"{student.start}:{student.start + len(student.weight)}"
+        got = f"all {teacher.vocabulary} rows on this rank"
+        remedy = f"distribute it as weight is; or as plain tensors its rows {rows}, with tp_group"
+    elif teacher.rows != student.rows:
+        got = list(teacher.rows)
+        remedy = "give each rank the same tokens of both vocabularies"
+    elif (theirs := _ranks(teacher.group)) != (ours := _ranks(student.group)):
+        got = f"parts on ranks {theirs}, not {ours}"
+        remedy = "distribute both over the ranks of one group"
+    else:
+        return student, teacher
+    raise checks.argument_error(op, "teacher_weight", wanted, got, remedy)
 
 
 def bind(op: str, impl: str, run: Callable[..., _Result], part: Part) -> Callable[..., _Result]:
@@ -94,7 +153,7 @@ def bind(op: str, impl: str, run: Callable[..., _Result], part: Part) -> Callabl
 
 
 def whole(weight: Tensor, bias: Tensor | None) -> Part:
-    return Part(weight, bias, "", 0, len(weight), len(weight))
+    return Part(weight, bias, "", 0, len(weight), (len(weight),))
 
 
 def _part(
@@ -104,11 +163,21 @@ def _part(
     group: ProcessGroup,
     sizes: list[int],
     rank: int,
+    prefix: str,
 ) -> Part:
     if not sum(sizes):
-        raise checks.argument_error(op, "weight", "have at least one row on some rank", sizes)
+        wanted = "have at least one row on some rank"
+        raise checks.argument_error(op, f"{prefix}weight", wanted, sizes)
     name, start = group.group_name, sum(sizes[:rank])
-    return Part(weight, bias, name, start, sum(sizes), max(sizes))
+    return Part(weight, bias, name, start, sum(sizes), tuple(sizes))
+
+
+def _ranks(name: Any) -> list[int]:
+    """The processes of a group, in its order."""
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import _resolve_process_group
+
+    return dist.get_process_group_ranks(_resolve_process_group(name))
 
 
 def _place(op: str, group: ProcessGroup) -> tuple[int, int]:
@@ -146,28 +215,31 @@ def _from_dtensor(
     bias: Any,
     tp_group: ProcessGroup | None,
     weight_grad: bool,
+    prefix: str,
 ) -> Part:
+    weight_name, bias_name = f"{prefix}weight", f"{prefix}bias"
     if bias is not None and checks.is_dtensor(weight) != checks.is_dtensor(bias):
-        wanted, remedy = "be a DTensor, as weight is", "distribute it as weight is"
+        wanted, remedy = f"be a DTensor, as {weight_name} is", f"distribute it as {weight_name} is"
         if checks.is_dtensor(bias):
-            wanted, remedy = "be a plain tensor, as weight is", "pass bias.full_tensor()"
-        raise checks.argument_error(op, "bias", wanted, f"a {type(bias).__name__}", remedy)
-    dimension = _sharded_dimension(op, "weight", weight, tp_group, weight_grad)
+            wanted = f"be a plain tensor, as {weight_name} is"
+            remedy = f"pass {bias_name}.full_tensor()"
+        raise checks.argument_error(op, bias_name, wanted, f"a {type(bias).__name__}", remedy)
+    dimension = _sharded_dimension(op, weight_name, weight, tp_group, weight_grad)
     if bias is not None:
-        along = _sharded_dimension(op, "bias", bias, tp_group, weight_grad)
+        along = _sharded_dimension(op, bias_name, bias, tp_group, weight_grad)
         if along != dimension or bias.device_mesh != weight.device_mesh:
-            got = f"{bias.placements} beside {weight.placements} of weight"
-            raise checks.argument_error(op, "bias", "be placed as weight is", got)
+            got = f"{bias.placements} beside {weight.placements} of {weight_name}"
+            raise checks.argument_error(op, bias_name, f"be placed as {weight_name} is", got)
     local, local_bias = weight.to_local(), None if bias is None else bias.to_local()
     if dimension is None:
         if tp_group is not None:
             remedy = "leave tp_group out: every rank has the whole"
             raise checks.argument_error(
-                op, "weight", "be sharded over tp_group", f"{weight.placements}", remedy
+                op, weight_name, "be sharded over tp_group", f"{weight.placements}", remedy
             )
-        checks.check_head(op, hidden, local, local_bias)
+        checks.check_head(op, hidden, local, local_bias, prefix=prefix)
         return whole(local, local_bias)
-    checks.check_head(op, hidden, local, local_bias, empty=True)
+    checks.check_head(op, hidden, local, local_bias, empty=True, prefix=prefix)
     mesh = weight.device_mesh
     rank, size = mesh.get_local_rank(dimension), mesh.size(dimension)
     # Shard(0) splits as torch.chunk does: the last parts may be shorter, or empty.
@@ -175,10 +247,10 @@ def _from_dtensor(
     sizes = [min(step, max(len(weight) - step * r, 0)) for r in range(size)]
     if sizes[rank] != len(local):
         wanted = f"have {sizes[rank]} of its {len(weight)} rows on rank {rank} of {size}"
-        raise checks.argument_error(op, "weight", wanted, len(local), "distribute it evenly")
+        raise checks.argument_error(op, weight_name, wanted, len(local), "distribute it evenly")
     if size == 1:
         return whole(local, local_bias)
-    return _part(op, local, local_bias, mesh.get_group(dimension), sizes, rank)
+    return _part(op, local, local_bias, mesh.get_group(dimension), sizes, rank, prefix)
 
 
 def _sharded_dimension(
@@ -189,7 +261,7 @@ def _sharded_dimension(
 
     mesh, found = x.device_mesh, []
     names = mesh.mesh_dim_names or (None,) * mesh.ndim
-    to_gather = f"pass {argument}.full_tensor(), or {checks.GATHER}"
+    to_gather = checks.how_to_gather(argument, x)
     for dimension, (name, placement) in enumerate(zip(names, x.placements, strict=True)):
         tensor_parallel = name == TENSOR_PARALLEL
         if tp_group is not None:

@@ -371,6 +371,30 @@ def test_a_checkpoint_is_an_adapter_that_peft_reads(base, whole_run):
             assert torch.equal(tensor, saved[key]), name
 
 
+def test_two_processes_make_the_same_adapters_as_one(base, whole_run, tmp_path):
+    """As torchrun starts it."""
+    run, script = tmp_path / "two", tmp_path / "two.py"
+    script.write_text(
+        "import oisd.trainer\nfrom oisd.config import from_tables\nif __name__ == '__main__':\n"
+        f"    oisd.trainer.Trainer(from_tables({tables(base, run)!r})).train()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         str(script)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for ours, theirs in zip(metrics(run), metrics(whole_run), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-6), ours["step"]
+    start, one, two = weights(whole_run, 2), weights(whole_run, 3), weights(run, 3)
+    for name in one:
+        moved = (one[name] - start[name]).norm()
+        assert moved > 1e-3
+        # Sums in another order, and AdamW divides by small second moments: a hundredth of the way.
+        assert (one[name] - two[name]).norm() < 1e-2 * moved, name
+
+
 def test_killed_and_started_again_ends_the_same(base, whole_run, tmp_path, no_plots):
     run = tmp_path / "run"
     script = "\n".join(

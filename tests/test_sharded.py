@@ -6,7 +6,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from oisd_kernels import attention_divergence, linear_logprob, logit_lens_divergence, policy_head
+from oisd_kernels import (
+    attention_divergence,
+    distillation_divergence,
+    drop_in,
+    linear_logprob,
+    logit_lens_divergence,
+    policy_head,
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +38,22 @@ CALLS = {
     "linear_logprob-bias": lambda s, w: linear_logprob(
         rows(), w, torch.arange(3), bias=s(torch.randn(7))
     ),
+    "distillation_divergence-hidden": lambda s, w: distillation_divergence(
+        s(rows()), w, rows(), w.clone()
+    ),
+    "distillation_divergence-weight": lambda s, w: distillation_divergence(rows(), s(w), rows(), w),
+    "distillation_divergence-teacher_weight": lambda s, w: distillation_divergence(
+        rows(), w, rows(), s(w)
+    ),
+    "liger_fused_linear_jsd-student_weight": lambda s, w: drop_in.liger_fused_linear_jsd(
+        rows(), s(w), rows(), w
+    ),
+    "ChunkedDivergenceFunction-teacher_weight": lambda s, w: (
+        drop_in.ChunkedDivergenceFunction.apply(rows(), w, None, rows(), s(w), None, 0.5)
+    ),
+    "chunked_divergence_loss-completion_mask": lambda s, w: drop_in.chunked_divergence_loss(
+        rows(), rows(), w, w.clone(), s(torch.ones(3)), 0.5
+    ),
     "policy_head-weight": lambda s, w: policy_head(rows(), s(w), torch.arange(3)),
     "attention_divergence-q": lambda s, w: attention_divergence(
         s(torch.randn(1, 3, 2, 4)), *[torch.randn(1, 3, 2, 4)] * 3
@@ -46,6 +69,14 @@ def test_a_dtensor_is_refused(call, shard):
     )
     with pytest.raises(ValueError, match=message):
         CALLS[call](shard, torch.randn(7, 4))
+
+
+def test_the_remedy_for_a_trained_head_says_where_its_gradient_goes(shard):
+    """`full_tensor()` alone would keep this rank's share of the gradient and drop the others'."""
+    weight = shard(torch.randn(7, 4)).requires_grad_()
+    for op in ("logit_lens_divergence-weight", "linear_logprob-weight"):
+        with pytest.raises(ValueError, match=r"full_tensor\(grad_placements=.*Partial\(\"avg\"\)"):
+            CALLS[op](lambda _: weight, None)
 
 
 def test_what_the_remedy_gives_is_taken(shard):

@@ -19,6 +19,9 @@ ROOT = Path(__file__).parents[1]
 HEAVY = dict(think_weight=3.0, attention_weight=3.0)
 OFF = dict(think_weight=0.0, attention_weight=0.0)
 LORA = dict(lora=["q_proj", "k_proj", "up_proj"])
+# One of the two processes has nothing but advantages of 0, and its share of the collectives.
+EQUAL = dict(dull="47+85=", shuffle_dataset=False)
+DULL = HEAVY | EQUAL
 DEEPSPEED = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed, see CONTRIBUTING.md"
@@ -62,15 +65,21 @@ def require_same_step(found: Run, case: dict[str, Any], bound: float) -> None:
 
 
 def test_data_parallel(tmp_path):
-    cases = [HEAVY, HEAVY | dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)]
-    for found in on_two_processes(cases, tmp_path, {}):
+    cases = [
+        HEAVY,
+        HEAVY | dict(per_device_train_batch_size=2, gradient_accumulation_steps=2),
+        DULL,
+    ]
+    runs = on_two_processes(cases, tmp_path, {})
+    for case, found in zip((HEAVY, HEAVY, DULL), runs, strict=True):
         assert not found.sharded
-        require_same_step(found, HEAVY, 1e-4)
+        require_same_step(found, case, 1e-4)
+    assert runs[2].log[0]["frac_reward_zero_std"] == 0.5
 
 
 def test_fsdp2(tmp_path):
     """accelerate shards on accelerators alone; `allow_fsdp_on_cpus` lifts that."""
-    cases = [HEAVY, HEAVY | LORA]
+    cases = [HEAVY, HEAVY | LORA, DULL]
     for case, found in zip(cases, on_two_processes(cases, tmp_path, FSDP2), strict=True):
         assert found.sharded
         require_same_step(found, case, 1e-4)
@@ -131,6 +140,7 @@ FORMS = {
     "checkpointed": dict(gradient_checkpointing=True, max_steps=2),
     "from-files": dict(from_files=True, max_steps=2),
     "no-norm": dict(lens_norm="none"),
+    "equal-rewards": EQUAL,
 }
 
 

@@ -82,6 +82,21 @@ def test_the_step_is_that_of_the_numbers(tmp_path, more):
         assert found.log[0][name] == pytest.approx(whole.log[0][name], rel=1e-4), name
 
 
+def test_taps_leave_the_codes_as_they_are(tmp_path, monkeypatch):
+    """Laid out anew, as by bitsandbytes on CPUs with AVX512-BF16, they pass no gradient on."""
+    model = quantised(str(tmp_path / "policy"))
+    layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == 28 and not any(layer.training for layer in layers)
+    codes = [layer.weight.data.clone() for layer in layers]
+    for layer in layers:
+        monkeypatch.setattr(layer, "support_avx512bf16_for_cpu", True)
+    Taps(model, student_layers=[2])
+    assert not any(layer.training for layer in layers)
+    for layer, before in zip(layers, codes, strict=True):
+        assert not getattr(layer.weight.quant_state, "packing_format_for_cpu", False)
+        assert torch.equal(layer.weight.data, before)
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float32], ids=["bytes", "floats"])
 def test_a_quantised_unembedding_is_refused(tmp_path, storage):
     """Codes may lie in a tensor of floats, whose dtype does not tell."""

@@ -7,6 +7,7 @@ import re
 import runpy
 import socket
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import trl
 import trl.rewards
 
 from oisd.arithmetic import arithmetic_tokenizer
+from oisd.integrations import trl as adapter
+from oisd.integrations.trl import OISDConfig
 from tests.trl_runs import PROMPTS, config, digits_reward, tiny_policy
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +92,42 @@ def test_the_two_line_diff(tmp_path, monkeypatch):
     exec(compile(code, "docs/trl.md", "exec"), space)
     assert type(space["trainer"]).__name__ == "OISDTrainer"
     assert space["trainer"].state.log_history[0]["js/think_pos"] > 0
+
+
+def test_one_line_of_trls_own_minimal_script(tmp_path, monkeypatch):
+    """The quick start of the installed TRL's README: its model, data and machine are replaced."""
+    readme = metadata("trl")
+    text = readme["Description"] or str(readme.get_payload())
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "GRPO" in c)
+    line = "from trl import GRPOTrainer\n"
+    assert code.count(line) == 1
+    code = code.replace(line, "from oisd.integrations.trl import OISDTrainer as GRPOTrainer\n")
+    small = tiny_policy(num_hidden_layers=7)  # OISD's default layer is the sixth
+    small.save_pretrained(tmp_path / "model")
+    arithmetic_tokenizer().save_pretrained(tmp_path / "model")
+    code, models = re.subn(r'model="[^"]+"', f"model={str(tmp_path / 'model')!r}", code)
+    assert models == 1
+    rows = datasets.Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
+    monkeypatch.setattr(trl.rewards, "accuracy_reward", digits_reward)
+    monkeypatch.setattr(adapter, "OISDConfig", Small)
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, Any] = {}
+    exec(compile(code, "TRL's README", "exec"), space)
+    assert type(space["trainer"]).__name__ == "OISDTrainer"
+    row = space["trainer"].state.log_history[0]
+    assert row["js/think_pos"] > 0 and row["js/attention_pos"] > 0
+
+
+class Small(OISDConfig):
+    """What the trainer makes without `args`, for one step on a CPU."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(
+            folder, max_steps=1, use_cpu=True, bf16=False, per_device_train_batch_size=8,
+            num_generations=4, max_completion_length=6, logging_steps=1, report_to=[],
+            save_strategy="no",
+        )  # fmt: skip
 
 
 def test_the_script_of_the_document_is_trls_own_without_the_diff():

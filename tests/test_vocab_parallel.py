@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,9 +25,8 @@ from oisd_kernels import (
 )
 from oisd_kernels.rows_parallel import ParallelRows
 from oisd_kernels.rows_torch import RowMath
-from tests.vocab_parallel_runs import Call, run
+from tests.vocab_parallel_runs import Call, on_processes, run
 
-ROOT = Path(__file__).parents[1]
 KINDS = ("jsd", "forward_kl", "reverse_kl")
 SPLITS = {
     2: [[7, 6], [13, 0], [2, 11], "dtensor", "group", "tp-of-two-dimensions"],
@@ -205,30 +200,16 @@ def all_calls(size: int) -> dict[str, Call]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """What each call gave on each rank, of all sizes."""
-    folder = tmp_path_factory.mktemp("gloo")
-    for size in SPLITS:
-        (folder / str(size)).mkdir()
-        torch.save([*all_calls(size).values()], folder / str(size) / "calls.pt")
-    done = subprocess.run(
-        [sys.executable, "tests/vocab_parallel_runs.py", str(folder), *map(str, SPLITS)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+def found(tmp_path_factory) -> dict[int, list[Any]]:
+    calls = {size: [*all_calls(size).values()] for size in SPLITS}
+    return on_processes(tmp_path_factory.mktemp("gloo"), calls)
 
 
 @pytest.fixture(params=SPLITS, ids=lambda size: f"{size}-processes")
-def results(request, folder):
+def results(request, found):
     size, calls = request.param, all_calls(request.param)
-    ranks = [torch.load(folder / str(size) / f"{rank}.pt") for rank in range(size)]
-    found = zip(*ranks, strict=True)
-    return size, dict(zip(calls, zip(calls.values(), found, strict=True), strict=True))
+    both = zip(calls.values(), found[size], strict=True)
+    return size, dict(zip(calls, both, strict=True))
 
 
 def require_equal(found: list[dict[str, Tensor]], truth: dict[str, Tensor], check: Any) -> None:

@@ -7,10 +7,12 @@ trains once for each of OPTIONS, a JSON list of those of `train`, and saves what
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +69,14 @@ def scripted_rollouts(prompts: list[str], trainer: Any) -> dict[str, Any]:
     return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
 
 
-def digits_reward(completions: list[str], **_: Any) -> list[float]:
+def digits_reward(
+    completions: list[str], prompts: Sequence[str] = (), dull: str | None = None, **_: Any
+) -> list[float]:
     """Something that differs within a group and between groups, of unlike size."""
-    return [sum(int(c) for c in text if c.isdigit()) / 10 for text in completions]
+    rewards = [sum(int(c) for c in text if c.isdigit()) / 10 for text in completions]
+    if dull is None:
+        return rewards
+    return [0.0 if p == dull else reward for p, reward in zip(prompts, rewards, strict=True)]
 
 
 def config(folder: str, **options: Any) -> OISDConfig:
@@ -103,18 +110,20 @@ def make(
     lora: list[str] | None = None,
     from_files: bool = False,
     scripted: bool = True,
+    dull: str | None = None,
     keywords: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
     """A trainer of four prompts, by default on scripted completions.
 
     from_files: let TRL load the model, as from a name.
+    dull: a prompt whose completions are all worth the same, so that their advantages are 0.
     policy: overrides of the model's configuration. lora: the target modules of an adapter.
     keywords: other arguments of the trainer; options: of its configuration.
     """
     given: dict[str, Any] = dict(
         model=tiny_policy(**(policy or {})),
-        reward_funcs=digits_reward,
+        reward_funcs=functools.partial(digits_reward, dull=dull),
         args=config(folder, **options),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
         processing_class=arithmetic_tokenizer(),

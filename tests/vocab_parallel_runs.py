@@ -1,12 +1,14 @@
 """Calls of the ops with the vocabulary in parts: one process of a gloo group, or none.
 
-python tests/vocab_parallel_runs.py RANK WORLD_SIZE STORE CALLS RESULTS
+python tests/vocab_parallel_runs.py FOLDER SIZE...
 """
 
 from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
+import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +22,15 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from oisd_kernels import (
     PolicyTerms,
+    distillation_divergence,
     linear_logprob,
     logit_lens_divergence,
     policy_head,
 )
+from oisd_kernels.drop_in import chunked_divergence_loss
 from oisd_kernels.logit_lens import LensTop, lens_with_top
+
+ROOT = Path(__file__).parents[1]
 
 
 @dataclass
@@ -40,6 +46,22 @@ class Call:
     wanted: tuple[str, ...] = ()  # tensors whose gradient is asked for; "weight" means bias too
     split: Any = None  # rows of each rank; or how the weight is a DTensor
     fewer_rows: bool = False  # a token less on the last rank, which is an error
+    teacher_split: Any = None  # of `teacher_weight` where there is one; None for `split`
+    own_rows: bool = False  # each rank has other tokens
+
+
+def trl_loss(
+    student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    """The drop-in, which takes no group."""
+    assert options.pop("tp_group", None) is None
+    biases = {
+        f"{who}_lm_head_bias": options.pop(name)
+        for who, name in (("student", "bias"), ("teacher", "teacher_bias"))
+    }
+    mask, beta = options.pop("token_weight"), options.pop("beta")
+    heads = weight, teacher_weight
+    return chunked_divergence_loss(student, teacher, *heads, mask, beta, **biases, **options)
 
 
 def likeliest(*inputs: Tensor, tp_group: Any = None, **options: Any) -> LensTop:
@@ -49,11 +71,17 @@ def likeliest(*inputs: Tensor, tp_group: Any = None, **options: Any) -> LensTop:
 
 OPS = {
     "likeliest": likeliest,
+    "chunked_divergence_loss": trl_loss,
+    "distillation_divergence": distillation_divergence,
     "logit_lens_divergence": logit_lens_divergence,
     "linear_logprob": linear_logprob,
     "policy_head": policy_head,
 }
-ORDER = {
+TWO_HEADS = {
+    name: ("hidden", "weight", "teacher_hidden", "teacher_weight")
+    for name in ("chunked_divergence_loss", "distillation_divergence")
+}
+ORDER = TWO_HEADS | {
     "likeliest": ("hidden", "teacher_hidden", "weight"),
     "logit_lens_divergence": ("hidden", "teacher_hidden", "weight"),
     "linear_logprob": ("hidden", "weight", "labels"),
@@ -63,28 +91,37 @@ ORDER = {
 
 def run(call: Call, rank: int | None = None, **options: Any) -> dict[str, Tensor]:
     """The values and gradients of a call; of this rank's part where there is a rank."""
-    tensors = {
-        name: x.clone().requires_grad_() if name in call.wanted else x
-        for name, x in call.tensors.items()
-    }
+    tensors = dict(call.tensors)
     weight, bias, more = call.weight, call.bias, dict(call.options)
+    one_head = call.op in TWO_HEADS and "teacher_weight" not in tensors
+    teacher = tensors.pop("teacher_weight", None), tensors.pop("teacher_bias", None)
     if call.fewer_rows and rank == dist.get_world_size() - 1:
         tensors = {name: x[:-1] for name, x in tensors.items()}
     if rank is not None:
-        weight, bias, group = _part(call, rank)
-        more["tp_group"] = group
+        if call.own_rows:
+            tensors = {name: x[rank :: dist.get_world_size()] for name, x in tensors.items()}
+        *teacher, _ = _part(*teacher, call.teacher_split or call.split, rank)
+        weight, bias, more["tp_group"] = _part(weight, bias, call.split, rank)
+    for name in tensors.keys() & call.wanted:
+        tensors[name] = tensors[name].clone().requires_grad_()
     if "weight" in call.wanted:
         weight = weight.detach().clone().requires_grad_()
         bias = None if bias is None else bias.detach().clone().requires_grad_()
     tensors["weight"] = weight
+    if call.op in TWO_HEADS:
+        tensors["teacher_weight"], more["teacher_bias"] = (weight, bias) if one_head else teacher
     if "policy" in more:
         more["policy"] = PolicyTerms(**more["policy"])
     if call.op == "logit_lens_divergence":
         more["return_stats"] = True
+    if call.op == "distillation_divergence":
+        more["return_entropy"] = True
     positional = [tensors.pop(name) for name in ORDER[call.op] if name in tensors]
     leaves = dict(zip(ORDER[call.op], positional, strict=False))
     out = OPS[call.op](*positional, bias=bias, **tensors, **(more | options))
-    if call.op == "logit_lens_divergence":
+    if call.op in TWO_HEADS:
+        values = dict(zip(("loss", "entropy"), out[:2], strict=True))
+    elif call.op == "logit_lens_divergence":
         loss, stats = out
         values = {"loss": loss, **stats._asdict()}
     else:
@@ -96,6 +133,8 @@ def run(call: Call, rank: int | None = None, **options: Any) -> dict[str, Tensor
         total.backward()
     for name, x in leaves.items():
         assert not x.requires_grad or x.grad is not None, (name, call.op, call.split, call.options)
+    if one_head:
+        del leaves["teacher_weight"]  # it is "weight"
     gradients = {f"d_{name}": x.grad for name, x in leaves.items() if x.requires_grad}
     if "weight" in call.wanted and bias is not None:
         gradients["d_bias"] = bias.grad
@@ -117,23 +156,22 @@ def _mesh(kind: str, world: int) -> DeviceMesh:
     return init_device_mesh("cpu", (world,), mesh_dim_names=(name,))
 
 
-def _part(call: Call, rank: int) -> tuple[Tensor, Tensor | None, Any]:
-    world = dist.get_world_size()
-    if isinstance(call.split, list):
-        weight, bias = (
-            None if x is None else x.split(call.split)[rank] for x in (call.weight, call.bias)
-        )
+def _part(
+    weight: Tensor | None, bias: Tensor | None, split: Any, rank: int
+) -> tuple[Tensor | None, Tensor | None, Any]:
+    """This rank's rows, and the group to name."""
+    both, world = (weight, bias), dist.get_world_size()
+    if split == "whole":
+        return weight, bias, None
+    if isinstance(split, list):
+        weight, bias = (None if x is None else x.split(split)[rank] for x in both)
         return weight, bias, dist.group.WORLD
-    kind = call.split
-    mesh = _mesh(kind, world)
-    placements: list[Any] = [Replicate() if kind == "replicated" else Shard(0)]
+    mesh = _mesh(split, world)
+    placements: list[Any] = [Replicate() if split == "replicated" else Shard(0)]
     if mesh.ndim == 2:
         placements = [Replicate(), Shard(0)]
-    weight, bias = (
-        None if x is None else distribute_tensor(x, mesh, placements)
-        for x in (call.weight, call.bias)
-    )
-    return weight, bias, mesh.get_group(0) if kind == "group" else None
+    weight, bias = (None if x is None else distribute_tensor(x, mesh, placements) for x in both)
+    return weight, bias, mesh.get_group(0) if split == "group" else None
 
 
 def member(rank: int, size: int, folder: Path) -> None:
@@ -148,6 +186,28 @@ def member(rank: int, size: int, folder: Path) -> None:
     torch.save(done, folder / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def on_processes(
+    folder: Path, calls: dict[int, list[Call]]
+) -> dict[int, list[tuple[dict[str, Tensor] | str, ...]]]:
+    """What each call gave on each rank, by the number of processes; an error as its message."""
+    for size, some in calls.items():
+        (folder / str(size)).mkdir()
+        torch.save(some, folder / str(size) / "calls.pt")
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder), *map(str, calls)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {
+        size: list(zip(*(torch.load(folder / f"{size}/{r}.pt") for r in range(size)), strict=True))
+        for size in calls
+    }
 
 
 def main(folder: str, *sizes: str) -> None:
