@@ -120,7 +120,7 @@ def test_a_model_that_it_cannot_run_is_left_to_generate():
 
 @pytest.mark.parametrize("version", ["5.9.2", "5.25.0.dev0", "6.0.0rc1"])
 def test_a_version_that_is_not_known_is_left_to_generate(policy, monkeypatch, version):
-    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(continuous.transformers, "__version__", version)
     why = (
         f"transformers {version} may have changed its continuous batching, which is tested with "
         "5.10 to 5.24"
