@@ -10,6 +10,9 @@ requests wait before its loop is run, in the caller's own thread: a run repeats 
 autocast, which belongs to a thread, is in force. Left out for the same reason: CUDA graphs and
 asynchronous batches, which would run ahead of the sampler, and on a GPU have not been tried.
 
+That loop is transformers' own affair and changes between its versions. `TESTED` says which are
+known here; what they differ in is asked for where it is used, and any other version is refused.
+
 Attention is transformers' own for a paged cache, of the kind that the model has: FlashAttention, or
 SDPA and eager attention with a mask over everything that is in flight, whose work grows with the
 square of it. `rollout.engine = "auto"` measures whether that pays.
@@ -19,23 +22,27 @@ Shape letters: B completions, T completion tokens, N query tokens of one forward
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessorList,
-)
-from transformers.generation.continuous_batching.continuous_api import (
-    BackgroundThreadStatus,
-    ContinuousBatchingManager,
-)
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oisd.sampling import TokenSampler
 
+# First and last version of transformers. Both pass tests/test_continuous.py, and so does 5.17; of
+# the others in between, one release each was seen to sample the tokens of `generate`.
+TESTED = (5, 10), (5, 24)
+# Before this one, a rolling cache whose window is full is read one token askew.
+FULL_WINDOWS = (5, 16)
 # Query tokens of a forward: that many prompts' tokens are read at once.
 _PREFILL = 512
 # FlashAttention's decoding kernel reads blocks of 256; short ones waste less and share more.
@@ -48,16 +55,22 @@ def why_not(model: Any, longest: int) -> str | None:
 
     longest: tokens of the longest prompt and its completion.
     """
+    unknown = untested()
+    if unknown is not None:
+        return unknown
     config = model.config
     if getattr(config, "attn_logit_softcapping", None):
         return "its paged attention leaves out the softcap of the attention scores"
     unknown = _kinds(config) - {"full_attention", "sliding_attention"}
     if unknown:
         return f"it has no paged cache for layers of {', '.join(sorted(unknown))}"
-    # Once the window is full, transformers up to 5.10 reads its rolling cache one token askew.
     window = getattr(config, "sliding_window", None)
-    if window is not None and "sliding_attention" in _kinds(config) and longest > window:
-        return f"its window of {window} tokens is shorter than {longest}, prompt and completion"
+    full = window is not None and longest > window and "sliding_attention" in _kinds(config)
+    if full and version() < FULL_WINDOWS:
+        return (
+            f"its window of {window} tokens is shorter than {longest}, prompt and completion, "
+            f"which transformers samples wrongly before {_name(FULL_WINDOWS)}"
+        )
     if getattr(model, "_is_stateful", False) or config.is_encoder_decoder:
         return "its layers keep another state than keys and values"
     if model.device.type == "cpu":
@@ -66,6 +79,25 @@ def why_not(model: Any, longest: int) -> str | None:
         except ImportError:
             return "on a CPU it needs psutil, to know how much memory there is"
     return None
+
+
+def version() -> tuple[int, ...]:
+    """Major and minor version of transformers."""
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
+def untested() -> str | None:
+    """Why this version of transformers is not taken; None if it is one of those that are tested."""
+    if TESTED[0] <= version() <= TESTED[1]:
+        return None
+    return (
+        f"transformers {transformers.__version__} may have changed its continuous batching, which "
+        f"is tested with {_name(TESTED[0])} to {_name(TESTED[1])}"
+    )
+
+
+def _name(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _kinds(config: Any) -> set[str]:
@@ -93,51 +125,68 @@ def run(
 
     Raises ValueError for a model that it cannot run, RuntimeError where the loop failed.
     """
-    limit = settings.max_new_tokens
-    assert isinstance(limit, int)
-    longest = max(len(prompt) for prompt in prompts) + limit
+    longest = max(len(prompt) for prompt in prompts) + int(settings.max_new_tokens or 0)
     reason = why_not(model, longest)
     if reason is not None:
         raise ValueError(
             f'sample: engine must be "generate" for {type(model).__name__}, got "continuous": '
             f"{reason}"
         )
+    try:
+        return _serve(model, prompts, keys, sampler, settings, batch_size)
+    except (AttributeError, ImportError, TypeError) as error:
+        raise RuntimeError(
+            f"sample: continuous batching of transformers {transformers.__version__} failed "
+            f"({type(error).__name__}: {error}; tested with {_name(TESTED[0])} to "
+            f'{_name(TESTED[1])}); engine "generate" does without'
+        ) from error
+
+
+def _serve(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    keys: Tensor,
+    sampler: TokenSampler,
+    settings: GenerationConfig,
+    batch_size: int,
+) -> tuple[Tensor, Tensor]:
+    # Here, since transformers up to 5.9 has other names, and is to get as far as `why_not`.
+    from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+    limit: Any = settings.max_new_tokens
+    longest = max(len(prompt) for prompt in prompts) + limit
     with _paged_attention(model) as implementation:
-        served = _Served(model)
+        due = _Due()
+        served = _Served(model, due, sampler, keys, limit)
         block = _FLASH_BLOCK if "flash" in implementation else _BLOCK
         blocks = min(batch_size, len(prompts)) * (longest // block + 2)
-        manager = ContinuousBatchingManager(
+        manager: Any = ContinuousBatchingManager(
             model=served,  # pyright: ignore[reportArgumentType]
             generation_config=settings,
-            continuous_batching_config=ContinuousBatchingConfig(
-                block_size=block,
-                num_blocks=_that_fit(served, blocks, block),
-                max_batch_tokens=max(batch_size, _PREFILL),
-                use_cuda_graph=False,
-                use_async_batching=False,
-                seed=0,
+            continuous_batching_config=_config(
+                block, _that_fit(served, blocks, block), max(batch_size, _PREFILL)
             ),
         )
-        processors = _NoisyProcessors(sampler, keys, limit)
-        manager.logit_processor = processors
+        manager.logit_processor = due
         for slot, prompt in enumerate(prompts):
             manager.add_request(
                 list(prompt), request_id=str(slot), slot=slot, prompt_length=len(prompt)
             )
-        manager.background_thread_status.request_stop(BackgroundThreadStatus.FLUSH_AND_STOP, 0)
-        # The manager seeds torch's own generator.
+        status = manager.background_thread_status
+        status.request_stop(status.FLUSH_AND_STOP, 0)
+        loop = manager._run_generation_loop
+        # What autocast keeps of the weights would be inference tensors, of no use to training.
+        mode = {"use_inference_mode": False} if inspect.signature(loop).parameters else {}
+        # The manager seeds torch's own generator, and makes the model's device the current one.
         devices = [model.device] if model.device.type == "cuda" else []
+        on_device = torch.cuda.device(model.device) if devices else nullcontext()
         try:
-            with torch.random.fork_rng(devices=devices):
-                manager._run_generation_loop()
+            with torch.random.fork_rng(devices=devices), on_device, torch.no_grad():
+                loop(**mode)
         finally:
             manager.batch_processor = None  # and with it the cache
             manager.destroy()
-    if manager.fatal_error is not None:
-        raise RuntimeError(
-            f"sample: continuous batching failed ({manager.fatal_error}); a smaller batch_size "
-            f'needs less memory, engine "generate" does without'
-        ) from manager.fatal_error
+    _raise_failure(manager)
     ids = torch.full((len(prompts), limit), int(settings.pad_token_id))  # pyright: ignore
     results = manager.output_router.output_queue
     while not results.empty():
@@ -146,84 +195,136 @@ def run(
             raise RuntimeError(f"sample: continuous batching failed: {result.error}")
         tokens = torch.tensor(result.generated_tokens)
         ids[int(result.request_id), : len(tokens)] = tokens
-    return ids.to(keys.device), processors.logprobs[:-1, :limit]
+    return ids.to(keys.device), served.logprobs[:-1, :limit]
 
 
-class _NoisyProcessors(ContinuousBatchingLogitsProcessorList):
-    """A manager's logits processors: one that samples by itself, as `generate`'s does.
+def _config(block: int, blocks: int, tokens: int) -> Any:
+    """How it batches: `blocks` of `block` tokens of cache, forwards of at most `tokens` tokens."""
+    from transformers import ContinuousBatchingConfig
 
-    It leaves the sampled token alone possible and keeps its log-prob on the device.
+    known = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+    wanted = {
+        "page_size" if "page_size" in known else "block_size": block,
+        "num_blocks": blocks,
+        "max_batch_tokens": tokens,
+        "use_cuda_graph": False,
+        "use_async_batching": False,
+        "seed": 0,
+    }
+    # Younger ones: a limit where there was none, and attention other than the model's own.
+    younger = {"max_requests_per_batch": tokens, "auto_switch_to_flash": False}
+    younger = {name: value for name, value in younger.items() if name in known}
+    return ContinuousBatchingConfig(**wanted, **younger)
+
+
+def _raise_failure(manager: Any) -> None:
+    """Raises what ended the loop, if anything did."""
+    holder = manager if hasattr(manager, "fatal_error") else manager.background_thread_status
+    error = holder.fatal_error
+    if isinstance(error, (AttributeError, ImportError, TypeError)):
+        raise error
+    if error is not None:
+        raise RuntimeError(
+            f"sample: continuous batching failed ({error}); a smaller batch_size needs less "
+            f'memory, engine "generate" does without'
+        ) from error
+
+
+class _Due:
+    """Takes the place of a manager's logits processors, and learns whose tokens are due.
+
+    It processes nothing: `_Served` samples by itself.
     """
 
-    def __init__(self, sampler: TokenSampler, keys: Tensor, limit: int) -> None:
-        super().__init__(LogitsProcessorList())  # pyright: ignore[reportCallIssue]
-        self.do_processing = True
-        self.tensors_required = 2
-        self.supported_keys = {"slot": int, "prompt_length": int}
-        self.sampler, self.keys = sampler, keys
-        # A last row takes what no completion needs.
-        self.logprobs = torch.zeros(len(keys) + 1, limit + 1, device=keys.device)
-        self.due: list[int] = []
+    do_processing = False
+    tensors_required = 0
 
-    def fill_defaults(self, int32_tensor: Tensor) -> None:
-        int32_tensor.zero_()
+    def __init__(self) -> None:
+        self.slots: list[int] = []
+        self.positions: list[int] = []
+
+    def check_kwargs(self, kwargs: dict[str, Any]) -> None: ...
+
+    def fill_defaults(self, int32_tensor: Tensor) -> None: ...
 
     def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: Tensor) -> Tensor:
-        """Which query tokens [N] are the last of their request, whose, and of how many tokens."""
-        ends, slots, positions, end = [], [], [], 0
-        for request in requests_in_batch:
-            end += request.query_length
-            if request.has_new_token:
-                given = request.state.logit_processor_kwargs
-                ends.append(end - 1)
-                slots.append(given["slot"])
-                # Not the length of what it generated: a request that was evicted begins anew
-                # with that in its prompt.
-                positions.append(request.state.position_offset - given["prompt_length"])
-        self.due = ends
-        kinds = torch.tensor([slots, positions], dtype=torch.int32)
-        arg_storage[:, : len(slots)] = kinds.to(arg_storage.device)
+        """Notes whose next token the coming forward gives, and how many each has."""
+        states = [request.state for request in requests_in_batch if request.has_new_token]
+        given = [state.logit_processor_kwargs for state in states]
+        self.slots = [one["slot"] for one in given]
+        # Not the length of what it generated: a request that was evicted begins anew with that in
+        # its prompt.
+        self.positions = [
+            state.position_offset - one["prompt_length"]
+            for state, one in zip(states, given, strict=True)
+        ]
         return arg_storage
-
-    def __call__(self, input_ids: Any, scores: Any, logits_processor_args: Tensor) -> Any:
-        """scores [N, V], of which only the rows that are due matter."""
-        due = torch.tensor(self.due, dtype=torch.int64, device=scores.device)
-        slots, positions = logits_processor_args[:, : len(self.due)].long()
-        tokens, logprobs = self.sampler(scores[due], self.keys[slots], positions)
-        self.logprobs[slots, positions] = logprobs
-        return torch.full_like(scores, -torch.inf).index_put_((due, tokens), scores.new_zeros(()))
 
 
 class _Served(nn.Module):
-    """The model as the manager sees it: in the dtype of the forward, with nothing of its own."""
+    """The model as the manager sees it: in the dtype of the forward, its choice of tokens made.
 
-    def __init__(self, model: Any) -> None:
+    The logits of its forward leave the sampled token alone possible. `logprobs` [B + 1, T + 1] has
+    the log-probs of what was sampled.
+    """
+
+    def __init__(
+        self, model: Any, due: _Due, sampler: TokenSampler, keys: Tensor, limit: int
+    ) -> None:
         super().__init__()
         self.model = model
-        self.config, self.device = model.config, model.device
+        self.due, self.sampler, self.keys = due, sampler, keys
+        # A last row and column take what no completion needs.
+        self.logprobs = torch.zeros(len(keys) + 1, limit + 1, device=keys.device)
         kind = model.device.type
         autocast = torch.is_autocast_enabled(kind)
         self.dtype = torch.get_autocast_dtype(kind) if autocast else model.dtype
 
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else a version asks of a model."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("model"), name)
+
     def forward(self, cache: Any, **arguments: Any) -> Any:
-        return self.model(cache=_OneDtype(cache, self.dtype), **arguments)
+        kind = _of_one_dtype(type(cache))
+        if type(cache) is not kind:
+            cache.__class__ = kind
+        logits = self.model(cache=cache, **arguments).logits[0]
+        count, device = len(self.due.slots), logits.device
+        # The first of the indices are those of the tokens that are due. Versions that ask the model
+        # for these alone get them in this order; the others take them out of what it returns.
+        due = arguments["logits_indices"][:count].long()
+        if "logits_to_keep" in arguments:
+            due = torch.arange(count, device=device)
+        slots, positions = torch.tensor(
+            [self.due.slots, self.due.positions], dtype=torch.int64, device=device
+        )
+        tokens, logprobs = self.sampler(logits[due], self.keys[slots], positions)
+        self.logprobs[slots, positions] = logprobs
+        chosen = torch.full_like(logits, -torch.inf)
+        chosen.index_put_((due, tokens), chosen.new_zeros(()))
+        return SimpleNamespace(logits=chosen[None])
 
     def _get_logits_processor(self, generation_config: GenerationConfig) -> LogitsProcessorList:
         return LogitsProcessorList()
 
 
-class _OneDtype:
-    """A paged cache that takes what autocast makes of keys (float32, rotated) and values (not)."""
+@functools.cache
+def _of_one_dtype(kind: Any) -> Any:
+    """A kind of paged cache, taking what autocast makes of keys (float32, rotated) and values."""
+    if hasattr(kind, "of_one_dtype"):
+        return kind
 
-    def __init__(self, cache: Any, dtype: torch.dtype) -> None:
-        self._cache, self._dtype = cache, dtype
+    class OneDtype(kind):
+        of_one_dtype = True
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._cache, name)
+        def update(self, key_states: Tensor, value_states: Tensor, *where: Any, **named: Any):
+            keys, values = key_states.to(self.dtype), value_states.to(self.dtype)
+            return super().update(keys, values, *where, **named)
 
-    def update(self, key_states: Tensor, value_states: Tensor, **where: Any) -> Any:
-        keys, values = key_states.to(self._dtype), value_states.to(self._dtype)
-        return self._cache.update(key_states=keys, value_states=values, **where)
+    return OneDtype
 
 
 @contextmanager
@@ -231,7 +332,10 @@ def _paged_attention(model: Any) -> Iterator[str]:
     """The paged kind of the attention that the model has."""
     own = model.config._attn_implementation
     # Ours computes no attention over a cache, and asks SDPA for it.
-    paged = "paged|sdpa" if own == "oisd" else f"paged|{own}"
+    paged = "sdpa" if own == "oisd" else own
+    # In later versions only eager attention is another one over a paged cache.
+    if paged == "eager" or "paged|sdpa" in ALL_ATTENTION_FUNCTIONS:
+        paged = f"paged|{paged}"
     model.set_attn_implementation(paged)
     try:
         yield paged

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
@@ -135,13 +134,8 @@ def _generate(
 
 
 def _continuous(*arguments: Any) -> tuple[Tensor, Tensor]:
-    try:
-        from oisd import continuous
-    except ImportError as error:  # what it uses is younger than the rest of what we need
-        raise ValueError(
-            f'sample: engine must be "generate" with transformers {transformers.__version__}, got '
-            f'"continuous": its continuous batching has another interface ({error})'
-        ) from error
+    from oisd import continuous
+
     return continuous.run(*arguments)
 
 

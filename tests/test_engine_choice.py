@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from test_trainer import assert_same_run, metrics, reward_module, tables, train  # noqa: F401
 from tiny_models import tiny_model
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
-from oisd import engine_choice
+from oisd import continuous, engine_choice
 from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.batch import Batch
 from oisd.config import ConfigError, GRPOConfig, RolloutConfig, from_tables
@@ -21,6 +24,11 @@ from oisd.trainer import Trainer
 
 PROMPTS = [[4, 7, 10, 8, 5, 11], [1, 10, 2, 11], [9, 9, 10, 1, 0, 11]] * 4
 AUTO = RolloutConfig(engine="auto", max_completion_tokens=9, trial_tokens=4, batch_size=5)
+
+
+known_version = pytest.mark.skipif(
+    continuous.untested() is not None, reason=str(continuous.untested())
+)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +69,7 @@ def clock(monkeypatch):
     return spent, seen
 
 
+@known_version
 @pytest.mark.parametrize("faster", ["generate", "continuous"])
 def test_auto_takes_the_faster_one(policy, clock, faster):
     spent, seen = clock
@@ -74,6 +83,7 @@ def test_auto_takes_the_faster_one(policy, clock, faster):
     assert choice.completions == 10 and choice.tokens == 4 and choice.device == "cpu"
 
 
+@known_version
 def test_a_real_trial_measures_both(policy):
     choice = choose(policy)
     assert choice.seconds.keys() == {"generate", "continuous"}
@@ -81,6 +91,7 @@ def test_a_real_trial_measures_both(policy):
     assert choice.engine == min(choice.seconds, key=lambda name: choice.seconds[name])
 
 
+@known_version
 def test_an_engine_that_computes_another_model_is_not_taken(policy):
     choice = choose(policy, shift=0.01)
     assert choice.engine == "generate"
@@ -89,6 +100,7 @@ def test_an_engine_that_computes_another_model_is_not_taken(policy):
         choose(policy, replace(AUTO, engine="continuous"), shift=0.01)
 
 
+@known_version
 def test_rounding_is_allowed_what_the_dtype_needs(policy):
     half = replace(policy, dtype=torch.bfloat16)
     config = replace(AUTO, engine="continuous")
@@ -97,12 +109,49 @@ def test_rounding_is_allowed_what_the_dtype_needs(policy):
         choose(half, config, shift=0.2)
 
 
+@known_version
 def test_a_model_that_it_cannot_run_is_left_to_generate():
     policy = Policy(tiny_model("gemma2"), arithmetic_tokenizer(), torch.float32)
     choice = choose(policy)
     assert choice.engine == "generate" and "softcap" in choice.reason
     with pytest.raises(ConfigError, match='softcap.*; take "generate"'):
         choose(policy, replace(AUTO, engine="continuous"))
+
+
+@pytest.mark.parametrize("version", ["5.9.2", "5.25.0.dev0", "6.0.0rc1"])
+def test_a_version_that_is_not_known_is_left_to_generate(policy, monkeypatch, version):
+    monkeypatch.setattr(continuous.transformers, "__version__", version)
+    why = (
+        f"transformers {version} may have changed its continuous batching, which is tested with "
+        "5.10 to 5.24"
+    )
+    assert why in continuous.why_not(policy.model, 8)
+    choice = choose(policy)
+    assert choice.engine == "generate" and why in choice.reason
+    with pytest.raises(ConfigError, match=re.escape(why) + '; take "generate"'):
+        choose(policy, replace(AUTO, engine="continuous"))
+
+
+FAILURES = {
+    "another argument": "__init__",
+    "another loop": "_run_generation_loop",
+    "inside the loop": "_create_batch_processor",
+}
+
+
+@known_version
+@pytest.mark.parametrize("where", FAILURES)
+@pytest.mark.parametrize("kind", [AttributeError, TypeError])
+def test_another_interface_is_left_to_generate(policy, monkeypatch, where, kind):
+    def changed(*_, **__):
+        raise kind("there is no such thing")
+
+    monkeypatch.setattr(ContinuousBatchingManager, FAILURES[where], changed)
+    choice = choose(policy)
+    assert choice.engine == "generate"
+    assert f"continuous batching of transformers {transformers.__version__} failed" in choice.reason
+    assert f"{kind.__name__}: there is no such thing; tested with 5.10 to 5.24" in choice.reason
+    assert policy.model.config._attn_implementation == "sdpa"
 
 
 def test_a_process_without_prompts_follows_the_others(policy, monkeypatch):
@@ -114,6 +163,7 @@ def test_a_process_without_prompts_follows_the_others(policy, monkeypatch):
     assert choice.engine == "generate" and choice.seconds == there["seconds"]
 
 
+@known_version
 def test_the_slowest_process_decides(policy, clock, monkeypatch):
     clock[0]["continuous"] = 0.5
     there = {"seconds": {"generate": 1.0, "continuous": 3.0}, "disagreement": {}, "error": None}
@@ -161,6 +211,7 @@ def test_a_run_goes_on_with_the_engine_that_it_began_with(faster, tmp_path, monk
         assert "tis/weight" not in row
 
 
+@known_version
 def test_a_run_measures_by_itself(tmp_path, monkeypatch):
     monkeypatch.setattr("oisd.run_summary.plot_training", lambda *_: [])
     trainer = Trainer(

@@ -49,7 +49,11 @@ def test_implementation_may_change_inside():
 
 
 def test_softcap_that_sdpa_would_drop_is_refused():
-    model = tiny_model("gemma2", attn_implementation="sdpa")
+    try:
+        model = tiny_model("gemma2", attn_implementation="sdpa")
+    except ValueError as error:  # of transformers itself, in versions that know it
+        assert "does not support an attention implementation" in str(error)
+        return
     with pytest.raises(UnsupportedModelError, match="SDPA ignores the softcap 2.0"):
         Taps(model, STUDENTS)
     with Taps(model, STUDENTS, attention=False) as taps:
