@@ -122,7 +122,15 @@ TILES[100] = TILES[90] | {
 }
 # AMD's CDNA 3 has 64 KB, and its compiler knows no limit of registers.
 TILES[GFX942] = {key: tile._replace(registers=None) for key, tile in TILES[86].items()} | {
+    ("statistics", "fp32", 64): Tile(32, 32, 8, 2),
+    ("dq", "half", 256): Tile(32, 32, 4, 1),
+    ("dq align", "half", 128): Tile(64, 16, 8, 1),
+    ("dq align", "half", 256): Tile(32, 32, 4, 1, depth=64),
+    ("dkdv", "half", 128): Tile(32, 64, 8, 1, True),
+    ("dkdv align", "half", 64): Tile(16, 64, 8, 1),
     ("dkdv align", "half", 128): Tile(16, 64, 8, 1),
+    ("dkdv align mixed", "half", 128): Tile(16, 64, 8, 1),
+    ("dkdv alone", "half", 128): Tile(16, 64, 8, 1),
 }
 INTERPRETED = Tile(16, 16, 4, 1)
 SIZES = 64, 128, 256
