@@ -189,6 +189,11 @@ class GRPOConfig:
     none for `generate`, which runs the same forward as the update."""
     minibatches: int = 1
     """Optimizer steps per rollout batch."""
+    internal_layer: int | None = None
+    """BuPO (arXiv 2512.19673): for the first `internal_steps` steps the loss is that of the policy
+    of this layer, softmax(W h_l) without the final norm. The model samples as ever, and tokens have
+    no importance weight; layers above get no gradient. Not beside an alignment or `kl_coef`."""
+    internal_steps: int = 0
     skip_zero_advantage: bool = True
     """Leave completions of advantage 0 out of the update; their gradient is 0 without a KL term."""
 
@@ -206,6 +211,13 @@ class GRPOConfig:
         known = cap is None or cap == "auto" or (not isinstance(cap, str) and cap > 0)
         _require(known, "grpo.tis_cap", 'above 0, "auto" or "none"', cap)
         _require(self.minibatches > 0, "grpo.minibatches", "at least 1", self.minibatches)
+        layer, steps = self.internal_layer, self.internal_steps
+        _require(layer is None or layer > 0, "grpo.internal_layer", "at least 1", layer)
+        _require(steps >= 0, "grpo.internal_steps", "at least 0", steps)
+        together = "given together with grpo.internal_layer"
+        _require((layer is None) == (steps == 0), "grpo.internal_steps", together, steps)
+        alone = "0 with grpo.internal_layer: the reference model has no such policy"
+        _require(layer is None or self.kl_coef == 0, "grpo.kl_coef", alone, self.kl_coef)
 
     def importance_cap(self, engine: str) -> float | None:
         """`tis_cap` for rollouts by that engine."""
@@ -392,6 +404,12 @@ class TrainConfig:
             "grpo.minibatches",
             f"at most rollout.prompts_per_step ({self.rollout.prompts_per_step})",
             self.grpo.minibatches,
+        )
+        _require(
+            self.grpo.internal_layer is None or not self.oisd.active,
+            "grpo.internal_layer",
+            '"none" beside an alignment; set oisd.think_weight and oisd.attention_weight to 0',
+            self.grpo.internal_layer,
         )
 
 

@@ -38,13 +38,14 @@ class Objective:
         self.config = config
         self.is_tapped = False
         self.sampled_by("generate")
-        align = config.oisd
+        align, internal = config.oisd, config.grpo.internal_layer
+        students = list(align.student_layers) if align.active else []
         with policy.autocast():  # frozen layers beside adapters run in it alone
             self.taps = Taps(
                 policy.model,
-                student_layers=list(align.student_layers) if align.active else [],
+                student_layers=students if internal is None else [internal],
                 attention=align.attention_weight > 0,
-                lens_norm=align.lens_norm,
+                lens_norm=align.lens_norm if internal is None else "none",
                 attention_kernel=self._attention_kernel(),
                 divergence=align.divergence,
                 beta=align.beta,
@@ -98,14 +99,27 @@ class Objective:
         bias = None if head.bias is None else head.bias.to(self.policy.dtype)
         return head._replace(weight=head.weight.to(self.policy.dtype), bias=bias)
 
+    def _is_internal(self, step: int | None) -> bool:
+        return step is not None and step < self.config.grpo.internal_steps
+
+    def _policy_states(self, rows: Tensor, step: int | None) -> Tensor:
+        """[N, D] what the unembedding reads for the policy that a step trains, of some rows."""
+        internal = self._is_internal(step)
+        hidden = self.taps.student_hidden()[0] if internal else self.taps.final_hidden()
+        return hidden.flatten(0, 1)[rows].to(self.policy.dtype)
+
     @torch.no_grad()
-    def logprobs(self, batch: Batch) -> Tensor:
-        """[B, T] log-probs of the completions under the policy as it is now."""
+    def logprobs(self, batch: Batch, step: int | None = None) -> Tensor:
+        """[B, T] log-probs of the completions under the policy as it is now.
+
+        step: of the policy that this step trains, which may be an internal one; by default of the
+            model's own.
+        """
         rows = batch.predicting_rows()
         self._forward(batch)
         head = self._head()
         logprobs, _, _ = linear_logprob(
-            self.taps.final_hidden().flatten(0, 1)[rows].to(self.policy.dtype),
+            self._policy_states(rows, step),
             head.weight,
             batch.labels.flatten()[rows],
             bias=head.bias,
@@ -118,12 +132,18 @@ class Objective:
     def __call__(
         self, batch: Batch, totals: Totals, step: int
     ) -> tuple[dict[str, Tensor], Metrics]:
-        """The losses by name, unweighted, and their metrics; `step` draws the sampled queries."""
+        """The losses by name, unweighted, and their metrics.
+
+        step: counted from 0; it draws the sampled queries, and says whose policy is trained.
+        """
         config, align = self.config, self.config.oisd
         rows = batch.predicting_rows()
         self._forward(batch)
         head, taps = self._head(), self.taps
-        final = taps.final_hidden().flatten(0, 1)[rows].to(self.policy.dtype)
+        final = self._policy_states(rows, step)
+        grpo = self.grpo
+        if self._is_internal(step):  # which did not sample: the weight of its tokens would be ~0
+            grpo = replace(grpo, tis_cap=None)
         students = final.detach().new_empty(0, *final.shape)
         if align.think_weight:
             students = taps.student_hidden().flatten(1, 2)[:, rows].to(self.policy.dtype)
@@ -148,7 +168,7 @@ class Objective:
             batch.labels.flatten()[rows],
             students,
             batch.advantages[rows // batch.predicts.shape[1]],
-            self.grpo,
+            grpo,
             align,
             grpo_weight=weight.flatten()[rows],
             think_weight=per_sequence.flatten()[rows],

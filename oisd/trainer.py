@@ -303,16 +303,18 @@ class Trainer:
                     own = replace(own, ref_logprobs=self._logprobs(self.reference, own))
             # The first step is taken from the policy that sampled: its ratios are 1 by definition.
             if m > 0:
-                own = replace(own, old_logprobs=self._logprobs(self.objective, own))
+                own = replace(own, old_logprobs=self._logprobs(self.objective, own, self.step))
             minibatches.append((own, Totals(sequences, num_tokens)))
         return minibatches
 
-    def _logprobs(self, objective: Objective, batch: Batch) -> Tensor:
+    def _logprobs(self, objective: Objective, batch: Batch, step: int | None = None) -> Tensor:
         """[B, T] log-probs without gradient, by micro-batches; 0 where no token is predicted."""
         result = torch.zeros_like(batch.rollout_logprobs)
         for index in batch.micro_batches(self.config.run.tokens_per_microbatch):
             micro = batch.select(index)
-            result[index, : micro.input_ids.shape[1]] = objective.logprobs(micro).to(result.dtype)
+            result[index, : micro.input_ids.shape[1]] = objective.logprobs(micro, step).to(
+                result.dtype
+            )
         return result
 
     def _report(self, error: NonFiniteError) -> NonFiniteError:

@@ -142,8 +142,19 @@ OPTIONAL = [
 ]
 
 
+# Not beside an alignment, which the others have: tests/test_internal_policy.py.
+INTERNAL = {("grpo", "internal_layer"), ("grpo", "internal_steps")}
+
+
 def other_config() -> TrainConfig:
     return TrainConfig(**{table: TABLES[table](**values) for table, values in OTHER.items()})
+
+
+def internal_config() -> TrainConfig:
+    return TrainConfig(
+        grpo=GRPOConfig(internal_layer=2, internal_steps=3),
+        oisd=AlignmentConfig(think_weight=0.0, attention_weight=0.0),
+    )
 
 
 # ---------------------------------------------------------------- names
@@ -305,12 +316,21 @@ def test_no_layers_without_an_alignment():
 
 
 def test_other_values_are_all_other_and_all_there():
-    assert {(table, key) for table, values in OTHER.items() for key in values} == set(KEYS)
-    changed = {line.split(":")[0] for line in differences(TrainConfig(), other_config())}
+    given = {(table, key) for table, values in OTHER.items() for key in values}
+    assert given | INTERNAL == set(KEYS) and not given & INTERNAL
+    changed = {
+        line.split(":")[0]
+        for config in (other_config(), internal_config())
+        for line in differences(TrainConfig(), config)
+    }
     assert changed == set(KEY_IDS)
 
 
-@pytest.mark.parametrize("config", [TrainConfig(), other_config()], ids=["defaults", "others"])
+@pytest.mark.parametrize(
+    "config",
+    [TrainConfig(), other_config(), internal_config()],
+    ids=["defaults", "others", "internal"],
+)
 def test_round_trip_through_toml(config, tmp_path):
     file = tmp_path / "config.toml"
     file.write_text(tomli_w.dumps(to_tables(config)), encoding="utf-8")
@@ -352,6 +372,8 @@ PAPER = {
     "qwen3-4b-attention": (0.0, 0.1), "qwen3-8b": (1.0, 0.1), "qwen3-8b-grpo": (0.0, 0.0),
     "octothinker-3b": (1.0, 0.1), "octothinker-3b-grpo": (0.0, 0.0),
     "octothinker-8b": (1.0, 0.1), "octothinker-8b-grpo": (0.0, 0.0),
+    "qwen3-4b-bupo": (0.0, 0.0), "qwen3-8b-bupo": (0.0, 0.0),
+    "octothinker-3b-bupo": (0.0, 0.0), "octothinker-8b-bupo": (0.0, 0.0),
     "qwen3-4b-rloo": (0.0, 0.0), "qwen3-4b-reinforce-plus-plus": (0.0, 0.0),
 }  # fmt: skip
 LAYERS = {"qwen3-4b": 6, "qwen3-8b": 6, "octothinker-3b": 27, "octothinker-8b": 31}
@@ -365,12 +387,15 @@ def test_rows_of_the_papers_table_1(name):
     assert config.oisd.student_layers == (LAYERS[model],)
     assert config.rollout.max_completion_tokens == (3072 if "octo" in name else 8192)
     assert (config.data.source, config.rollout.prompts_per_step) == ("deepmath-5k", 128)
-    # An arm differs from its model's OISD in the two weights, the folder and the advantage alone.
+    # An arm differs from its model's OISD in the two weights, the folder and its policy loss alone.
     found = differences(load_recipe(ROOT / "recipes" / f"{model}.toml"), config)
     allowed = {"oisd.think_weight", "oisd.attention_weight", "run.output_dir"}
     other = {"qwen3-4b-rloo": "rloo", "qwen3-4b-reinforce-plus-plus": "reinforce++"}
     assert config.grpo.advantage == other.get(name, "grpo")
-    assert {d.split(":")[0] for d in found} <= allowed | {"grpo.advantage"}
+    internal = (LAYERS[model], 30) if name.endswith("bupo") else (None, 0)
+    assert (config.grpo.internal_layer, config.grpo.internal_steps) == internal
+    allowed |= {"grpo.advantage", "grpo.internal_layer", "grpo.internal_steps"}
+    assert {d.split(":")[0] for d in found} <= allowed
 
 
 @pytest.mark.parametrize("name", PAPER)
