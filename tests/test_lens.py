@@ -219,10 +219,14 @@ def test_attention_that_cannot_be_read_is_said(tmp_path, capsys):
     tiny_model("gemma2", vocab_size=64).save_pretrained(tmp_path / "gemma")
     arithmetic_tokenizer().save_pretrained(tmp_path / "gemma")
     rest = [str(tmp_path / "gemma"), "--prompt", "12+34=", "--output-dir", str(tmp_path / "out")]
-    assert main(["lens", *rest]) == 0
-    assert "pass --attn-implementation eager" in capsys.readouterr().out
-    assert main(["attention", *rest]) == 1
-    assert "pass --attn-implementation eager" in capsys.readouterr().err
+    status = main(["lens", *rest])
+    said = capsys.readouterr()
+    if status == 2:  # transformers 5.24 does not load it with SDPA
+        assert "cannot be loaded" in said.err and 'attn_implementation="eager"' in said.err
+    else:
+        assert status == 0 and "pass --attn-implementation eager" in said.out
+        assert main(["attention", *rest]) == 1
+        assert "pass --attn-implementation eager" in capsys.readouterr().err
     assert main(["attention", *rest, "--attn-implementation", "eager"]) == 0
 
 
