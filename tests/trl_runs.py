@@ -205,6 +205,6 @@ if __name__ == "__main__":
     if os.environ.get("RANK", "0") == "0":
         torch.save(runs, file)
     torch.distributed.barrier()
-    # All is said. Ending in order, torch 2.13 has aborted once in many runs, in a thread of its own.
+    # All is said. Ending in order, torch 2.13 has aborted once in many runs, in its own thread.
     sys.stderr.flush()
     os._exit(0)
