@@ -108,10 +108,10 @@ def _plan(arguments: Sequence[str]) -> int:
     config = parse_train(arguments, "plan")
     from rich.console import Console
 
-    from oisd.plan import check_student_layers, memory_plan, model_shape, rich_tables
+    from oisd.plan import check_layers, memory_plan, model_shape, rich_tables
 
     shape = model_shape(config.model.path)
-    check_student_layers(config, shape)
+    check_layers(config, shape)
     console = Console()
     for renderable in rich_tables(memory_plan(config, shape)):
         console.print(renderable)

@@ -55,9 +55,9 @@ def why_not(model: Any, longest: int) -> str | None:
 
     longest: tokens of the longest prompt and its completion.
     """
-    unknown = untested()
-    if unknown is not None:
-        return unknown
+    reason = untested()
+    if reason is not None:
+        return reason
     config = model.config
     if getattr(config, "attn_logit_softcapping", None):
         return "its paged attention leaves out the softcap of the attention scores"

@@ -24,7 +24,7 @@ from oisd.plots import plot_pass_at_k
 from oisd.policy import Policy, load_policy
 from oisd.processes import Processes
 from oisd.rewards import RewardFunction, load_reward
-from oisd.tables import require, require_device
+from oisd.tables import option, require, require_device
 
 # A math grader's verdicts are compared with those of the other one, which costs next to nothing.
 SECOND_GRADER = {"math": "boxed_string", "math_verify": "boxed_string", "boxed_string": "math"}
@@ -152,16 +152,12 @@ def check_settings(config: EvalRun) -> None:
     for name in ("samples", "max_completion_tokens", "max_prompt_tokens", "batch_size", "limit",
                  "threads"):  # fmt: skip
         value = getattr(config, name)
-        require(value is None or value >= 1, _option(name), "at least 1", value)
+        require(value is None or value >= 1, option(name), "at least 1", value)
     require(config.seed >= 0, "--seed", "at least 0", config.seed)
     require(config.temperature >= 0, "--temperature", "at least 0", config.temperature)
     require(0 < config.top_p <= 1, "--top-p", "above 0 and at most 1", config.top_p)
     require(config.timeout > 0, "--timeout", "above 0", config.timeout)
     require_device("--device", config.device)
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _graders(config: EvalRun) -> list[RewardFunction]:

@@ -36,8 +36,6 @@ _MARGIN = "#111111"
 _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans",
           "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "WenQuanYi Micro Hei",
           "WenQuanYi Zen Hei", "Arial Unicode MS")  # fmt: skip
-
-
 _CAPTION = "columns: tokens read; cells: likeliest next token; outlined: the final layer's choice"
 
 

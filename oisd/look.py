@@ -20,7 +20,7 @@ from oisd.lens_page import write_page
 from oisd.lens_plots import Picture, plot_attention, plot_compare, plot_layers, plot_lens
 from oisd.models import UnsupportedModelError
 from oisd.policy import Policy, load_policy
-from oisd.tables import require, require_device
+from oisd.tables import option, require, require_device
 
 
 @dataclass(frozen=True)
@@ -172,11 +172,10 @@ def _folder(model: str, config: LookRun, command: str) -> Path:
         raise ConfigError(f"oisd {command}: give either --prompt or --data")
     for name in ("limit", "max_prompt_tokens", "picture_tokens", "threads"):
         value = getattr(config, name)
-        option = "--" + name.replace("_", "-")
-        require(value is None or value >= 1, option, "at least 1", value)
+        require(value is None or value >= 1, option(name), "at least 1", value)
     for name in ("completion_tokens", "seed"):
         value = getattr(config, name)
-        require(value >= 0, "--" + name.replace("_", "-"), "at least 0", value)
+        require(value >= 0, option(name), "at least 0", value)
     require_device("--device", config.device)
     name = Path(model).resolve().name if Path(model).exists() else model.replace("/", "--")
     folder = Path(config.output_dir or f"runs/{command}/{name}")

@@ -234,14 +234,17 @@ class MemoryPlan:
         return split // shards + gathered + sum(rest.values())
 
 
-def check_student_layers(config: TrainConfig, shape: Shape) -> None:
-    """Raise ConfigError for a student layer that the model has not below its final one."""
-    last = max(config.oisd.student_layers, default=0)
-    if last >= shape.layers:
-        raise ConfigError(
-            f"oisd.student_layers must lie in 1..{shape.layers - 1}, below the final layer of "
-            f"{config.model.path}, got {last}"
-        )
+def check_layers(config: TrainConfig, shape: Shape) -> None:
+    """Raise ConfigError for a layer that the model has not below its final one."""
+    for name, last in (
+        ("oisd.student_layers", max(config.oisd.student_layers, default=0)),
+        ("grpo.internal_layer", config.grpo.internal_layer or 0),
+    ):
+        if last >= shape.layers:
+            raise ConfigError(
+                f"{name} must lie in 1..{shape.layers - 1}, below the final layer of "
+                f"{config.model.path}, got {last}"
+            )
 
 
 def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:

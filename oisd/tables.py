@@ -23,6 +23,11 @@ def require(ok: bool, key: str, wanted: str, got: object) -> None:
         raise ConfigError(f"{key} must be {wanted}, got {got!r}")
 
 
+def option(name: str) -> str:
+    """The command line's option for a field."""
+    return "--" + name.replace("_", "-")
+
+
 def require_device(key: str, name: str) -> None:
     """Raise ConfigError for the name of a device that nothing here runs on."""
     known = bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", name))

@@ -80,7 +80,8 @@ class Trainer:
         drop = config.data.overlong_prompts == "drop"
         self.examples, self.prompts = self._encode(self.examples, drop)
         self.eval_examples, self.eval_prompts = self._encode(self.eval_examples, drop=False)
-        with _naming("oisd.student_layers"):
+        internal = config.grpo.internal_layer is not None
+        with _naming("grpo.internal_layer" if internal else "oisd.student_layers"):
             self.objective = Objective(self.policy, config)
         self.learner = Learner(self.objective, config, self.processes)
         self.step, self.engine = 0, "generate"
@@ -312,9 +313,8 @@ class Trainer:
         result = torch.zeros_like(batch.rollout_logprobs)
         for index in batch.micro_batches(self.config.run.tokens_per_microbatch):
             micro = batch.select(index)
-            result[index, : micro.input_ids.shape[1]] = objective.logprobs(micro, step).to(
-                result.dtype
-            )
+            found = objective.logprobs(micro, step)
+            result[index, : found.shape[1]] = found.to(result.dtype)
         return result
 
     def _report(self, error: NonFiniteError) -> NonFiniteError:

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from test_objective import TOLERANCE, batch, gradient_of, policy, totals_of, values  # noqa: F401
 from test_trainer import reward_module, train  # noqa: F401
 
+from oisd.arithmetic import arithmetic_model
 from oisd.config import AlignmentConfig, ConfigError, GRPOConfig, TrainConfig, from_tables
 from oisd.objective import Objective
+from oisd.plan import check_layers, shape_of
 
 LAYER, TEMPERATURE = 2, 1.3
 OFF = AlignmentConfig(think_weight=0.0, attention_weight=0.0)
@@ -114,6 +116,17 @@ def test_a_run_trains_the_lower_layers_first(tmp_path, reward_module):  # noqa: 
     lower, upper = (f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1))
     assert lower in moved[0] and upper not in moved[0]  # the second step is the layer's
     assert lower in moved[1] and upper in moved[1]
+
+
+def test_a_layer_that_is_not_there_is_named_by_its_setting(tmp_path):
+    off = {"think_weight": 0.0, "attention_weight": 0.0}
+    internal = {"internal_layer": 6, "internal_steps": 1}
+    with pytest.raises(ConfigError, match="^grpo.internal_layer: .* must lie in 1..5"):
+        train(tmp_path / "run", grpo=internal, oisd=off, reward={"function": "exact"})
+    config = from_tables({"grpo": internal, "oisd": off | {"student_layers": [2]}})
+    shape = shape_of(arithmetic_model().config)
+    with pytest.raises(ConfigError, match="^grpo.internal_layer must lie in 1..5"):
+        check_layers(config, shape)
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,7 @@ if __name__ == "__main__":
     if os.environ.get("RANK", "0") == "0":
         torch.save(runs, file)
     torch.distributed.barrier()
-    # All is said. Ending in order, torch 2.13 has aborted once in many runs, in its own thread.
+    # All is said. Ending in order, a process aborted once in many runs (torch 2.13, "terminate
+    # called without an active exception").
     sys.stderr.flush()
     os._exit(0)
