@@ -99,7 +99,7 @@ def _device(asked: str) -> str:
 
 def _list(arguments: list[str]) -> int:
     given = _parse(ListCases, "list", arguments)
-    from benchmarks.cases import all_cases
+    from benchmarks.cases.suite import all_cases
 
     # The cases of a GPU can be listed anywhere.
     device = given.device if given.device != "auto" else _device("auto")
@@ -114,7 +114,7 @@ def _list(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     given = _parse(RunCases, "run", arguments)
-    from benchmarks.cases import all_cases, select
+    from benchmarks.cases.suite import all_cases, select
     from benchmarks.runner import Options, orchestrate
 
     device = _device(given.device)
@@ -137,8 +137,8 @@ def _run(arguments: list[str]) -> int:
 
 def _count_promises(out: str, device: str, threads: int) -> None:
     """Counted on a CPU, whatever the device."""
-    from benchmarks.machine import describe
-    from benchmarks.promises import promises
+    from benchmarks.measure.machine import describe
+    from benchmarks.measure.promises import promises
     from benchmarks.runner import write
 
     rows = []
@@ -154,8 +154,8 @@ def _count_promises(out: str, device: str, threads: int) -> None:
 
 def _finish(out: Path) -> int:
     """Write the report, print it; 1 if something is wrong, failed or broken."""
-    from benchmarks.plots import draw
     from benchmarks.report import markdown, read_rows
+    from benchmarks.report.plots import draw
 
     rows = read_rows([out])
     try:
@@ -175,8 +175,8 @@ def _report(arguments: list[str]) -> int:
     if not arguments or arguments[0].startswith("-"):
         print("usage: python -m benchmarks report DIR ...   (the report goes to the first)")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
-    from benchmarks.plots import draw
     from benchmarks.report import markdown, read_rows
+    from benchmarks.report.plots import draw
 
     folders = [Path(folder) for folder in arguments]
     rows = read_rows(folders)
@@ -190,8 +190,8 @@ def _compare(arguments: list[str]) -> int:
     if len(arguments) != 2 or arguments[0].startswith("-"):
         print("usage: python -m benchmarks compare BASE NEW   (folders of two runs)")
         return 0 if arguments and arguments[0] in ("-h", "--help") else 2
-    from benchmarks.compare import changes, text
     from benchmarks.report import read_rows
+    from benchmarks.report.compare import changes, text
 
     found = changes(read_rows(arguments[:1]), read_rows(arguments[1:]))
     print(text(found))
@@ -201,9 +201,9 @@ def _compare(arguments: list[str]) -> int:
 def _gpu(arguments: list[str]) -> int:
     given = _parse(Gpu, "gpu", arguments)
     _device("cuda")
-    from benchmarks.cases import all_cases, in_turns, select
+    from benchmarks.cases.suite import all_cases, in_turns, select
     from benchmarks.gpu_tests import run_tests
-    from benchmarks.machine import describe
+    from benchmarks.measure.machine import describe
     from benchmarks.runner import Options, orchestrate, write
 
     end = time.time() + 60 * given.minutes

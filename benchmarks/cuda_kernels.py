@@ -32,7 +32,7 @@ ENGINES = {
     "WARPGROUP_ENGINE": "hopper",
     "SPECIALIZED_ENGINE": "specialized",
 }
-TESTS = ("tests/test_csrc.py", "tests/test_cuda_ops.py")
+TESTS = ("tests/oisd_kernels/cuda/test_csrc.py", "tests/oisd_kernels/attention/test_cuda_ops.py")
 RERUNS = "test_250_reruns"
 SANITIZED = ("memcheck", "racecheck", "synccheck", "initcheck")
 SHOWN = 80  # last lines of a log
@@ -65,7 +65,7 @@ def sanitizer() -> str | None:
 
 def steps(engines: Sequence[str], tool: str | None) -> list[Step]:
     """All of them, in order."""
-    found = [Step("build", [sys.executable, "-m", "oisd_kernels.cuda_build", "--check"], 240)]
+    found = [Step("build", [sys.executable, "-m", "oisd_kernels.cuda.build", "--check"], 240)]
     for engine in engines:
         word = ENGINES[engine]
         found.append(Step(f"tests {engine}", pytest_of(f"{word} and not {RERUNS}"), 120, True))
@@ -127,15 +127,15 @@ def verdict(step: Step, status: int | None, log: str) -> str:
 def machine() -> dict[str, Any]:
     import torch
 
-    from oisd_kernels import cuda_build, cuda_driver
+    from oisd_kernels.cuda import build, driver
 
-    nvcc = cuda_build.find_nvcc()
+    nvcc = build.find_nvcc()
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True) if nvcc else None
     return {
         "device": torch.cuda.get_device_name(),
         "capability": list(torch.cuda.get_device_capability()),
-        "shared": cuda_driver.shared_limit(0),
-        "driver": cuda_driver.driver_version(),
+        "shared": driver.shared_limit(0),
+        "driver": driver.driver_version(),
         "nvcc": version.stdout.strip().splitlines()[-1] if version else None,
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import timer
-from benchmarks.attention_cases import inputs
-from benchmarks.shapes import ATTENTIONS, Attention
-from oisd_kernels import attention_cuda, attention_triton
-from oisd_kernels.attention_geometry import Alignment, Teacher, dense_geometry
+from benchmarks.cases.attention import inputs
+from benchmarks.cases.shapes import ATTENTIONS, Attention
+from benchmarks.measure import timer
+from oisd_kernels.attention import cuda_impl, triton_impl
+from oisd_kernels.attention.spec import Alignment, Teacher, dense_geometry
 
 CASES = [("qwen3-4b", 4096), ("qwen3-4b", 8192), ("64-wide", 8192)]
 MATMULS = {"statistics": 2, "plain": 5, "fused": 6, "align": 4}
@@ -32,13 +32,13 @@ TOLERANCE = 1e-2  # both have errors of 3e-3
 @contextmanager
 def engine(name: str) -> Iterator[None]:
     """Launches of csrc/ go to this engine."""
-    before = attention_cuda.WARPGROUPS, attention_cuda.HOPPER_ENGINE
-    attention_cuda.WARPGROUPS = name != "WARP_ENGINE"
-    attention_cuda.HOPPER_ENGINE = name
+    before = cuda_impl.WARPGROUPS, cuda_impl.HOPPER_ENGINE
+    cuda_impl.WARPGROUPS = name != "WARP_ENGINE"
+    cuda_impl.HOPPER_ENGINE = name
     try:
         yield
     finally:
-        attention_cuda.WARPGROUPS, attention_cuda.HOPPER_ENGINE = before
+        cuda_impl.WARPGROUPS, cuda_impl.HOPPER_ENGINE = before
 
 
 class Call:
@@ -55,10 +55,10 @@ class Call:
         self.geometry = dense_geometry(self.q, 1, tokens, True, None, None)
         self.scale = shape.dim**-0.5
         settings = self.geometry, self.scale
-        self.out, self.lse = attention_triton.forward(self.q, self.k, self.v, *settings)
-        lse_teacher = attention_triton.logsumexp(q_teacher, k_teacher, *settings)
+        self.out, self.lse = triton_impl.forward(self.q, self.k, self.v, *settings)
+        lse_teacher = triton_impl.logsumexp(q_teacher, k_teacher, *settings)
         self.teacher = Teacher(q_teacher, k_teacher, lse_teacher, self.scale)
-        self.statistic = self.statistics(attention_triton)[1]
+        self.statistic = self.statistics(triton_impl)[1]
 
     def statistics(self, impl: ModuleType) -> tuple[Tensor, ...]:
         return impl.statistics(
@@ -108,10 +108,10 @@ def engines() -> list[str]:
 
 def lines(name: str, kind: str, call: Call, seconds: float = 3.0) -> Iterator[str]:
     """One of each implementation of a pass; `seconds` for all their rounds."""
-    wanted = call.run(attention_triton, kind)
+    wanted = call.run(triton_impl, kind)
     start = f"{name:<14} {kind:<10} "
     functions: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
-    candidates = {f"cuda {by}": partial(call.run, attention_cuda, kind, by) for by in engines()}
+    candidates = {f"cuda {by}": partial(call.run, cuda_impl, kind, by) for by in engines()}
     if kind == "plain":
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
             candidates[f"SDPA {backend.name}"] = partial(call.torch_backward, backend)
@@ -127,7 +127,7 @@ def lines(name: str, kind: str, call: Call, seconds: float = 3.0) -> Iterator[st
             functions[label] = function
         else:
             yield f"{start}{label:<24} wrong: {off:.1e} from Triton's"
-    functions["Triton"] = partial(call.run, attention_triton, kind)
+    functions["Triton"] = partial(call.run, triton_impl, kind)
     tokens, heads, width = call.q.shape
     work = MATMULS[kind] * 2.0 * heads * tokens**2 / 2 * width
     plan = timer.Plan(warmup=3, seconds=seconds)

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import ROOT
+from benchmarks.measure.machine import ROOT
 
 
 def needs_gpu(item: Any) -> bool:

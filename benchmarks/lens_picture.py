@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from benchmarks import machine
-from benchmarks.memory import MIB, _field, _resident, _touch_libraries
+from benchmarks.measure import machine
+from benchmarks.measure.memory import MIB, _field, _resident, _touch_libraries
 from oisd.lens import LayerLens, Lens
 
 VOCABULARY, SHOWN = 32_000, 24

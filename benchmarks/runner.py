@@ -21,20 +21,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import memory, roofline, timer
-from benchmarks.cases import (
-    Absent,
-    Case,
-    Implementation,
-    Result,
-    Run,
-    all_cases,
-    expected,
-    size,
-    verdict,
-)
-from benchmarks.machine import ROOT, describe
-from benchmarks.timer import Plan
+from benchmarks.cases.case import Absent, Case, Implementation, Result, Run, expected, size, verdict
+from benchmarks.cases.suite import all_cases
+from benchmarks.measure import memory, roofline, timer
+from benchmarks.measure.machine import ROOT, describe
+from benchmarks.measure.timer import Plan
 
 Row = dict[str, Any]
 MATMUL, COPY = "bare matmul", "copy"

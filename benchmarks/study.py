@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.trl_throughput import machine
 from oisd.config import differences, load_recipe
-from oisd.jsonl import read_rows
+from oisd.run.jsonl import read_rows
 
 ARMS = {
     "GRPO": (0.0, 0.0),

@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.cases import Absent, Case, Run
-from benchmarks.lens_cases import Shape
-from benchmarks.lens_cases import case as lens_case
-from benchmarks.shapes import Attention, Head
+from benchmarks.cases.case import Absent, Case, Run
+from benchmarks.cases.lens import Shape
+from benchmarks.cases.lens import case as lens_case
+from benchmarks.cases.shapes import Attention, Head
 
 BASELINE = Path(__file__).parent / "baseline.json"
 SLACK = 1.5
@@ -33,22 +33,20 @@ HEAD = Head(256, 8192)
 
 def cases() -> dict[str, tuple[Case, str]]:
     """Small enough for a second each: case and implementation."""
-    from benchmarks import attention_cases, head_cases
+    from benchmarks.cases import attention, head
 
     lens = {
         f"lens, S = {s}": (lens_case(Shape(HEAD, "test", s, 256), "cpu", torch.float32),
                            "ours: chunked")
         for s in (1, 4)
     }  # fmt: skip
-    logprob = head_cases.logprob("test", HEAD, 256, "cpu", frozenset())
-    policy = head_cases.policy("test", HEAD, 1, 256, "cpu", frozenset())
-    attention = attention_cases.divergence(
-        "test", Attention(4, 2, 32), 256, "cpu", frozenset(), bars=False
-    )
+    logprob = head.logprob("test", HEAD, 256, "cpu", frozenset())
+    policy = head.policy("test", HEAD, 1, 256, "cpu", frozenset())
+    plain = attention.divergence("test", Attention(4, 2, 32), 256, "cpu", frozenset(), bars=False)
     return lens | {
         "linear_logprob": (logprob, "ours: chunked"),
         "policy_head": (policy, "ours: policy_head"),
-        "attention_divergence": (attention, "ours: torch"),
+        "attention_divergence": (plain, "ours: torch"),
     }
 
 

@@ -33,9 +33,9 @@ from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 from trl import GRPOTrainer
 
-from benchmarks.step_cases import Model
+from benchmarks.cases.step import Model
 from benchmarks.trl_throughput import machine
-from oisd.arithmetic import arithmetic_examples, arithmetic_model, arithmetic_tokenizer
+from oisd.data.sums import arithmetic_examples, arithmetic_model, arithmetic_tokenizer
 from oisd.integrations.trl import OISDConfig, OISDTrainer
 
 UNTIMED = 3

@@ -30,8 +30,8 @@ from typing import Any
 import torch
 import transformers
 
-from oisd.arithmetic import arithmetic_examples, arithmetic_tokenizer
 from oisd.config import from_tables, load_recipe, to_tables
+from oisd.data.sums import arithmetic_examples, arithmetic_tokenizer
 from oisd.policy import load_policy
 from oisd.trainer import Trainer
 from oisd.warmup import warm_up

@@ -119,7 +119,7 @@ def _plan(arguments: Sequence[str]) -> int:
 
 
 def _eval(arguments: Sequence[str]) -> int:
-    from oisd.evaluation_run import EvalRun, run
+    from oisd.evaluate.run import EvalRun, run
 
     named = bool(arguments) and not arguments[0].startswith("-")
     if not named and not {"-h", "--help"} & set(arguments):
@@ -132,7 +132,7 @@ def _eval(arguments: Sequence[str]) -> int:
         args=list(arguments[1:] if named else arguments),
     )
     if "--benchmark" in arguments and not config.benchmark:
-        from oisd.evaluation_run import benchmark_names
+        from oisd.evaluate.run import benchmark_names
 
         raise ConfigError(f"--benchmark: wanted any of {', '.join(benchmark_names())}, got none")
     summaries = run(model, config)
@@ -144,7 +144,7 @@ def _eval(arguments: Sequence[str]) -> int:
 
 
 def _compare(arguments: Sequence[str]) -> int:
-    from oisd.benchmark_table import read_summaries
+    from oisd.evaluate.table import read_summaries
 
     options = list(arguments)
     out = Path("runs/compare")
@@ -166,20 +166,20 @@ def _compare(arguments: Sequence[str]) -> int:
 def _print_benchmarks(runs: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
 
-    from oisd import benchmark_table
+    from oisd.evaluate import table
 
     console = Console()
     if not console.is_terminal:  # a file or a pipe has no width to keep to
         console = Console(width=200)
-    console.print(benchmark_table.rich_table(runs))
-    for line in benchmark_table.notes(runs):
+    console.print(table.rich_table(runs))
+    for line in table.notes(runs):
         console.print(line, markup=False, highlight=False)
-    for path in benchmark_table.write(runs, folder):
+    for path in table.write(runs, folder):
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
 def _lens(arguments: Sequence[str]) -> int:
-    from oisd.look import run_lens
+    from oisd.lens.run import run_lens
 
     model, config = _parse_look(
         arguments, "lens", "The logit lens of every layer; prints the layer to align."
@@ -203,7 +203,7 @@ def _lens(arguments: Sequence[str]) -> int:
 
 
 def _attention(arguments: Sequence[str]) -> int:
-    from oisd.look import run_attention
+    from oisd.lens.run import run_attention
 
     model, config = _parse_look(
         arguments, "attention", "Overlap of every layer's attention with the final layer's."
@@ -221,7 +221,7 @@ def _attention(arguments: Sequence[str]) -> int:
 
 
 def _parse_look(arguments: Sequence[str], command: str, description: str) -> tuple[str, Any]:
-    from oisd.look import LookRun
+    from oisd.lens.run import LookRun
 
     named = bool(arguments) and not arguments[0].startswith("-")
     if not named and not {"-h", "--help"} & set(arguments):
@@ -281,10 +281,10 @@ def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 def _is_explained(error: Exception) -> bool:
     """Whether the message says all that a user needs, so that a traceback would be noise."""
-    from oisd.checkpoint import RunFolderError
     from oisd.data import DataError
     from oisd.models import UnsupportedModelError
     from oisd.rewards import RewardError
+    from oisd.run.folder import RunFolderError
     from oisd.trainer import NonFiniteError
 
     return isinstance(

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from oisd.tables import ConfigError, nearest, of_table, require_device
-from oisd.tables import fields as _fields
-from oisd.tables import require as _require
+from oisd.schema import ConfigError, nearest, of_table, require_device
+from oisd.schema import fields as _fields
+from oisd.schema import require as _require
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from oisd.config import TrainConfig
 from oisd.losses import Metrics
 from oisd.models import Taps, Unembedding
 from oisd.policy import Policy
-from oisd.sampling import row_keys, uniform
+from oisd.rollout.sampling import row_keys, uniform
 from oisd_kernels import linear_logprob
 
 

@@ -42,7 +42,7 @@ from rich.table import Table
 from rich.text import Text
 
 from oisd.config import ConfigError, TrainConfig
-from oisd_kernels.chunks import DEFAULT_BYTES
+from oisd_kernels.lens.chunked.chunks import DEFAULT_BYTES
 
 GIB = 1 << 30
 USABLE = 0.92  # share of a card that is planned with
@@ -131,7 +131,7 @@ def model_shape(path: str) -> Shape:
     path: folder or Hub id, or "arithmetic". Nothing is downloaded. Raises ConfigError.
     """
     if path == "arithmetic":
-        from oisd.arithmetic import arithmetic_model
+        from oisd.data.sums import arithmetic_model
 
         return shape_of(arithmetic_model().config, "the built-in model")
     from transformers import AutoConfig

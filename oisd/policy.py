@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oisd import adapters
-from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.config import ConfigError, ModelConfig
 from oisd.data import check_vocabulary
-from oisd.layout import unwrap
+from oisd.data.sums import arithmetic_model, arithmetic_tokenizer
+from oisd.models.layout import unwrap
 from oisd.rollout import Completions, sample
 
 

@@ -22,23 +22,23 @@ import torch
 from torch import Tensor
 
 from oisd import adapters
-from oisd.advantages import batch_advantages, group_advantages, rloo_advantages
 from oisd.batch import Batch, assemble
-from oisd.checkpoint import RunFolder
 from oisd.config import AlignmentConfig, ConfigError, TrainConfig
 from oisd.data import Example, encode_prompts, load_examples, prompt_indices
-from oisd.engine_choice import EngineChoice, choose_engine
 from oisd.evaluate import Evaluation, evaluate, in_order
-from oisd.learner import Learner, NonFiniteError
 from oisd.losses import Mean, Metrics, add_metrics, frac_zero_std
+from oisd.losses.advantages import batch_advantages, group_advantages, rloo_advantages
 from oisd.models import UnsupportedModelError
 from oisd.objective import Objective, Totals
+from oisd.optimizer import Learner, NonFiniteError
 from oisd.policy import load_policy
-from oisd.processes import Processes
-from oisd.progress import Progress
 from oisd.rewards import MathReward, load_reward
-from oisd.run_summary import summarize
-from oisd.stopwatch import Stopwatch
+from oisd.run.engine_choice import EngineChoice, choose_engine
+from oisd.run.folder import RunFolder
+from oisd.run.processes import Processes
+from oisd.run.progress import Progress
+from oisd.run.stopwatch import Stopwatch
+from oisd.run.summary import summarize
 from oisd.warmup import warm_up
 
 

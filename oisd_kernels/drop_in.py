@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from oisd_kernels import checks
-from oisd_kernels.distillation import check_two_heads, distillation_divergence
+from oisd_kernels.lens.distillation import check_two_heads, distillation_divergence
 
 
 class LigerFusedLinearJSD(torch.nn.Module):

@@ -18,7 +18,7 @@ def one_thread():
 @pytest.fixture(params=[None, 16], ids=["whole", "in-parts"])
 def depth(request, monkeypatch):
     """Products over K in the interpreter's attention kernels: at once, and 16 columns at a time."""
-    from oisd_kernels import attention_tiles  # triton, which not every machine has
+    from oisd_kernels.attention import tiles  # triton, which not every machine has
 
-    tile = attention_tiles.INTERPRETED._replace(depth=request.param)
-    monkeypatch.setattr(attention_tiles, "INTERPRETED", tile)
+    tile = tiles.INTERPRETED._replace(depth=request.param)
+    monkeypatch.setattr(tiles, "INTERPRETED", tile)

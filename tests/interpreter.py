@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
 outside = pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's process")
@@ -20,7 +22,7 @@ def passes_in_the_interpreter(
     pytest.importorskip("triton")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file), *options],
-        cwd=Path(file).parents[1],
+        cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1"} | environment,
         capture_output=True,
         text=True,

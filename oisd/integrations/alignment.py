@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from oisd import losses
 from oisd.config import AlignmentConfig
-from oisd.layout import is_partitioned
 from oisd.losses import Metrics
 from oisd.models import AttentionPair, Taps, pack_padded
+from oisd.models.layout import is_partitioned
 
 
 @dataclass(frozen=True)

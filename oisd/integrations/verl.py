@@ -42,9 +42,9 @@ from torch.distributed.tensor import DTensor
 
 from oisd import losses
 from oisd.config import AlignmentConfig, from_tables
-from oisd.layout import unwrap
 from oisd.losses import Metrics, add_metrics
 from oisd.models import Taps
+from oisd.models.layout import unwrap
 
 VENDOR = "oisd"
 AGGREGATION = "seq-mean-token-mean"

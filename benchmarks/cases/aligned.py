@@ -1,0 +1,114 @@
+"""The backward of a student layer's attention: plain, with the alignment term in it, and beside it.
+
+The forward, and the divergence's own pass over the scores, are not timed here: one backward over a
+graph that is kept. Floor: five matmuls of 2*H*T*T*K for the plain backward, halved by the causal
+mask; the alignment has to form the teacher's scores again, six.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+import oisd_kernels
+from benchmarks.cases import attention as plain
+from benchmarks.cases.case import Bar, Bound, Case, Implementation, Inputs, Result, Run
+from benchmarks.cases.shapes import ATTENTIONS, Attention, thousands
+
+QUICK, FULL = frozenset({"quick", "full"}), frozenset({"full"})
+
+
+def cases(device: str) -> list[Case]:
+    """All of a device: a GPU's."""
+    if device == "cpu":
+        return []
+    found = [case("qwen3-4b", ATTENTIONS["qwen3-4b"], n, device, QUICK | {"gpu"} if n == 8192
+                  else FULL) for n in (8192, 4096, 16384, 32768)]  # fmt: skip
+    return [*found, case("64-wide", ATTENTIONS["64-wide"], 8192, device, FULL)]
+
+
+def case(
+    model: str,
+    shape: Attention,
+    tokens: int,
+    device: str,
+    suites: frozenset[str],
+    dtype: torch.dtype = torch.bfloat16,
+) -> Case:
+    """The backward at a shape."""
+    H, J, K = shape
+    absent = None if hasattr(oisd_kernels, "AttentionAlignment") else "not written yet"
+    made = {
+        "ours: plain": ("plain", "auto"),
+        "ours: with alignment": ("fused", "auto"),
+        "ours: separate": ("separate", "auto"),
+        "ours: cuda plain": ("plain", "cuda"),
+        "ours: cuda with alignment": ("fused", "cuda"),
+    }
+    return Case(
+        name=f"attention_backward/{model}/{thousands(tokens)}",
+        family="attention_backward",
+        device=device,
+        dtype=dtype,
+        shape={"T": tokens, "H": H, "J": J, "K": K},
+        regime="random",
+        inputs=partial(inputs, shape, tokens, device, dtype),
+        truth=truth,
+        implementations=[
+            Implementation(name, partial(backward, kind=kind, impl=impl), absent=absent)
+            for name, (kind, impl) in made.items()
+        ],
+        yardstick=partial(plain.square_matmul, dtype=dtype, device=device),
+        flops=5 * 2.0 * H * tokens**2 / 2 * K,
+        bytes=(4.0 * H + 4 * J) * tokens * K * dtype.itemsize,
+        bound=Bound(1e-2, 2e-2) if dtype == torch.bfloat16 else Bound(1e-5, 1e-4),
+        suites=suites,
+        bars=(Bar("ours: with alignment", "median_s", 1.5, "ours: plain"),),
+        check_inputs=plain.prefix if tokens > plain.CHECKED else None,
+        checked_at=f"T = {plain.CHECKED}" if tokens > plain.CHECKED else "",
+    )
+
+
+def inputs(shape: Attention, tokens: int, device: str, dtype: torch.dtype) -> Inputs:
+    """Of the attention and of the divergence; the upstream gradients are of one size, so that a
+    missing term shows."""
+    attention = plain.inputs(shape, tokens, device, dtype, values=True)
+    divergence = plain.inputs(shape, tokens, device, dtype)
+    both = attention | {name: divergence[name] for name in ("q_teacher", "k_teacher")}
+    both["weights"] = attention["weights"] * 30
+    return both
+
+
+def truth(inputs: Inputs) -> Result:
+    """Gradients of the attention, and of attention and divergence."""
+    attention, divergence = plain.attention_truth(inputs), plain.truth(inputs)
+    found = {f"d_plain_{name}": attention[f"d_{name}"] for name in "qkv"}
+    found |= {f"d_aligned_{name}": attention[f"d_{name}"] + divergence[f"d_{name}"]
+              for name in "qk"}  # fmt: skip
+    return found | {"d_aligned_v": attention["d_v"]}
+
+
+def backward(inputs: Inputs, kind: str, impl: str = "auto") -> Run:
+    """A forward, and the function that runs its backward."""
+    given = q, k, _ = [inputs[name] for name in "qkv"]
+    q_teacher, k_teacher, weights = (inputs[name] for name in ("q_teacher", "k_teacher", "weights"))
+    flash, alignment = oisd_kernels.flash_attention, None  # type: ignore[attr-defined]
+    rows: Tensor | None = None
+    if kind == "fused":
+        alignment = oisd_kernels.AttentionAlignment()  # type: ignore[attr-defined]
+    out, _ = flash(*given, causal=True, alignment=alignment, impl=impl)
+    if alignment is not None:
+        rows = alignment.loss(q_teacher, k_teacher, token_weight=weights)
+    elif kind == "separate":
+        rows = oisd_kernels.attention_divergence(q, k, q_teacher, k_teacher, token_weight=weights)
+    ends = [out] if rows is None else [out, rows.sum()]
+    upstream = [inputs["d_out"]] if rows is None else [inputs["d_out"], torch.ones_like(ends[1])]
+    label = "plain" if kind == "plain" else "aligned"
+
+    def run() -> Result:
+        found = torch.autograd.grad(ends, given, upstream, retain_graph=True)
+        return {f"d_{label}_{name}": g for name, g in zip("qkv", found, strict=True)}
+
+    return run

@@ -1,0 +1,23 @@
+"""What the server that forks memory measurements imports: everything, and nothing is computed."""
+
+import contextlib
+import importlib
+
+import torch
+
+torch.set_num_threads(1)  # a process with threads cannot be forked safely
+
+for module in (
+    "benchmarks.cases.case",
+    "benchmarks.cases.lens",
+    "benchmarks.cases.head",
+    "benchmarks.cases.attention",
+    "benchmarks.cases.aligned",
+    "benchmarks.cases.step",
+    "transformers.models.qwen3.modeling_qwen3",
+    "liger_kernel.chunked_loss.jsd_loss",
+    "trl.kernels.chunked_divergence",
+    "trl.kernels.chunked_logprob",
+):
+    with contextlib.suppress(Exception):
+        importlib.import_module(module)

@@ -1,0 +1,330 @@
+"""`oisd eval`: a model, benchmarks or a data source, a folder that a stopped one goes on from.
+
+Problems are shared out over the processes; whoever finishes one writes it down at once. A restart
+reads what all processes wrote, so their number may change. Samples are a function of (seed,
+problem, sample) alone: the result is that of an evaluation that never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.progress import Progress as Bar
+
+from oisd.config import ConfigError, ModelConfig
+from oisd.data import PAPER_SYSTEM_PROMPT, Example, catalogue, encode_prompts, load_examples
+from oisd.evaluate import Evaluation, evaluate, in_order, read_all
+from oisd.plots import plot_pass_at_k
+from oisd.policy import Policy, load_policy
+from oisd.rewards import RewardFunction, load_reward
+from oisd.run.processes import Processes
+from oisd.schema import option, require, require_device
+
+# A math grader's verdicts are compared with those of the other one, which costs next to nothing.
+SECOND_GRADER = {"math": "boxed_string", "math_verify": "boxed_string", "boxed_string": "math"}
+
+# One process may have all the long completions: the others wait for it, rather than give up.
+PATIENCE = timedelta(days=2)
+
+
+@dataclass(frozen=True)
+class EvalRun:
+    """Settings of an evaluation; the defaults are the paper's protocol."""
+
+    benchmark: tuple[str, ...] = ()
+    """Any of amc23, math500, aime24, aime25, gsm8k, math, each as it is on the Hub, or as
+    name:folder from a copy here. They take the place of --data."""
+    data: str = "arithmetic"
+    """JSONL, JSON or Parquet file, `datasets` folder, Hub id, or "arithmetic:digits=2"."""
+    split: str = "test"
+    subset: str | None = None
+    """Configuration name on the Hub ("main" for GSM8K)."""
+    prompt_field: str | None = None
+    """By default the benchmark's, otherwise "question"; --answer-field alike, "answer"."""
+    answer_field: str | None = None
+    answer_pattern: str | None = None
+    """Regular expression whose one group is the answer within the answer field, or "boxed"."""
+    limit: int | None = None
+    """Evaluate on so many problems, drawn with `seed`."""
+    system_prompt: str | None = None
+    """By default the paper's for benchmarks ("" for none), none for --data."""
+    chat_template: bool | None = None
+    max_prompt_tokens: int = 1024
+    reward: str = "math"
+    """"math" (last \\boxed{} by math-verify), "boxed_string", "exact", or "module:function"."""
+    timeout: float = 5.0
+    """Seconds a grade may take."""
+    samples: int | None = None
+    """Completions per problem, K of Avg@K and n of Pass@K; by default the benchmark's own, 16 or
+    32. The paper's Pass@K takes 300."""
+    max_completion_tokens: int = 8192
+    """The paper's setup: 8192 for Qwen3, 3072 for OctoThinker."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    batch_size: int = 256
+    """Completions generated at once."""
+    engine: Literal["generate", "continuous"] = "generate"
+    """transformers' `generate` or its continuous batching."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    attn_implementation: str = "sdpa"
+    trust_remote_code: bool = False
+    device: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+    output_dir: str | None = None
+    """Folder of the dump, the summary and the plot, or of one such folder for each benchmark; by
+    default under runs/eval."""
+
+    # Which settings may differ when an evaluation goes on: they do not change a result.
+    _free: tuple[str, ...] = field(
+        default=("benchmark", "timeout", "batch_size", "device", "threads", "output_dir"),
+        init=False,
+        repr=False,
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One set of problems of an evaluation, with what the paper's protocol gives it."""
+
+    source: catalogue.Source
+    samples: int
+    system_prompt: str | None
+    folder: Path
+
+
+def run(model: str, config: EvalRun) -> list[dict[str, Any]]:
+    """Evaluate, write the files, and return a summary for each set of problems.
+
+    The summaries are on the first process; others return []. Raises ConfigError for a setting out
+    of its range and where a folder holds an evaluation with other settings, DataError for problems
+    that cannot be used, and what loading the model raises.
+    """
+    check_settings(config)
+    if config.threads:
+        import torch
+
+        torch.set_num_threads(config.threads)
+    jobs = plan_jobs(model, config)
+    processes = Processes(config.device, PATIENCE)
+    graders: list[RewardFunction] = []
+    try:
+        # All of the data first: a benchmark that is not to be had is found before any work, and
+        # leaves no folder behind that would refuse the copy which the message asks for.
+        examples = [_examples(config, job) for job in jobs]
+        graders += _graders(config)
+        if processes.is_first:
+            for job in jobs:
+                _prepare(model, config, job)
+        processes.barrier()
+        policy = None
+        summaries = []
+        for job, problems in zip(jobs, examples, strict=True):
+            done = read_all(job.folder)
+            processes.barrier()  # or a dump would be read while another process adds to it
+            mine = []
+            if any(example.id not in done for example in problems):
+                policy = policy or _load_policy(model, config, processes)
+                mine = _evaluate(policy, problems, config, job, graders, set(done), processes)
+            result = in_order([done.values(), *processes.gather(mine)], problems)
+            if processes.is_first:
+                summaries.append(_write(model, config, job, result))
+        return summaries
+    finally:
+        for grader in graders:
+            grader.close()
+        processes.close()
+
+
+def benchmark_names() -> list[str]:
+    """What `--benchmark` may name."""
+    return [name for name, known in catalogue.DATA_SETS.items() if "test" in known.splits]
+
+
+def check_settings(config: EvalRun) -> None:
+    """Raise ConfigError for a number that cannot be evaluated with."""
+    for name in ("samples", "max_completion_tokens", "max_prompt_tokens", "batch_size", "limit",
+                 "threads"):  # fmt: skip
+        value = getattr(config, name)
+        require(value is None or value >= 1, option(name), "at least 1", value)
+    require(config.seed >= 0, "--seed", "at least 0", config.seed)
+    require(config.temperature >= 0, "--temperature", "at least 0", config.temperature)
+    require(0 < config.top_p <= 1, "--top-p", "above 0 and at most 1", config.top_p)
+    require(config.timeout > 0, "--timeout", "above 0", config.timeout)
+    require_device("--device", config.device)
+
+
+def _graders(config: EvalRun) -> list[RewardFunction]:
+    """The grader, and for mathematics the one that it is compared with."""
+    try:
+        first = load_reward(config.reward, config.timeout)
+    except ValueError as error:
+        raise ConfigError(f"--reward: {error}") from error
+    if config.reward not in SECOND_GRADER:
+        return [first]
+    return [first, load_reward(SECOND_GRADER[config.reward], config.timeout)]
+
+
+def plan_jobs(model: str, config: EvalRun) -> list[Job]:
+    """The sets of problems of an evaluation, each with its own folder.
+
+    Raises ConfigError for a name that is no benchmark, or for one given twice.
+    """
+    name = Path(model).resolve().name if Path(model).exists() else model.replace("/", "--")
+    if not config.benchmark:
+        source = catalogue.resolve(config.data)
+        data = Path(config.data).stem if Path(config.data).exists() else config.data
+        data = source.name or data.replace("/", "--").replace(":", "-")
+        folder = Path(config.output_dir or f"runs/eval/{name}/{data}")
+        return [Job(source, config.samples or 16, config.system_prompt, folder)]
+    if config.data != EvalRun.data:
+        raise ConfigError(f"--benchmark and --data ({config.data!r}) exclude each other")
+    jobs = []
+    for written in config.benchmark:
+        source = catalogue.resolve(written)
+        if source.data_set is None or "test" not in source.data_set.splits:
+            raise ConfigError(
+                f"--benchmark {written!r} is none of {', '.join(benchmark_names())}; for "
+                f"problems of your own pass --data"
+            )
+        jobs.append(
+            Job(
+                source,
+                config.samples or source.data_set.samples,
+                PAPER_SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt,
+                Path(config.output_dir or f"runs/eval/{name}") / source.name,
+            )
+        )
+    if len({job.folder for job in jobs}) < len(jobs):
+        raise ConfigError(f"--benchmark names a set twice: {' '.join(config.benchmark)}")
+    return jobs
+
+
+def _examples(config: EvalRun, job: Job) -> list[Example]:
+    return load_examples(
+        job.source.written,
+        split=config.split,
+        subset=config.subset,
+        prompt_field=config.prompt_field,
+        answer_field=config.answer_field,
+        answer_pattern=config.answer_pattern,
+        limit=config.limit,
+        seed=config.seed,
+    )
+
+
+def _load_policy(model: str, config: EvalRun, processes: Processes) -> Policy:
+    return load_policy(
+        ModelConfig(
+            path=model,
+            dtype=config.dtype,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=config.trust_remote_code,
+        ),
+        seed=config.seed,
+        device=processes.device,
+    )
+
+
+def _evaluate(
+    policy: Policy,
+    examples: Sequence[Example],
+    config: EvalRun,
+    job: Job,
+    graders: Sequence[RewardFunction],
+    done: set[str],
+    processes: Processes,
+) -> list[Any]:
+    """This process's problems of those that nobody has done, without their texts."""
+    prompts = encode_prompts(
+        policy.tokenizer,
+        examples,
+        system_prompt=job.system_prompt,
+        chat_template=config.chat_template,
+        max_prompt_tokens=config.max_prompt_tokens,
+    )
+    own = job.folder / f"problems-{processes.rank}-of-{processes.size}.jsonl"
+    with Bar(disable=not processes.is_first) as bar:
+        left = [example for example in examples if example.id not in done]
+        task = bar.add_task(job.source.title, total=len(processes.share(left)))
+        mine = evaluate(
+            policy,
+            examples,
+            prompts.token_ids,
+            graders[0],
+            samples=job.samples,
+            max_completion_tokens=config.max_completion_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            engine=config.engine,
+            rank=processes.rank,
+            world_size=processes.size,
+            dump=own,
+            second=graders[1] if len(graders) > 1 else None,
+            skip=done,
+            on_progress=lambda count: bar.update(task, completed=count),
+        )
+    return [problem.without_texts() for problem in mine]
+
+
+def _write(model: str, config: EvalRun, job: Job, result: Evaluation) -> dict[str, Any]:
+    """The summary and the plot of one set of problems."""
+    summary: dict[str, Any] = {
+        "model": model,
+        "data": job.source.written,
+        "benchmark": job.source.name or None,
+        "problems_expected": None if config.limit else job.source.rows_of(config.split),
+        "reward": config.reward,
+        **result.summary(),
+        "problem_means": [sum(p.rewards) / len(p.rewards) for p in result.problems],
+        "graders": result.agreement(config.reward, SECOND_GRADER.get(config.reward, "")),
+        "output_dir": str(job.folder),
+    }
+    (job.folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    name = Path(model).name
+    plot_pass_at_k(
+        {name: result.pass_curve()},
+        job.folder / "pass_at_k.png",
+        {name: summary["pass_at_k_interval"]},
+    )
+    return summary
+
+
+def _prepare(model: str, config: EvalRun, job: Job) -> None:
+    """Make the folder, or find that it holds this very evaluation."""
+    settings = {"model": model} | {
+        k: v for k, v in asdict(config).items() if k not in (*config._free, "_free")
+    }
+    settings |= {
+        "data": job.source.written,
+        "samples": job.samples,
+        "system_prompt": job.system_prompt,
+    }
+    file = job.folder / "settings.json"
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        done = read_all(job.folder)  # which mends lines that a kill cut short
+        if file.exists() and done:
+            theirs = json.loads(file.read_text(encoding="utf-8"))
+            # A setting that is younger than the folder had its default then.
+            theirs = {k: getattr(EvalRun, k, None) for k in settings} | theirs
+            changed = [
+                f"{k}: {theirs[k]!r} != {v!r}" for k, v in settings.items() if theirs[k] != v
+            ]
+            if changed:
+                raise ConfigError(
+                    f"{job.folder} holds an evaluation with other settings (there != here): "
+                    f"{'; '.join(changed)}; choose another --output-dir"
+                )
+        file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {str(job.folder)!r} cannot be written: {error.strerror or error}"
+        ) from error

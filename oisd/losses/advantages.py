@@ -1,0 +1,86 @@
+"""Advantages of completions: GRPO's (arXiv 2402.03300), RLOO's, Reinforce++'s."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from oisd.config import AlignmentConfig
+from oisd.losses.metrics import Mean
+
+
+def group_advantages(rewards: Tensor, group_size: int, *, scale_by_std: bool = True) -> Tensor:
+    """GRPO's advantage of each completion against the others for its prompt.
+
+    Args:
+        rewards: [P * group_size], the completions of a prompt next to each other.
+        group_size: completions per prompt, at least 2.
+        scale_by_std: divide by the group's standard deviation (with Bessel's correction, as the
+            reference implementations do); Dr. GRPO (arXiv 2503.20783) does not.
+
+    Returns [P * group_size] float32; exactly 0 throughout a group whose rewards are all equal.
+    Raises ValueError for a size that does not divide the number of rewards.
+    """
+    if group_size < 2 or rewards.dim() != 1 or rewards.numel() % group_size:
+        raise ValueError(
+            "group_advantages: group_size must be at least 2 and divide rewards [P * group_size], "
+            f"got {group_size} for rewards of shape {list(rewards.shape)}"
+        )
+    groups = rewards.float().view(-1, group_size)
+    # The mean of equal numbers may be off by a rounding, and the quotient by the deviation would
+    # blow that up: equality is what decides.
+    equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
+    advantages = groups - groups.mean(dim=1, keepdim=True)
+    if scale_by_std:
+        advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-6)
+    return advantages.masked_fill(equal, 0.0).flatten()
+
+
+def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """RLOO's (arXiv 2402.14740): the reward less the mean of the *other* completions' rewards.
+
+    Arguments, result and errors as of `group_advantages`; G / (G - 1) times what that gives
+    without the standard deviation.
+    """
+    advantages = group_advantages(rewards, group_size, scale_by_std=False)
+    return advantages * (group_size / (group_size - 1))
+
+
+def batch_advantages(
+    rewards: Tensor, lengths: Tensor, batch: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Reinforce++'s (arXiv 2501.03262) for a reward at the end of a completion, undiscounted.
+
+    The reward, the return of each of the completion's tokens, less its mean over all tokens of the
+    batch, over its standard deviation there (with Bessel's correction): no group has a part in it.
+
+    Args:
+        rewards: [B].
+        lengths: [B], tokens of each completion.
+        batch: rewards and lengths of the whole batch, where these are one process's; by default
+            these.
+
+    Returns [B] float32; exactly 0 where all rewards of the batch are equal.
+    """
+    everything, tokens = (rewards, lengths) if batch is None else batch
+    everything, tokens = everything.double(), tokens.double()
+    total = tokens.sum()
+    if total == 0 or bool((everything == everything[0]).all()):
+        return torch.zeros_like(rewards, dtype=torch.float32)
+    mean = (tokens * everything).sum() / total
+    variance = (tokens * (everything - mean) ** 2).sum() / (total - 1).clamp_min(1)
+    return ((rewards.double() - mean) * (variance + 1e-8).rsqrt()).float()
+
+
+def frac_zero_std(rewards: Tensor, group_size: int) -> Mean:
+    """Share of prompts whose completions all earned the same, and so teach nothing."""
+    groups = rewards.view(-1, group_size)
+    equal = (groups == groups[:, :1]).all(dim=1)
+    return Mean.over(equal, torch.ones_like(equal))
+
+
+def clip_advantages(advantages: Tensor, config: AlignmentConfig) -> Tensor:
+    """Abar = clip(A, -c, c), the signed weight of both alignment losses."""
+    if config.advantage_clip is None:
+        return advantages
+    return advantages.clamp(-config.advantage_clip, config.advantage_clip)

@@ -1,0 +1,179 @@
+"""Completions sampled from the policy, by transformers' `generate` or its continuous batching.
+
+Both engines draw the same tokens (`oisd.rollout.sampling`), but for the rounding of the model's
+arithmetic.
+
+Shape letters: B completions, T completion tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from oisd.rollout.sampling import TokenSampler, row_keys
+
+ENGINES = ("generate", "continuous")
+
+
+@dataclass(frozen=True)
+class Completions:
+    """What was sampled: token ids and log-probs, right-padded to [B, T], and lengths [B].
+
+    The end-of-sequence token, where one was sampled, is the last token of its completion.
+    `finished` [B] is false where the limit cut a completion off.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    lengths: Tensor
+    finished: Tensor
+
+    def mask(self) -> Tensor:
+        """[B, T] bool, true at the completion's tokens."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    rows: Sequence[int],
+    *,
+    pad_token_id: int,
+    eos_token_ids: Sequence[int],
+    max_completion_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    step: int = 0,
+    batch_size: int = 256,
+    engine: str = "generate",
+) -> Completions:
+    """Sample one completion for each prompt.
+
+    Args:
+        model: a transformers causal LM.
+        prompts: B lists of token ids, not empty. For several completions of one prompt, repeat it.
+        rows: B numbers that tell the completions apart; with `seed` and `step` they fix the noise.
+        temperature: at least 0; 0 takes the likeliest token.
+        top_p: in (0, 1], nucleus sampling.
+        batch_size: completions generated at once.
+        engine: "generate" or "continuous". Their log-probs differ in the last digits, and so do
+            tokens now and then.
+
+    Returns the completions in the order of `prompts`. Raises ValueError for an engine that is
+    unknown or cannot run this model, RuntimeError where continuous batching failed.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"sample: engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    device = next(model.parameters()).device
+    eos = torch.tensor(list(eos_token_ids), device=device)
+    ids = torch.full((len(prompts), max_completion_tokens), pad_token_id, device=device)
+    logprobs = torch.zeros(ids.shape, device=device)
+    settings = GenerationConfig(
+        max_new_tokens=max_completion_tokens,
+        do_sample=False,  # a logits processor leaves one token to choose from
+        eos_token_id=list(eos_token_ids),
+        pad_token_id=pad_token_id,
+        use_cache=True,
+    )
+    if len(prompts) > 0:
+        run = _continuous if engine == "continuous" else _generate
+        keys = row_keys(rows, seed, step, device)
+        sampler = TokenSampler(temperature, top_p)
+        with _as_for_inference(model, settings):
+            ids, logprobs = run(model, prompts, keys, sampler, settings, batch_size)
+    ended = torch.isin(ids, eos)
+    finished = ended.any(dim=1)
+    lengths = torch.where(finished, ended.int().argmax(dim=1) + 1, max_completion_tokens)
+    longest = int(lengths.max()) if len(prompts) else 0
+    inside = torch.arange(longest, device=device) < lengths[:, None]
+    return Completions(
+        ids[:, :longest].masked_fill(~inside, pad_token_id),
+        logprobs[:, :longest].masked_fill(~inside, 0.0),
+        lengths,
+        finished,
+    )
+
+
+def _generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    keys: Tensor,
+    sampler: TokenSampler,
+    settings: GenerationConfig,
+    batch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Token ids and log-probs, right-padded to [B, max_new_tokens]."""
+    device = keys.device
+    pad: Any = settings.pad_token_id
+    ids = torch.full((len(prompts), int(settings.max_new_tokens or 0)), pad, device=device)
+    logprobs = torch.zeros(ids.shape, device=device)
+    # Of like length, so that little is padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        index = torch.tensor(chosen, device=device)
+        input_ids, attention_mask = left_pad([prompts[i] for i in chosen], pad, device)
+        processor = _NoisyProcessor(sampler, keys[index])
+        output = model.generate(
+            input_ids,
+            attention_mask=attention_mask,
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([processor]),
+        )[:, input_ids.shape[1] :]
+        ids[index, : output.shape[1]] = output
+        logprobs[index, : output.shape[1]] = torch.stack(processor.logprobs, dim=1)
+    return ids, logprobs
+
+
+def _continuous(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from oisd.rollout import continuous
+
+    return continuous.run(*arguments)
+
+
+class _NoisyProcessor(LogitsProcessor):
+    """Samples by itself: returns scores [B, V] that leave the sampled token alone possible."""
+
+    def __init__(self, sampler: TokenSampler, keys: Tensor) -> None:
+        self.sampler, self.keys = sampler, keys
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        positions = torch.full_like(self.keys, len(self.logprobs))
+        token, logprob = self.sampler(scores, self.keys, positions)
+        self.logprobs.append(logprob)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
+
+
+def left_pad(
+    rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask [B, T], the rows' ends aligned as generation needs them."""
+    longest = max(len(row) for row in rows)
+    ids = [[pad_token_id] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+@contextmanager
+def _as_for_inference(model: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Dropout off; the sampling settings that a checkpoint ships (top_k = 20, say) set aside."""
+    training = [module for module in model.modules() if module.training]
+    shipped = model.generation_config
+    model.eval()
+    model.generation_config = settings
+    try:
+        yield
+    finally:
+        model.generation_config = shipped
+        for module in training:
+            module.training = True

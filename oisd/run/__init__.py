@@ -1,0 +1,1 @@
+"""A run on disk and on several processes: folder, progress, summary, engine."""

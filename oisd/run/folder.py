@@ -1,0 +1,213 @@
+"""The folder of a run: metrics, completions, and checkpoints that survive a kill at any moment.
+
+    config.toml  metrics.jsonl  completions/step-N.jsonl  checkpoints/step-N/  tensorboard/  plots/
+    engine.json, where continuous batching was tried
+
+A checkpoint is written beside its final place, its files' digests last, flushed to disk and then
+renamed: a folder named step-N is complete. One whose digests do not match is passed over, with a
+warning, for the one before. Weights are safetensors in Hugging Face's format, or adapters alone in
+PEFT's; the optimizer's and the schedule's state is read with `weights_only=True`, so a checkpoint
+executes nothing.
+
+A run's random numbers and its place in the data are functions of (seed, step), so the step number
+in the checkpoint is all there is to save of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from oisd import adapters
+from oisd.config import TrainConfig, differences, load_recipe, to_tables
+from oisd.run.jsonl import read_rows
+
+# Settings that may change between a run and its continuation: they tell how long and how often,
+# not what is computed.
+_MAY_CHANGE = re.compile(
+    r"run\.(steps|save_every|keep_checkpoints|completions_every|restart|output_dir|device)\b"
+)
+
+
+class RunFolderError(RuntimeError):
+    """The run's folder cannot be used: not writable, full, or of another run."""
+
+
+class RunFolder:
+    """Everything that a run writes. Only the first process of a run writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.metrics_file = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.completions = self.path / "completions"
+        self.plots = self.path / "plots"
+        self.reference = self.path / "reference"
+        self.engine = self.path / "engine.json"
+        self.tensorboard = self.path / "tensorboard"
+
+    def prepare(self, config: TrainConfig) -> None:
+        """Make the folder, or find that it holds this very run.
+
+        Raises RunFolderError where nothing can be written, and where the folder holds the metrics
+        or checkpoints of a run with other settings (names them).
+        """
+        try:
+            if config.run.restart and (self.path / "config.toml").exists():
+                shutil.rmtree(self.path)
+            for folder in (self.path, self.checkpoints, self.completions, self.plots):
+                folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.checkpoints.glob(".writing-*"):
+                shutil.rmtree(leftover)
+            config_file = self.path / "config.toml"
+            # A start that failed before it had anything to show binds nobody to its settings.
+            if config_file.exists() and (self._steps() or self.metrics()):
+                self._refuse_other_run(load_recipe(config_file), config)
+            _write_atomically(config_file, tomli_w.dumps(to_tables(config)))
+        except OSError as error:
+            raise RunFolderError(
+                f"run.output_dir {str(self.path)!r} cannot be written: {error.strerror or error}"
+            ) from error
+
+    def _refuse_other_run(self, theirs: TrainConfig, ours: TrainConfig) -> None:
+        found = differences(theirs, ours)
+        # A cosine ends with the run: another length is another learning rate at every step.
+        cosine = ours.optimizer.schedule == "cosine"
+        changed = [
+            d for d in found if not _MAY_CHANGE.match(d) or (cosine and d.startswith("run.steps"))
+        ]
+        if changed:
+            raise RunFolderError(
+                f"{self.path} holds a run with other settings (there != here):\n  "
+                + "\n  ".join(changed)
+                + "\nContinue it with its own settings, choose another folder by "
+                "--run.output-dir, or delete it and begin anew by --run.restart."
+            )
+
+    def require_space(self, num_bytes: int) -> None:
+        """Raise RunFolderError when the disk has less than `num_bytes` left."""
+        free = shutil.disk_usage(self.path).free
+        if free < num_bytes:
+            raise RunFolderError(
+                f"run.output_dir {str(self.path)!r} has {free / 2**30:.1f} GiB free, but the run's "
+                f"checkpoints need {num_bytes / 2**30:.1f} GiB; choose another folder or lower "
+                "run.keep_checkpoints"
+            )
+
+    def save(self, step: int, model: Any, tokenizer: Any, state: dict[str, Any], keep: int) -> None:
+        """Write checkpoints/step-`step` and delete all but the newest `keep`.
+
+        Raises RunFolderError when the disk is full; earlier checkpoints are untouched then.
+        """
+        final = self.checkpoints / f"step-{step}"
+        writing = self.checkpoints / f".writing-step-{step}"
+        try:
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir()
+            if adapters.is_adapted(model):
+                adapters.save(model, writing)
+            else:
+                model.save_pretrained(writing, safe_serialization=True)
+            tokenizer.save_pretrained(writing)
+            torch.save({**state, "step": step}, writing / "trainer_state.pt")
+            digests = {file.name: _digest(file) for file in sorted(writing.iterdir())}
+            (writing / "digests.json").write_text(json.dumps(digests, indent=1), encoding="utf-8")
+            for file in writing.iterdir():
+                _flush_to_disk(file)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(writing, final)
+            _flush_to_disk(self.checkpoints)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            shutil.rmtree(writing, ignore_errors=True)
+            full = isinstance(error, RuntimeError) or error.errno == errno.ENOSPC
+            raise RunFolderError(
+                f"checkpoint step-{step} could not be written to {self.checkpoints}"
+                f"{' (is the disk full?)' if full else ''}: {error}; earlier checkpoints are "
+                "intact: free some space and run the same command again"
+            ) from error
+        for old in self._steps()[:-keep]:
+            shutil.rmtree(self.checkpoints / f"step-{old}", ignore_errors=True)
+
+    def latest(self) -> Path | None:
+        """The newest intact checkpoint; warns of each damaged one that it passes over."""
+        for step in reversed(self._steps()):
+            folder = self.checkpoints / f"step-{step}"
+            damage = _damage(folder)
+            if damage is None:
+                return folder
+            warnings.warn(f"checkpoint {folder} is damaged ({damage}): passed over", stacklevel=2)
+        return None
+
+    @staticmethod
+    def state(checkpoint: Path) -> dict[str, Any]:
+        """The trainer's state in a checkpoint, on the CPU."""
+        return torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
+
+    def _steps(self) -> list[int]:
+        found = (re.fullmatch(r"step-(\d+)", p.name) for p in self.checkpoints.glob("step-*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def rewind(self, step: int) -> None:
+        """Forget metrics and completions of later steps than `step`, and half-written lines."""
+        rows = [row for row in self.metrics() if row["step"] <= step]
+        _write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
+        for file in self.completions.glob("step-*.jsonl"):
+            if int(file.stem.removeprefix("step-")) > step:
+                file.unlink()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
+        return read_rows(self.metrics_file)[0]
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a row to metrics.jsonl; what is not finite is written as null."""
+        finite = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
+        }
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+
+    def write_completions(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
+        """Write completions/step-`step`.jsonl."""
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        _write_atomically(self.completions / f"step-{step}.jsonl", text)
+
+
+def _damage(folder: Path) -> str | None:
+    try:
+        digests = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
+        wrong = [name for name, digest in digests.items() if _digest(folder / name) != digest]
+    except (OSError, ValueError) as error:
+        return str(error)
+    return f"{wrong[0]} is not what was written" if wrong else None
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _flush_to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

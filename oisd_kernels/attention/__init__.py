@@ -1,0 +1,1 @@
+"""Attention and its divergence: `flash.py` and `divergence.py` hold the public functions."""

@@ -1,0 +1,227 @@
+"""Divergence between the attention maps of a student layer and of the final layer.
+
+    s_ij = cap(scale * <q_i, k_j>)   over the keys j that query i sees
+    q = softmax_j(s) of the student, p = softmax_j(s) of the teacher (detached), per query head
+    loss_i = token_weight_i * mean over heads of divergence(p, q)
+
+cap(s) = c * tanh(s / c) where softcap = c is given, else s. Head h of one layer meets head h of the
+other; within a layer it reads key head h // (H / J). The divergences are those of
+`oisd_kernels.reference`; jsd with beta = 1/2 is eq. 8 to 10 of arXiv 2605.29089.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from oisd_kernels import checks, reference
+from oisd_kernels.attention.attention_pass import attention_pass
+from oisd_kernels.attention.checks import check_cu_seqlens, check_layer, check_masks, choose
+from oisd_kernels.attention.spec import dense_geometry, pack_statistic, packed_geometry
+
+OP = "attention_divergence"
+
+
+def attention_divergence(
+    q: Tensor,
+    k: Tensor,
+    q_teacher: Tensor,
+    k_teacher: Tensor,
+    *,
+    token_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    scale_teacher: float | None = None,
+    divergence: str = "jsd",
+    beta: float = 0.5,
+    key_index: Tensor | None = None,
+    lse: Tensor | None = None,
+    lse_teacher: Tensor | None = None,
+    reduction: str = "none",
+    impl: str = "auto",
+) -> Tensor:
+    """Signed, weighted divergence of a layer's attention from the final layer's, per query.
+
+    Two forms, told apart by the teacher's dimensions: dense (B sequences of T tokens) and packed
+    (N tokens of all sequences in a row). In the dense form every position counts as a key; pack to
+    leave padding out. S student layers against one teacher have one dimension more than it, in
+    front: then its scores are computed once for all of them, and the result is [S, B, T] or [S, N].
+
+    Args:
+        q: [B, T, H, K] or [N, H, K], or S of them in front, the student's queries after rotary
+            embedding. Receives gradient, as `k` does.
+        k: [B, T, J, K] or [N, J, K], or S of them, its keys; J divides H.
+        q_teacher: [B, T, H, K] or [N, H, K]; K may differ from the student's. Receives no gradient.
+        k_teacher: [B, T, J, K] or [N, J, K]; J and K may differ from the student's.
+        token_weight: [B, T] or [N], of all layers or S of them, signed, any float dtype; receives
+            no gradient. Rows of weight 0 are left out: they give 0 and pass no gradient on, even if
+            they hold NaN.
+        cu_seqlens: packed form only, int32 or int64 [number of sequences + 1], from 0 to N, never
+            falling. None: one sequence. Its values are checked on the CPU only.
+        causal: query i sees keys j <= i.
+        window: i - window < j <= i if causal, |i - j| < window if not; at least 1. Where the two
+            layers have different windows pass the smaller: both distributions are then over the
+            keys that both layers see.
+        softcap: c of c * tanh(scores / c) in both layers, above 0, applied after the scale.
+        scale: multiplies the scores. None: K ** -0.5, each layer's own K.
+        scale_teacher: the teacher's. None: as `scale`.
+        divergence: "jsd", "forward_kl" = KL(teacher||student), "reverse_kl" = KL(student||teacher).
+        beta: the teacher's share of the mixture of "jsd", in (0, 1).
+        key_index: int64 [B, T, M] or [N, M], for each query the positions of its sampled keys
+            within its own sequence; -1 is an empty slot. Keys that the masks hide are left out,
+            duplicates count once, and both distributions are renormalised over the rest. A query
+            left without a key gives 0 and no gradient. Its values are checked on the CPU only.
+        lse, lse_teacher: [B, H, T] or [H, N] (FlashAttention's layout; S of `lse` where there are
+            layers), logsumexp of the scaled and capped scores over the visible keys, where the
+            attention forward has them. They save a pass each and must agree with the scores:
+            "reference" checks their shape and ignores them. They receive no gradient.
+        reduction: "none"; "sum"; "mean", which divides by the number of rows of weight other than 0
+            (the result is 0 if there is none).
+        impl: "torch" (blocks of scores, any device; asks the device for lengths and kept rows),
+            "triton" (kernels on a GPU, or under TRITON_INTERPRET=1; K at most 256), "reference"
+            (maps in memory, plain autograd, which alone can be differentiated twice). "auto" is
+            "triton" on a GPU and "torch" elsewhere. "cuda": the kernels of csrc/, never "auto" yet;
+            bf16 and fp16 at K of 64 and 128, without key_index, docs/csrc.md.
+
+    Returns:
+        token_weight * divergence in nats, mean over heads, [B, T] or [N], with S in front
+        where there are layers, or a scalar. float32;
+        float64 if q, k or the teacher's is.
+
+    All float dtypes may be mixed; the computation is in the dtype of the result, autocast or not.
+
+    Raises:
+        ValueError: a shape, dtype, device or value is not as above, or lse comes with key_index
+            (it covers all keys).
+
+    Source: arXiv 2605.29089, eq. 8 to 10; the weight is its clipped advantage.
+    """
+    checks.check_dims(OP, "q_teacher", q_teacher, {3: "[N, H, K]", 4: "[B, T, H, K]"})
+    packed = q_teacher.dim() == 3
+    letters = "N" if packed else "B, T"
+    stacked = f"[S, {letters}, H, K]"
+    forms = {q_teacher.dim(): f"[{letters}, H, K]", q_teacher.dim() + 1: stacked}
+    checks.check_dims(OP, "q", q, forms)
+    layers = list(q.shape[: q.dim() - q_teacher.dim()])  # [] or [S]
+    *rows, heads, _ = q.shape[len(layers) :]
+    device = q.device
+    if layers == [0]:
+        raise checks.argument_error(OP, "q", "have at least one layer", list(q.shape))
+    in_front = f"S, {letters}" if layers else letters
+    check_layer(OP, q, k, "", in_front, [*layers, *rows], heads, device)
+    check_layer(OP, q_teacher, k_teacher, "_teacher", letters, rows, heads, device)
+    if token_weight is not None:
+        own = layers if isinstance(token_weight, Tensor) and token_weight.dim() > len(rows) else []
+        layout = f"[{in_front if own else letters}]"
+        sizes = [*own, *rows]
+        checks.check_tensor(OP, "token_weight", token_weight, layout, sizes, device=device)
+    if cu_seqlens is not None:
+        check_cu_seqlens(OP, cu_seqlens, rows, q)
+    check_masks(OP, causal, window, softcap)
+    checks.check_positive(OP, "scale", scale, optional=True)
+    checks.check_positive(OP, "scale_teacher", scale_teacher, optional=True)
+    checks.check_divergence(OP, divergence, beta)
+    if key_index is not None:
+        _check_key_index(key_index, letters, rows, cu_seqlens, q)
+    layout, sizes = ("H, N", (heads, *rows)) if packed else ("B, H, T", (rows[0], heads, rows[1]))
+    for name, x, own in (("lse", lse, layers), ("lse_teacher", lse_teacher, [])):
+        if x is not None and key_index is not None:
+            remedy = "it covers all keys, key_index only some: pass one of them"
+            raise checks.argument_error(OP, name, "be None beside key_index", "a tensor", remedy)
+        if x is not None:
+            shape = f"[{'S, ' if own else ''}{layout}]"
+            checks.check_tensor(OP, name, x, shape, [*own, *sizes], device=device)
+    checks.check_choice(OP, "reduction", reduction, checks.REDUCTIONS)
+    chosen = choose(OP, impl, [q, q_teacher], softcap, sampled=key_index is not None)
+    options = _Options(
+        token_weight, cu_seqlens, causal, window, softcap, scale, scale_teacher, divergence, beta,
+        key_index, lse, lse_teacher, reduction,
+    )  # fmt: skip
+    if chosen == "reference":
+        options = options._asdict()
+        return reference.attention_divergence(q, k, q_teacher, k_teacher, **options)
+    return _fused(q, k, q_teacher, k_teacher, options, chosen)
+
+
+class _Options(NamedTuple):
+    token_weight: Tensor | None
+    cu_seqlens: Tensor | None
+    causal: bool
+    window: int | None
+    softcap: float | None
+    scale: float | None
+    scale_teacher: float | None
+    divergence: str
+    beta: float
+    key_index: Tensor | None
+    lse: Tensor | None
+    lse_teacher: Tensor | None
+    reduction: str
+
+
+def _fused(
+    q: Tensor, k: Tensor, q_teacher: Tensor, k_teacher: Tensor, options: _Options, impl: str
+) -> Tensor:
+    """Everything packed, one layer as S = 1, and back."""
+    stacked = q.dim() > q_teacher.dim()
+    rows = q.shape[:-2]  # with S in front, if there are layers
+    dense = q_teacher.dim() == 4
+    if not stacked:
+        q, k = q[None], k[None]
+    scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
+    scale_teacher = options.scale if options.scale_teacher is None else options.scale_teacher
+    if scale_teacher is None:
+        scale_teacher = q_teacher.shape[-1] ** -0.5
+    lse, lse_teacher = options.lse, options.lse_teacher
+    if lse is not None and not stacked:
+        lse = lse[None]
+    masks = options.causal, options.window, options.softcap
+    if dense:
+        geometry = dense_geometry(q, q_teacher.shape[0], q_teacher.shape[1], *masks)
+        lse = None if lse is None else pack_statistic(lse)
+        lse_teacher = None if lse_teacher is None else pack_statistic(lse_teacher)
+        q, k = q.flatten(1, 2), k.flatten(1, 2)
+        q_teacher, k_teacher = q_teacher.flatten(0, 1), k_teacher.flatten(0, 1)
+    else:
+        geometry = packed_geometry(q, len(q_teacher), options.cu_seqlens, *masks)
+    weight, key_index = options.token_weight, options.key_index
+    if weight is not None:
+        weight = weight.detach().expand(rows).reshape(q.shape[:2])
+    loss = attention_pass(
+        q, k, q_teacher.detach(), k_teacher.detach(), weight, geometry.cu_seqlens,
+        None if key_index is None else key_index.flatten(0, -2), _detached(lse),
+        _detached(lse_teacher), geometry.max_length, *masks, float(scale), float(scale_teacher),
+        options.divergence, float(options.beta), impl,
+    )[0].view(rows)  # fmt: skip
+    if options.reduction == "none":
+        return loss
+    if options.reduction == "sum":
+        return loss.sum()
+    count = loss.numel() if weight is None else (weight != 0).sum()
+    return loss.sum() / torch.as_tensor(count, device=loss.device).clamp_min(1)
+
+
+def _detached(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
+
+
+def _check_key_index(
+    key_index: Tensor, letters: str, rows: list[int], cu_seqlens: Tensor | None, q: Tensor
+) -> None:
+    checks.check_tensor(
+        OP,
+        "key_index",
+        key_index,
+        f"[{letters}, M]",
+        (*rows, None),
+        dtypes=checks.INDEX_DTYPES,
+        device=q.device,
+    )
+    length: int | Tensor = rows[-1]
+    if cu_seqlens is not None and cu_seqlens.device.type == "cpu":
+        length = cu_seqlens.diff().repeat_interleave(cu_seqlens.diff())[:, None]
+    remedy = "positions count from 0 within the query's own sequence, -1 is an empty slot"
+    checks.check_values(OP, "key_index", key_index, -1, length, remedy)

@@ -1,0 +1,153 @@
+"""The attention divergence over sampled keys, renormalised over them, in torch.
+
+`attention_sampled_triton` is the same in Triton.
+
+Rows are taken in blocks, each with its own keys gathered; a row's M scores are in memory at once,
+so that nothing need be kept for the backward. Of the M slots of a row those count that are not -1,
+not hidden by the masks and not a duplicate. Matmuls are float32 (float64 where an input is). The
+gradient to the keys is a sum by `index_add_`: deterministic on a CPU, on a GPU only under
+`torch.use_deterministic_algorithms`.
+
+Letters: N tokens, H query heads, J key heads, K head dimension, M slots, R rows of a block.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from oisd_kernels.attention.attention_rows import Scratch, compute_dtype, row_sums, score_pull
+from oisd_kernels.attention.spec import Geometry
+
+# Elements of a block's gathered keys.
+BLOCK = 1 << 19
+
+
+class SampledTeacher(NamedTuple):
+    q: Tensor  # [N, H, Kt]
+    k: Tensor  # [N, Jt, Kt]
+    scale: float
+
+
+def sampled_divergence(
+    q: Sequence[Tensor],  # S of [N, H, K]
+    k: Sequence[Tensor],
+    scale: float,
+    teacher: SampledTeacher,
+    key_index: Tensor,  # [N, M]
+    keep: Tensor | None,  # [N] bool
+    divergence: str,
+    beta: float,
+    geometry: Geometry,
+) -> Tensor:
+    """Mean over heads [S, N]; 0 where not kept and where no key is left."""
+    compute = compute_dtype(*q, *k, teacher.q, teacher.k)
+    value = teacher.q.new_zeros(len(q), len(key_index), dtype=compute)
+    scratch = Scratch(compute, value.device)
+    size = max(x.shape[-2] * x.shape[-1] for x in (*k, teacher.k))
+    for block in _blocks(key_index, keep, geometry, size):
+        lp = block.log_probabilities(*teacher, geometry.softcap, compute)
+        p = lp.exp()
+        for s, one in enumerate(zip(q, k, strict=True)):
+            lq = block.log_probabilities(*one, scale, geometry.softcap, compute)
+            total, _ = row_sums(lp, lq, p, scratch, divergence, beta)
+            value[s, block.rows] = total[..., 0].mean(1)
+    return value
+
+
+def sampled_backward(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    teacher: SampledTeacher,
+    key_index: Tensor,
+    row_weight: Tensor,  # [N]: upstream gradient times token weight, divided by H
+    divergence: str,
+    beta: float,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor]:
+    """dq, dk."""
+    compute = compute_dtype(q, k, teacher.q, teacher.k)
+    dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    dk = torch.zeros(k.shape, dtype=compute, device=k.device)
+    scratch = Scratch(compute, k.device)
+    size = max(k.shape[-2] * k.shape[-1], teacher.k.shape[-2] * teacher.k.shape[-1])
+    for block in _blocks(key_index, row_weight != 0, geometry, size):
+        lp = block.log_probabilities(*teacher, geometry.softcap, compute)
+        lq = block.log_probabilities(q, k, scale, geometry.softcap, compute)
+        q_ = lq.exp()
+        weight = row_weight.to(compute)[block.rows, None, None]
+        _, statistic = row_sums(lp, lq.clone(), lp.exp(), scratch, divergence, beta)
+        pulled = score_pull(lp, lq, weight, statistic, scratch, divergence, beta)
+        d = q_ * weight - pulled if divergence == "forward_kl" else pulled.mul_(q_)
+        queries, keys = block.gather(q, k, compute)
+        if geometry.softcap is not None:
+            scores = block.scores(queries, keys, scale, geometry.softcap)
+            d.mul_(1 - (scores / geometry.softcap).square())
+        d = d.mul_(scale).view(*queries.shape[:3], -1)  # [R, J, H/J, M]
+        dq[block.rows] = (d @ keys).flatten(1, 2).to(dq.dtype)
+        d_keys = (d.mT @ queries).transpose(1, 2)  # [R, M, J, K]
+        # A key that no row sees may hold NaN, but what it is given is 0.
+        dk.index_add_(0, block.keys.flatten(), d_keys.flatten(0, 1))
+    return dq, dk.to(k.dtype)
+
+
+class _Block(NamedTuple):
+    rows: Tensor  # [R], into N
+    keys: Tensor  # [R, M], into N
+    hidden: Tensor  # [R, M]: slots that do not count
+
+    def gather(self, q: Tensor, k: Tensor, compute: torch.dtype) -> tuple[Tensor, Tensor]:
+        """queries [R, J, H/J, K], keys [R, J, M, K], which are 0 where they do not count."""
+        keys = k.index_select(0, self.keys.flatten()).to(compute)
+        keys = keys.view(*self.keys.shape, *k.shape[1:])
+        keys = keys.masked_fill_(self.hidden[..., None, None], 0).transpose(1, 2)
+        queries = q.index_select(0, self.rows).to(compute)
+        return queries.unflatten(1, (k.shape[1], -1)), keys
+
+    def scores(self, queries: Tensor, keys: Tensor, scale: float, softcap: float | None) -> Tensor:
+        """[R, H, M], scaled and capped."""
+        scores = (queries @ keys.mT).mul_(scale).flatten(1, 2)
+        return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
+
+    def log_probabilities(
+        self, q: Tensor, k: Tensor, scale: float, softcap: float | None, compute: torch.dtype
+    ) -> Tensor:
+        """[R, H, M]; slots that do not count hold the lowest finite number."""
+        lowest = torch.finfo(compute).min
+        hidden = self.hidden[:, None]
+        scores = self.scores(*self.gather(q, k, compute), scale, softcap)
+        scores.masked_fill_(hidden, lowest)
+        scores.sub_(scores.amax(-1, keepdim=True))
+        scores.sub_(scores.logsumexp(-1, keepdim=True)).clamp_min_(lowest)
+        return scores.masked_fill_(hidden, lowest)
+
+
+def _blocks(
+    key_index: Tensor, keep: Tensor | None, geometry: Geometry, size: int
+) -> Iterator[_Block]:
+    """Blocks of the rows that are kept and have a key; `size` elements has a key at most."""
+    tokens, slots = key_index.shape
+    if tokens == 0 or slots == 0:
+        return
+    rows = torch.arange(tokens, device=key_index.device) if keep is None else keep.nonzero()[:, 0]
+    for part in rows.split(max(BLOCK // (slots * size), 1)):
+        index, hidden = slots_of(key_index, part, geometry)
+        seeing = ~hidden.all(1)
+        if seeing.any():
+            yield _Block(part[seeing], index[seeing], hidden[seeing])
+
+
+def slots_of(key_index: Tensor, rows: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Tokens of the slots of some rows [R, M], in order, and which do not count: then any token."""
+    cu_seqlens = geometry.cu_seqlens.long()
+    start = cu_seqlens[torch.searchsorted(cu_seqlens[1:].contiguous(), rows, right=True)]
+    slot = key_index[rows].sort(1).values
+    hidden = (slot < 0) | torch.cat([slot[:, :1] < 0, slot[:, 1:] == slot[:, :-1]], 1)
+    ahead = slot - (rows - start)[:, None]
+    if geometry.causal:
+        hidden |= ahead > 0
+    if geometry.window is not None:
+        hidden |= ahead.abs() >= geometry.window
+    return torch.where(hidden, rows[:, None], start[:, None] + slot), hidden

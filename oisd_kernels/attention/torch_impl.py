@@ -1,0 +1,355 @@
+"""Attention, its divergence and both their gradients in blocks, in torch: for CPUs above all.
+
+The twin of the Triton launches: the same functions, the same results, in plain tensor operations on
+blocks of queries x keys, never a map of a whole sequence. The gradient to the scores is
+P * (dP - delta + E), delta = <out, d_out> - d_lse, where E is the divergence's (`attention_rows`);
+with a softcap c it is multiplied by 1 - tanh(scores / c)^2. Matmuls are float32 (float64 where an
+input is), whatever the inputs' dtype. Asks the device for the sequences' lengths and for the rows
+that are kept. Deterministic.
+
+Letters: N tokens, H query heads, J key heads, K head dimension, S student layers; those of a block
+as in `attention_blocks`.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from oisd_kernels.attention.attention_rows import Scratch, compute_dtype, row_sums, score_pull
+from oisd_kernels.attention.spec import Alignment, Geometry, Teacher
+from oisd_kernels.attention.torch_blocks import Block, Group, Tile, groups
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out [N, H, K] in q's dtype and lse [H, N]; a row without keys has 0 and -inf."""
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    return out, _softmax_pass(q, k, v, out, geometry, scale)
+
+
+def logsumexp(
+    q: Tensor, k: Tensor, geometry: Geometry, scale: float, keep: Tensor | None = None
+) -> Tensor:
+    """lse [H, N] of the scaled and capped scores of the visible keys.
+
+    keep: [N] bool, the rows that are wanted; the others hold -inf.
+    """
+    return _softmax_pass(q, k, None, None, geometry, scale, keep)
+
+
+def statistics(
+    q: Tensor,  # [N, H, K] or [S, N, H, K]
+    k: Tensor,  # [N, J, K] or [S, N, J, K]
+    lse: Tensor,  # [H, N] or [S, H, N]
+    scale: float,
+    teacher: Teacher,
+    keep: Tensor | None,  # [N] bool
+    divergence: str,
+    beta: float,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor]:
+    """Mean over heads of the divergence [N] (0 where not kept), and the statistic [H, N].
+
+    With S layers both have S in front, and a block of the teacher's scores serves all of them. The
+    statistic is the `Alignment`'s.
+    """
+    if q.dim() == 3:
+        value, statistic = statistics(
+            q[None], k[None], lse[None], scale, teacher, keep, divergence, beta, geometry
+        )
+        return value[0], statistic[0]
+    tokens, heads, _ = teacher.q.shape
+    compute = compute_dtype(q, k, teacher.q, teacher.k)
+    value = teacher.q.new_zeros(len(q), tokens, dtype=compute)
+    has_statistic = divergence != "forward_kl"
+    statistic = value.new_zeros((len(q), heads, tokens) if has_statistic else (len(q), 0, 0))
+    scratch = Scratch(compute, value.device)
+    for group in groups(geometry, heads):
+        kept = None if keep is None else keep[group.index] & group.exists
+        if kept is not None and not kept.any():
+            continue
+        keys = [group.gather(x, None, compute) for x in (*k, teacher.k)]
+        for tile in group.rows(kept).tiles():
+            layers = [
+                _Layer(tile, *one, scale, compute) for one in zip(q, keys[:-1], lse, strict=True)
+            ]
+            other = _Layer(tile, teacher.q, keys[-1], teacher.lse, teacher.scale, compute)
+            sums = [_Sums() for _ in layers]
+            for block in tile.blocks():
+                lp = other.log_probabilities(block, scratch, "lp")
+                p = torch.exp(lp, out=scratch("p", lp.shape))
+                for layer, total in zip(layers, sums, strict=True):
+                    lq = layer.log_probabilities(block, scratch, "lq")
+                    total.add(*row_sums(lp, lq, p, scratch, divergence, beta))
+            for s, total in enumerate(sums):
+                if has_statistic:
+                    tile.put_statistic(statistic[s], total.statistic)
+                tile.put_row(value[s], total.value.mean(1, keepdim=True))
+    return value, statistic
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    geometry: Geometry,
+    scale: float,
+    lse: Tensor,
+    *,
+    v: Tensor | None = None,
+    out: Tensor | None = None,
+    d_out: Tensor | None = None,
+    d_lse: Tensor | None = None,
+    alignment: Alignment | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dq, dk, dv of attention (given v, out, d_out), of its divergence (alignment), or of both.
+
+    P is computed once for both. dv is None without v.
+    """
+    compute = compute_dtype(q, k, v, d_out)
+    dq, dk = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k))
+    dv = None if v is None else torch.zeros_like(v, memory_format=torch.contiguous_format)
+    scratch = Scratch(compute, q.device)
+    delta = None
+    if v is not None:
+        assert out is not None and d_out is not None
+        delta = (out.to(compute) * d_out.to(compute)).sum(-1).T  # [H, N]
+        delta = delta if d_lse is None else delta - d_lse
+    keep = None if alignment is None else alignment.row_weight != 0
+    for group in groups(geometry, q.shape[1]):
+        kept = None if keep is None else keep[group.index] & group.exists
+        aligned = kept is not None and bool(kept.any())
+        if v is None and not aligned:
+            continue
+        # A key that no kept row sees may hold NaN, and 0 * NaN would reach its neighbours.
+        seen = group.seen(kept) if kept is not None and aligned else None
+        keys = group.gather(k, seen if v is None else None, compute)
+        values = None if v is None else group.gather(v, None, compute)
+        other = None
+        if alignment is not None and aligned:
+            other = group.gather(alignment.teacher.k, seen, compute)
+        d_keys = torch.zeros_like(keys)
+        d_values = None if values is None else torch.zeros_like(values)
+        for tile in group.rows(kept if v is None else None).tiles():
+            layer = _Layer(tile, q, keys, lse, scale, compute)
+            plain = None
+            if values is not None and d_values is not None:
+                assert d_out is not None and delta is not None
+                plain = _Plain(tile, values, d_values, d_out, delta, compute)
+            pull = None
+            if alignment is not None and other is not None:
+                pull = _Pull(tile, alignment, other, compute)
+            d_tile = _tile_gradient(tile, layer, d_keys, plain, pull, scratch)
+            tile.put(dq, d_tile.mul_(scale))
+        _put_keys(group, dk, d_keys)
+        if dv is not None and d_values is not None:
+            _put_keys(group, dv, d_values)
+    return dq, dk, dv
+
+
+class _Layer:
+    """A tile's queries of one layer, its keys, and their scores."""
+
+    def __init__(
+        self,
+        tile: Tile,
+        q: Tensor,
+        keys: Tensor,  # [B, J, T, K]
+        lse: Tensor | None,
+        scale: float,
+        compute: torch.dtype,
+        keep: Tensor | None = None,  # [B, r]
+    ):
+        self.softcap = tile.group.geometry.softcap
+        self.heads, self.keys = q.shape[1], keys
+        self.q = tile.take(q, compute, keep).mul_(scale)  # [B, H, r, K]
+        self.lse = None if lse is None else tile.take_statistic(lse, compute, keep)
+        self.lowest = torch.finfo(compute).min
+
+    def scores(self, block: Block, scratch: Scratch, name: str) -> Tensor:
+        """[B, H, r, c], scaled and capped; masked ones as they come."""
+        out = scratch(name, (*self.q.shape[:-1], block.keys.stop - block.keys.start))
+        torch.bmm(_by_key_head(self.q, self.keys), _flat(self.keys, block).mT, out=_like(out, self))
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+        return out
+
+    def log_probabilities(self, block: Block, scratch: Scratch, name: str) -> Tensor:
+        """As `scores`, less logsumexp; -inf and masked ones are the lowest finite number."""
+        assert self.lse is not None
+        out = self.scores(block, scratch, name).sub_(self.lse).clamp_min_(self.lowest)
+        return out if block.hidden is None else out.masked_fill_(block.hidden, self.lowest)
+
+
+def _by_key_head(x: Tensor, keys: Tensor) -> Tensor:
+    """x [B, H, r, K] -> [B*J, H/J*r, K]: the rows that read the same key head, one matmul's."""
+    return x.reshape(keys.shape[0] * keys.shape[1], -1, x.shape[-1])
+
+
+def _flat(keys: Tensor, block: Block) -> Tensor:
+    """keys [B, J, T, K] -> a block's [B*J, c, K]."""
+    return keys.flatten(0, 1)[:, block.keys]
+
+
+def _like(x: Tensor, layer: _Layer) -> Tensor:
+    return _by_key_head(x, layer.keys)
+
+
+class _Sums:
+    value: Tensor
+    statistic: Tensor
+
+    def add(self, value: Tensor, statistic: Tensor) -> None:
+        if hasattr(self, "value"):
+            self.value, self.statistic = self.value + value, self.statistic + statistic
+        else:
+            self.value, self.statistic = value, statistic
+
+
+class _Plain:
+    """What attention's own gradient needs of a tile."""
+
+    def __init__(
+        self,
+        tile: Tile,
+        values: Tensor,
+        d_values: Tensor,
+        d_out: Tensor,
+        delta: Tensor,
+        compute: torch.dtype,
+    ):
+        self.values, self.d_values = values, d_values
+        self.d_out = tile.take(d_out, compute)
+        self.delta = tile.take_statistic(delta, compute)
+
+    def add_to_values(self, p: Tensor, block: Block) -> None:
+        d_out = _by_key_head(self.d_out, self.values)
+        _flat(self.d_values, block).baddbmm_(_by_key_head(p, self.values).mT, d_out)
+
+    def gradient(self, block: Block, out: Tensor) -> Tensor:
+        """dP - delta."""
+        d_out = _by_key_head(self.d_out, self.values)
+        torch.bmm(d_out, _flat(self.values, block).mT, out=_by_key_head(out, self.values))
+        return out.sub_(self.delta)
+
+
+class _Pull:
+    """What the divergence's gradient needs of a tile; rows of weight 0 hold 0."""
+
+    def __init__(self, tile: Tile, alignment: Alignment, keys: Tensor, compute: torch.dtype):
+        self.divergence, self.beta = alignment.divergence, alignment.beta
+        keep = alignment.row_weight[tile.index] != 0
+        self.any = bool(keep.any())
+        if not self.any:
+            return
+        teacher = alignment.teacher
+        self.layer = _Layer(tile, teacher.q, keys, teacher.lse, teacher.scale, compute, keep)
+        self.weight = tile.take_row(alignment.row_weight.to(compute), keep)
+        self.statistic = None
+        if self.divergence != "forward_kl":
+            self.statistic = tile.take_statistic(alignment.statistic, compute, keep)
+
+    def gradient(self, lq: Tensor, block: Block, scratch: Scratch) -> Tensor:
+        """`score_pull` of a block."""
+        lp = self.layer.log_probabilities(block, scratch, "lp")
+        return score_pull(lp, lq, self.weight, self.statistic, scratch, self.divergence, self.beta)
+
+
+def _tile_gradient(
+    tile: Tile,
+    layer: _Layer,
+    d_keys: Tensor,  # [B, J, T, K], added to
+    plain: _Plain | None,
+    pull: _Pull | None,
+    scratch: Scratch,
+) -> Tensor:
+    """Gradient to the tile's queries, still to be multiplied by the scale."""
+    d_tile = torch.zeros_like(layer.q)
+    d_rows, q_rows = _by_key_head(d_tile, layer.keys), _by_key_head(layer.q, layer.keys)
+    pull = pull if pull is not None and pull.any else None
+    if plain is None and pull is None:
+        return d_tile
+    for block in tile.blocks():
+        lq = layer.log_probabilities(block, scratch, "lq")
+        p = torch.exp(lq, out=scratch("p", lq.shape))
+        if plain is not None:
+            plain.add_to_values(p, block)
+        d = _score_gradient(lq, p, block, plain, pull, scratch)
+        if layer.softcap is not None:
+            # A masked score is the lowest number, whose slope would be infinite; d is 0 there.
+            assert layer.lse is not None
+            capped = lq.add_(layer.lse).clamp_min_(-layer.softcap)
+            d.mul_(capped.div_(layer.softcap).square_().neg_().add_(1))
+        d = _by_key_head(d, layer.keys)
+        d_rows.baddbmm_(d, _flat(layer.keys, block))
+        _flat(d_keys, block).baddbmm_(d.mT, q_rows)
+    return d_tile
+
+
+def _score_gradient(
+    lq: Tensor,
+    p: Tensor,
+    block: Block,
+    plain: _Plain | None,
+    pull: _Pull | None,
+    scratch: Scratch,
+) -> Tensor:
+    """dS of a block, before the softcap's slope."""
+    d = None if plain is None else plain.gradient(block, scratch("d", p.shape))
+    if pull is None:
+        assert d is not None
+        return d.mul_(p)
+    pulled = pull.gradient(lq, block, scratch)
+    if pull.divergence == "forward_kl":
+        d = pull.weight if d is None else d.add_(pull.weight)
+        return torch.mul(p, d, out=scratch("d", p.shape)).sub_(pulled)
+    return (pulled if d is None else d.add_(pulled)).mul_(p)
+
+
+def _softmax_pass(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    out: Tensor | None,
+    geometry: Geometry,
+    scale: float,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """lse [H, N]; fills `out` where there are values."""
+    compute = compute_dtype(q, k, v)
+    lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=compute)
+    scratch = Scratch(compute, q.device)
+    for group in groups(geometry, q.shape[1]):
+        kept = None if keep is None else keep[group.index] & group.exists
+        keys = group.gather(k, None, compute)
+        values = None if v is None else group.gather(v, None, compute)
+        for tile in group.rows(kept).tiles():
+            layer = _Layer(tile, q, keys, None, scale, compute)
+            largest = torch.full_like(layer.q[..., :1], layer.lowest)
+            total, mixed = torch.zeros_like(largest), torch.zeros_like(layer.q)
+            for block in tile.blocks():
+                s = layer.scores(block, scratch, "lq")
+                if block.hidden is not None:
+                    s.masked_fill_(block.hidden, -math.inf)
+                new = torch.maximum(largest, s.amax(-1, keepdim=True))
+                s.sub_(new).exp_()
+                shrink = largest.sub_(new).exp_()
+                total.mul_(shrink).add_(s.sum(-1, keepdim=True))
+                largest = new
+                if values is not None:
+                    rows = _by_key_head(mixed.mul_(shrink), values)
+                    rows.baddbmm_(_by_key_head(s, values), _flat(values, block))
+            tile.put_statistic(lse, largest + total.log())
+            if out is not None:
+                tile.put(out, mixed.div_(total).masked_fill_(total == 0, 0))
+    return lse
+
+
+def _put_keys(group: Group, x: Tensor, values: Tensor) -> None:
+    """values [B, J, T, K] to their rows of x [N, J, K]."""
+    values = values.transpose(1, 2)
+    if group.size == 1:
+        x[group.start : group.start + group.length] = values[0].to(x.dtype)
+    else:
+        x[group.index[group.exists]] = values[group.exists].to(x.dtype)

@@ -1,0 +1,1 @@
+"""Operations on the unembedding, a file each; `chunked/` and `tiled/` after `impl=`."""

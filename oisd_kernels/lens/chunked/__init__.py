@@ -1,0 +1,1 @@
+"""A chunk of tokens at a time, its logits in memory."""

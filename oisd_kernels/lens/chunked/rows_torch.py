@@ -1,0 +1,295 @@
+"""Row arithmetic of a chunk in place, in torch: `rows_triton` for machines without a GPU.
+
+Rows are taken a few at a time, such that the scratch stays in the processor's cache, and student
+rows of one token together, so that the teacher's exponentials are taken once. The formulas
+are those of `reference`, whose docstring names the letters; the gradient of the JSD is taken in its
+centred form, `-(1-beta) * q * (s - <q,s>)` with `s = softplus(D + log(beta/(1-beta)))`.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from oisd_kernels.lens.chunked.chunks import SCRATCH_ROWS, tile_rows
+
+BLOCK = 128  # entries of a row whose maximum is taken at once where its place is wanted
+
+
+class RowMath(NamedTuple):
+    """What is done to a row, for `rows_triton` as well."""
+
+    divergence: str
+    beta: float
+    temperature: float
+    softcap: float | None
+
+
+class FinalRows(NamedTuple):
+    """Statistics of the final layer's rows, each [C]."""
+
+    logsumexp: Tensor
+    entropy: Tensor
+    top1: Tensor
+    logprob: Tensor  # of the labels; empty without them
+    top_logprob: Tensor  # of the likeliest token
+
+
+class StudentRows(NamedTuple):
+    divergence: Tensor  # [R]
+    entropy: Tensor  # [R]
+    agreement: Tensor  # [R]: 1 where the likeliest token is the teacher's
+    top1: Tensor  # [R], the likeliest token
+    top_logprob: Tensor  # [R], of it
+    d_logits: Tensor | None  # [R, V], in the memory of the logits
+    scale: Tensor  # what d_logits is still to be multiplied by, [R]; empty for ones
+
+
+def final_rows(
+    z: Tensor,  # [C, V] logits; log-probabilities afterwards
+    bias: Tensor | None,  # [V]
+    labels: Tensor | None,  # [C]
+    math_: RowMath,
+    entropies: bool,
+    top1s: bool,
+) -> FinalRows:
+    logsumexp, entropy, top_logprob = (z.new_zeros(len(z)) for _ in range(3))
+    top1 = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    for tile, (e,) in tiles(z, 1):
+        scores(z[tile], bias, math_)
+        if top1s:
+            largest, top1[tile] = likeliest(z[tile])
+        else:
+            largest = z[tile].amax(-1)
+        log_sums, sums = _log_softmax(z[tile], largest, e)
+        logsumexp[tile], top_logprob[tile] = largest + log_sums, -log_sums
+        if entropies:
+            entropy[tile] = -e.mul_(z[tile]).sum(-1) / sums
+    logprob = z.new_zeros(0) if labels is None else z.gather(-1, labels[:, None])[:, 0]
+    return FinalRows(logsumexp, entropy, top1, logprob, top_logprob)
+
+
+def final_rows_again(
+    z: Tensor,  # [C, V] as `final_rows` left them with `old`, and leaves them with `new`
+    final: FinalRows,
+    bias: Tensor | None,
+    labels: Tensor,  # [C]
+    old: RowMath,
+    new: RowMath,
+    entropies: bool,
+) -> FinalRows:
+    """Statistics of the same logits at another temperature."""
+    del bias
+    z.add_(final.logsumexp[:, None]).mul_(old.temperature)
+    return final_rows(z, None, labels, new._replace(softcap=None), entropies, False)
+
+
+def final_gradient(
+    z: Tensor,  # [C, V] as `final_rows` left them; the gradient afterwards
+    final: FinalRows,
+    bias: Tensor | None,
+    labels: Tensor,  # [C]
+    factor: Tensor,  # [C]
+    math_: RowMath,
+    operand: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of sum(factor * logprob) to the logits, and what it is still to be multiplied by."""
+    del bias, operand
+    row_factor = (factor / math_.temperature)[:, None]
+    for tile, (bend,) in tiles(z, 1):
+        tile_z = z[tile]
+        if math_.softcap is not None:
+            slope(torch.add(tile_z, final.logsumexp[tile, None], out=bend), math_)
+        tile_z.exp_().mul_(-row_factor[tile])
+        tile_z.scatter_add_(1, labels[tile, None], row_factor[tile])
+        if math_.softcap is not None:
+            tile_z.mul_(bend)
+    return z, z.new_zeros(0)
+
+
+def student_rows(
+    z: Tensor,  # [R, V] logits; their gradient afterwards
+    z_final: Tensor,  # [C, V] as `final_rows` left them
+    final: FinalRows,
+    bias: Tensor | None,  # [V]
+    slot: Tensor,  # [R], into C
+    factor: Tensor,  # [R], folded into the gradient
+    math_: RowMath,
+    gradient: bool,
+    stats: bool,
+    operand: torch.dtype,
+) -> StudentRows:
+    del operand
+    divergence, entropy, log_sums = (z.new_zeros(len(z)) for _ in range(3))
+    top1 = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    row_factor = (factor / math_.temperature)[:, None]
+    capped = gradient and math_.softcap is not None
+    step, scratch = tile_scratch(z, SCRATCH_ROWS)
+    p_of = None  # the teacher row whose exponentials the scratch holds
+    for tile, shared in _pieces(slot, step):
+        tile_z = z[tile]
+        q, d, p, t, bend = scratch[:, : len(tile_z)].unbind()
+        scores(tile_z, bias, math_)
+        if capped:
+            slope(bend.copy_(tile_z), math_)
+        if stats:
+            largest, top1[tile] = likeliest(tile_z)
+        else:
+            largest = tile_z.amax(-1)
+        log_sums[tile], sums = _log_softmax(tile_z, largest, q)
+        if math_.divergence == "jsd":
+            q.mul_(sums.reciprocal_()[:, None])  # its terms forgive what `tile_z` is rounded by
+        else:
+            torch.exp(tile_z, out=q)  # of the rounded logarithm: the terms of a KL rely on that
+        if shared is None:
+            torch.index_select(z_final, 0, slot[tile], out=d)
+            torch.exp(d, out=p)
+            d.sub_(tile_z)  # D
+        else:
+            p, lp = p[:1], z_final[shared : shared + 1]
+            if p_of != shared:
+                torch.exp(lp, out=p)
+            torch.sub(lp, tile_z, out=d)
+        p_of = shared
+        if stats:
+            entropy[tile] = -tile_z.mul_(q).sum(-1)
+        divergence[tile], mean = row_terms(tile_z, q, d, p, t, math_, gradient)
+        if gradient:
+            row_gradient(tile_z, q, d, mean, math_)
+            tile_z.mul_(row_factor[tile])
+            if capped:
+                tile_z.mul_(bend)
+    agreement = (top1 == final.top1[slot]).to(z.dtype) if stats else torch.zeros_like(divergence)
+    d_logits = z if gradient else None
+    return StudentRows(divergence, entropy, agreement, top1, -log_sums, d_logits, z.new_zeros(0))
+
+
+def _pieces(slot: Tensor, step: int) -> Iterator[tuple[slice, int | None]]:
+    """At most `step` rows at a time: of one teacher row, which is told, or each of its own."""
+    start = row = 0
+    teachers, counts = torch.unique_consecutive(slot, return_counts=True)
+    for teacher, count in zip(teachers.tolist(), counts.tolist(), strict=True):
+        if count > 1 or row - start == step:
+            if row > start:
+                yield slice(start, row), None
+            start = row
+        if count > 1:
+            for first in range(row, row + count, step):
+                yield slice(first, min(first + step, row + count)), teacher
+            start = row + count
+        row += count
+    if row > start:
+        yield slice(start, row), None
+
+
+def row_terms(
+    out: Tensor, q: Tensor, d: Tensor, p: Tensor, t: Tensor, math_: RowMath, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Sums over the entries given, of which a row may have more elsewhere, each [R].
+
+    They are the divergence's and, for the gradient, `<q, inner>` (0 for the forward KL), `inner`
+    being s = softplus(x) or D. All [R, V], p perhaps [1, V]; d holds D before and `inner` after, p
+    and q stay, t is scratch, and `out` is left holding what `row_gradient` needs of it.
+    """
+    return _TERMS[math_.divergence](out, q, d, p, t, math_.beta, gradient)
+
+
+def row_gradient(out: Tensor, q: Tensor, inner: Tensor, mean: Tensor, math_: RowMath) -> None:
+    """out = the divergence's gradient to the scores, from what `row_terms` left and summed."""
+    if math_.divergence == "forward_kl":
+        return  # it holds q - p
+    torch.mul(inner.sub_(mean[:, None]), q, out=out)
+    out.mul_(math_.beta - 1 if math_.divergence == "jsd" else -1.0)
+
+
+def _jsd(
+    out: Tensor, q: Tensor, d: Tensor, p: Tensor, t: Tensor, beta: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    x = d.add_(math.log(beta / (1 - beta))) if beta != 0.5 else d
+    l1p = torch.abs(x, out=out).neg_().exp_().log1p_()  # log(1 + e^-|x|)
+    # log(p/m) = min(x, 0) - l1p - log(beta); log(q/m) = -s - log(1-beta).
+    torch.clamp_max(x, 0, out=t).sub_(l1p).sub_(math.log(beta)).mul_(p)
+    loss = beta * t.sum(-1)
+    s = x.clamp_min_(0).add_(l1p)
+    torch.add(s, math.log1p(-beta), out=t).mul_(q)
+    loss -= (1 - beta) * t.sum(-1)
+    return loss, torch.mul(s, q, out=t).sum(-1) if gradient else torch.zeros_like(loss)
+
+
+def _forward_kl(
+    out: Tensor, q: Tensor, d: Tensor, p: Tensor, t: Tensor, beta: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    torch.sub(q, p, out=out)
+    loss = d.mul_(p).add_(out).sum(-1)
+    return loss, torch.zeros_like(loss)
+
+
+def _reverse_kl(
+    out: Tensor, q: Tensor, d: Tensor, p: Tensor, t: Tensor, beta: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    torch.mul(d, q, out=out)
+    mean = out.sum(-1)  # <q, D>
+    return torch.sub(p, q, out=t).sub_(out).sum(-1), mean
+
+
+_TERMS = {"jsd": _jsd, "forward_kl": _forward_kl, "reverse_kl": _reverse_kl}
+
+
+def tiles(z: Tensor, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Slices of rows, with scratch of their shape."""
+    step, buffers = tile_scratch(z, scratch)
+    for start in range(0, len(z), step):
+        stop = min(start + step, len(z))
+        yield slice(start, stop), [buffer[: stop - start] for buffer in buffers]
+
+
+def tile_scratch(z: Tensor, scratch: int) -> tuple[int, Tensor]:
+    rows, vocabulary = z.shape
+    step = tile_rows(z.device, vocabulary, rows)
+    return step, z.new_empty(scratch, min(step, max(rows, 1)), vocabulary)
+
+
+def likeliest(z: Tensor) -> tuple[Tensor, Tensor]:
+    """`z.max(-1)` of [R, V]: the first of the largest entries of a row, the first NaN if any.
+
+    torch looks for a place entry by entry, on a CPU, and for a maximum in wide registers; so the
+    places looked at are those of the maxima of blocks, and of one block.
+    """
+    vocabulary = z.shape[1]
+    if z.device.type != "cpu" or vocabulary < 2 * BLOCK:
+        largest, place = z.max(-1)
+        return largest, place
+    whole = vocabulary - vocabulary % BLOCK
+    maxima = z[:, :whole].unflatten(-1, (-1, BLOCK)).amax(-1)
+    if whole < vocabulary:
+        maxima = torch.cat([maxima, z[:, whole:].amax(-1, keepdim=True)], -1)
+    # The last block may overlap the one before it, which comes first where it has the maximum.
+    start = (maxima.argmax(-1, keepdim=True) * BLOCK).clamp_max_(vocabulary - BLOCK)
+    largest, place = z.gather(-1, start + torch.arange(BLOCK)).max(-1)
+    return largest, start[:, 0] + place
+
+
+def scores(z: Tensor, bias: Tensor | None, math_: RowMath) -> None:
+    """Raw logits to scores, in place."""
+    if bias is not None:
+        z.add_(bias)
+    if math_.softcap is not None:
+        z.div_(math_.softcap).tanh_().mul_(math_.softcap)
+    if math_.temperature != 1.0:
+        z.div_(math_.temperature)
+
+
+def slope(z: Tensor, math_: RowMath) -> None:
+    """Scores to the derivative of the softcap, in place: 1 - tanh(logits / c)^2."""
+    assert math_.softcap is not None
+    z.mul_(math_.temperature / math_.softcap).square_().neg_().add_(1)
+
+
+def _log_softmax(z: Tensor, largest: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores to log-probabilities, in place; e = exp(scores - largest) -> (log of its sum, sum)."""
+    sums = torch.exp(z.sub_(largest[:, None]), out=e).sum(-1)
+    log_sums = sums.log()
+    z.sub_(log_sums[:, None]).clamp_min_(torch.finfo(z.dtype).min)
+    return log_sums, sums

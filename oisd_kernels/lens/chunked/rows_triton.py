@@ -1,0 +1,386 @@
+"""Row kernels of a chunk: one program a row, logits read in blocks of V, gradient written in place.
+
+    final_rows      one pass: logsumexp, entropy, likeliest token, log-probability of the label
+    student_rows    one pass for the student's logsumexp, one for the divergence and `<q, inner>`
+                    (`divergences`), one that overwrites the logits by their gradient. The
+                    forward KL needs no inner product and takes the last two at once.
+    final_gradient  one pass
+
+Sums are kept per lane of a block and added up as a tree at the end, so that their error does not
+grow with V. In half precision a row's gradient lies in the first half of its logits' memory: before
+a block is stored, all threads have read all logits up to it, and the store never reaches further.
+
+Letters: C final rows, R student rows, V vocabulary.
+"""
+
+# pyright: reportGeneralTypeIssues=false
+# (it takes the unpacking of what a kernel's function returns for the unpacking of nothing)
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from oisd_kernels.divergences import log_probability, tanh, terms
+from oisd_kernels.lens.chunked.rows_torch import FinalRows, RowMath, StudentRows
+
+BLOCK, WARPS = 1024, 8
+
+
+@triton.jit
+def load_scores(
+    Z,
+    Bias,
+    v,
+    V,
+    stride,
+    TEMPERATURE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Scores of entries `v` of the row at Z, -inf from V on, and the softcap's derivative.
+
+    Up to `stride` the memory is ours; the mask reaches there, so that an odd V keeps wide loads.
+    """
+    in_v = v < V
+    z = tl.load(Z + v, mask=v < stride, other=0.0)
+    if HAS_BIAS:
+        z += tl.load(Bias + v, mask=in_v, other=0.0)
+    slope = tl.full(z.shape, 1.0, z.dtype)
+    if SOFTCAP is not None:
+        t = tanh(z / SOFTCAP)
+        z = SOFTCAP * t
+        slope = 1 - t * t
+    if TEMPERATURE != 1.0:
+        z = z / TEMPERATURE
+    return tl.where(in_v, z, -float("inf")), slope
+
+
+@triton.jit
+def row_statistics(
+    Z,
+    Bias,
+    V,
+    stride,
+    TEMPERATURE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """logsumexp, entropy, likeliest token and its log-probability, in one pass.
+
+    A NaN makes all of them NaN but the token, which is then the likeliest of the rest.
+    """
+    lanes = tl.arange(0, BLOCK)
+    dtype = Z.dtype.element_ty
+    largest = tl.full([BLOCK], -3.4028234663852886e38, dtype)
+    total = tl.zeros([BLOCK], dtype)  # sum of e^(z - largest)
+    moment = tl.zeros([BLOCK], dtype)  # sum of (z - largest) e^(z - largest)
+    place = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, V, BLOCK):
+        v = start + lanes
+        z, _ = load_scores(Z, Bias, v, V, stride, TEMPERATURE, SOFTCAP, HAS_BIAS)
+        # The lowest finite number stands for -inf, whose differences would be NaN.
+        z = tl.where(z < -3.4028234663852886e38, -3.4028234663852886e38, z)
+        gap = z - largest
+        e = tl.exp(-tl.abs(gap))
+        more = gap > 0
+        moment = tl.where(more, e * (moment - gap * total), moment + gap * e)
+        total = tl.where(more, total * e + 1, total + e)
+        place = tl.where(more, v, place)
+        largest = tl.where(more, z, largest)
+    top = tl.max(largest, 0)
+    top1 = tl.min(tl.where(largest == top, place, 2147483647), 0)
+    gap = largest - top
+    e = tl.exp(gap)
+    moment = tl.sum(e * (moment + gap * total), 0)
+    total = tl.sum(e * total, 0)
+    log_total = tl.log(total)
+    return top + log_total, log_total - moment / total, top1, -log_total
+
+
+@triton.jit
+def power_of_two(bound):
+    """The scale that brings `bound` just under 2^14, and its inverse."""
+    exponent = tl.floor(tl.log2(tl.where(bound > 0, bound, 1.0)))
+    exponent = tl.minimum(tl.maximum(13 - exponent, -100.0), 100.0)
+    return tl.exp2(exponent), tl.exp2(-exponent)
+
+
+@triton.jit
+def final_rows_kernel(
+    Z,  # [C, V]
+    Bias,  # [V]
+    Labels,  # [C]
+    LogSumExp,  # [C]
+    Entropy,  # [C]
+    Top1,  # [C]
+    LogProb,  # [C]
+    TopLogProb,  # [C]
+    V,
+    stride_z,
+    TEMPERATURE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    Z += row * stride_z
+    logsumexp, entropy, top1, top_logprob = row_statistics(
+        Z, Bias, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS, BLOCK
+    )
+    tl.store(LogSumExp + row, logsumexp)
+    tl.store(Entropy + row, entropy)
+    tl.store(Top1 + row, top1)
+    tl.store(TopLogProb + row, top_logprob)
+    if HAS_LABELS:
+        label = tl.load(Labels + row)
+        # A label outside [0, V) reads nothing and gives -inf.
+        label = tl.where(label < 0, V, label) + tl.zeros([1], tl.int64)
+        z, _ = load_scores(Z, Bias, label, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS)
+        tl.store(LogProb + row + tl.zeros([1], tl.int64), z - logsumexp)
+
+
+@triton.jit
+def final_gradient_kernel(
+    Z,  # [C, V]
+    dZ,  # [C, V], in the memory of Z
+    Bias,  # [V]
+    Labels,  # [C]
+    LogSumExp,  # [C]
+    LogProb,  # [C]
+    Factor,  # [C]
+    Scale,  # [C]
+    V,
+    stride_z,
+    stride_d,
+    TEMPERATURE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    Z += row * stride_z
+    dZ += row * stride_d
+    lanes = tl.arange(0, BLOCK)
+    logsumexp, label = tl.load(LogSumExp + row), tl.load(Labels + row)
+    factor = tl.load(Factor + row) / TEMPERATURE
+    if SCALED:
+        bound = tl.abs(factor) * tl.maximum(1 - tl.exp(tl.load(LogProb + row)), 1e-7)
+        scale, inverse = power_of_two(bound)
+        tl.store(Scale + row, inverse)
+        factor *= scale
+    for start in range(0, V, BLOCK):
+        v = start + lanes
+        z, slope = load_scores(Z, Bias, v, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS)
+        hit = tl.where(v == label, 1.0, 0.0)
+        d = factor * (hit - tl.exp(z - logsumexp)) * slope
+        tl.debug_barrier()
+        tl.store(dZ + v, d.to(dZ.dtype.element_ty), mask=v < stride_z)
+
+
+@triton.jit
+def student_rows_kernel(
+    Z,  # [R, V]
+    ZFinal,  # [C, V]
+    dZ,  # [R, V], in the memory of Z
+    Bias,  # [V]
+    Slot,  # [R], into C
+    Factor,  # [R]
+    LogSumExp,  # [C]
+    FinalTop1,  # [C]
+    Divergence,  # [R]
+    Entropy,  # [R]
+    Agreement,  # [R]
+    Top1,  # [R]
+    TopLogProb,  # [R]
+    Scale,  # [R]
+    V,
+    stride_z,
+    stride_f,
+    stride_d,
+    DIVERGENCE: tl.constexpr,
+    BETA: tl.constexpr,
+    LOG_BETA: tl.constexpr,
+    LOG_1M_BETA: tl.constexpr,
+    TEMPERATURE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    SCALED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(Slot + row)
+    Z += row * stride_z
+    ZFinal += slot * stride_f
+    dZ += row * stride_d
+    lanes = tl.arange(0, BLOCK)
+    lse_q, entropy, top1, lq_top = row_statistics(
+        Z, Bias, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS, BLOCK
+    )
+    lse_p, top1_p = tl.load(LogSumExp + slot), tl.load(FinalTop1 + slot)
+    tl.store(Entropy + row, entropy)
+    tl.store(Agreement + row, tl.where(top1 == top1_p, 1.0, 0.0))
+    tl.store(Top1 + row, top1)
+    tl.store(TopLogProb + row, lq_top)
+    factor = tl.load(Factor + row) / TEMPERATURE
+    one_pass: tl.constexpr = DIVERGENCE == "forward_kl" and GRADIENT
+    if DIVERGENCE == "jsd":
+        factor *= 1 - BETA
+
+    loss = tl.zeros([BLOCK], lse_q.dtype)
+    mean = tl.zeros([BLOCK], lse_q.dtype)  # <q, inner>
+    bound = tl.zeros([BLOCK], lse_q.dtype)
+    if not one_pass:
+        for start in range(0, V, BLOCK):
+            v = start + lanes
+            zq, _ = load_scores(Z, Bias, v, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS)
+            zp, _ = load_scores(ZFinal, Bias, v, V, stride_f, TEMPERATURE, SOFTCAP, HAS_BIAS)
+            lp, lq = log_probability(zp, lse_p), log_probability(zq, lse_q)
+            term, inner, q = terms(lp, lq, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA)
+            loss += term
+            mean += q * inner
+            if SCALED:
+                bound = tl.maximum(bound, tl.abs(q * inner))
+        centre = tl.sum(mean, 0)
+
+    if GRADIENT:
+        if SCALED:
+            if one_pass:
+                place = top1_p.to(tl.int64) + tl.zeros([1], tl.int64)
+                top, top_slope = load_scores(
+                    ZFinal, Bias, place, V, stride_f, TEMPERATURE, SOFTCAP, HAS_BIAS
+                )
+                limit = tl.maximum(tl.exp(lq_top), tl.max(tl.exp(top - lse_p), 0))
+            else:
+                limit = tl.max(bound, 0) + tl.exp(lq_top) * tl.abs(centre)
+            scale, inverse = power_of_two(limit * tl.abs(factor))
+            tl.store(Scale + row, inverse)
+            factor *= scale
+        for start in range(0, V, BLOCK):
+            v = start + lanes
+            zq, slope = load_scores(Z, Bias, v, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS)
+            zp, _ = load_scores(ZFinal, Bias, v, V, stride_f, TEMPERATURE, SOFTCAP, HAS_BIAS)
+            lp, lq = log_probability(zp, lse_p), log_probability(zq, lse_q)
+            term, inner, q = terms(lp, lq, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA)
+            if one_pass:
+                loss += term
+                d = q - inner
+            else:
+                d = -q * (inner - centre)
+            d = d * factor * slope
+            tl.debug_barrier()
+            tl.store(dZ + v, d.to(dZ.dtype.element_ty), mask=v < stride_z)
+    tl.store(Divergence + row, tl.sum(loss, 0))
+
+
+# The launches; the functions of `rows_torch` with the same names say what the arguments are.
+
+
+def final_rows(
+    z: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    math_: RowMath,
+    entropies: bool,
+    top1s: bool,
+) -> FinalRows:
+    del entropies, top1s  # they come along for nothing
+    logsumexp, entropy, top_logprob = (z.new_empty(len(z)) for _ in range(3))
+    top1 = torch.empty(len(z), dtype=torch.int64, device=z.device)
+    logprob = z.new_empty(0 if labels is None else len(z))
+    final_rows_kernel[(len(z),)](
+        z, bias, labels, logsumexp, entropy, top1, logprob, top_logprob, z.shape[1], z.stride(0),
+        **_constants(z, bias, math_, HAS_LABELS=labels is not None),
+    )  # fmt: skip
+    return FinalRows(logsumexp, entropy, top1, logprob, top_logprob)
+
+
+def final_rows_again(
+    z: Tensor,
+    final: FinalRows,
+    bias: Tensor | None,
+    labels: Tensor,
+    old: RowMath,
+    new: RowMath,
+    entropies: bool,
+) -> FinalRows:
+    del final, old  # the logits are as they were
+    return final_rows(z, bias, labels, new, entropies, False)
+
+
+def final_gradient(
+    z: Tensor,
+    final: FinalRows,
+    bias: Tensor | None,
+    labels: Tensor,
+    factor: Tensor,
+    math_: RowMath,
+    operand: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    d_logits, scale = _in_place(z, operand)
+    final_gradient_kernel[(len(z),)](
+        z, d_logits, bias, labels, final.logsumexp, final.logprob, factor.contiguous(), scale,
+        z.shape[1], z.stride(0), d_logits.stride(0),
+        **_constants(z, bias, math_, SCALED=scale.numel() > 0),
+    )  # fmt: skip
+    return d_logits, scale
+
+
+def student_rows(
+    z: Tensor,
+    z_final: Tensor,
+    final: FinalRows,
+    bias: Tensor | None,
+    slot: Tensor,
+    factor: Tensor,
+    math_: RowMath,
+    gradient: bool,
+    stats: bool,
+    operand: torch.dtype,
+) -> StudentRows:
+    del stats
+    divergence, entropy, agreement, top_logprob = (z.new_empty(len(z)) for _ in range(4))
+    top1 = torch.empty(len(z), dtype=torch.int64, device=z.device)
+    d_logits, scale = _in_place(z, operand) if gradient else (z, z.new_empty(0))
+    constants = _constants(
+        z,
+        bias,
+        math_,
+        DIVERGENCE=math_.divergence,
+        BETA=math_.beta,
+        LOG_BETA=math.log(math_.beta),
+        LOG_1M_BETA=math.log1p(-math_.beta),
+        GRADIENT=gradient,
+        SCALED=scale.numel() > 0,
+    )
+    student_rows_kernel[(len(z),)](
+        z, z_final, d_logits, bias, slot.contiguous(), factor.contiguous(), final.logsumexp,
+        final.top1, divergence, entropy, agreement, top1, top_logprob, scale, z.shape[1],
+        z.stride(0), z_final.stride(0), d_logits.stride(0), **constants,
+    )  # fmt: skip
+    d_logits = d_logits if gradient else None
+    return StudentRows(divergence, entropy, agreement, top1, top_logprob, d_logits, scale)
+
+
+def _constants(z: Tensor, bias: Tensor | None, math_: RowMath, **more: Any) -> dict[str, Any]:
+    return {
+        **more,
+        "TEMPERATURE": math_.temperature,
+        "SOFTCAP": math_.softcap,
+        "HAS_BIAS": bias is not None,
+        "BLOCK": min(BLOCK, triton.next_power_of_2(z.shape[1])),
+        "num_warps": WARPS,
+    }
+
+
+def _in_place(z: Tensor, operand: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The gradient's place in the logits' memory, and its rows' scale: empty but for float16."""
+    d_logits = z if operand == z.dtype else z.view(operand)[:, : z.shape[1]]
+    return d_logits, z.new_empty(len(z) if operand == torch.float16 else 0)

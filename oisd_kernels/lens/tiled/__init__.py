@@ -1,0 +1,1 @@
+"""Projection and divergence in one Triton kernel, no logits in memory."""

@@ -1,0 +1,195 @@
+"""What the launches of the tiled kernels share: tiles by architecture, operands, rows of work.
+
+Letters: S student layers, N tokens, T of them in a slab, R = S*T rows, D width, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from oisd_kernels.lens.tiled.kernels import tiled_jsd_kernel
+
+WORKSPACE = 32 << 20
+ROW_BYTES = 192  # of a row once: order of work, sort, statistics, combined values in float64
+GFX942 = 942  # stands for AMD's CDNA 3 among the compute capabilities
+
+# The interpreter has to be chosen before Triton is imported.
+INTERPRETED_KERNELS = type(tiled_jsd_kernel).__name__ == "InterpretedFunction"
+
+
+class Tile(NamedTuple):
+    n: int  # rows
+    v: int  # tokens of the vocabulary
+    d: int  # width
+    warps: int
+    stages: int
+    registers: int | None = None  # of a thread, at most, for NVIDIA
+
+    def options(self) -> dict[str, int]:
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
+
+
+# By architecture, number of accumulators, and operands: "half", where "more" has bias, softcap,
+# statistics or a gradient to hold; "fp32"; "odd" where an address or a stride is no multiple of 16
+# and loads cannot be vectorised. Without spills, not tuned. With a limit of 255 registers, which is
+# the hardware's, ptxas does not spill a few to fit another block.
+TILES = {
+    80: {
+        (1, "half"): Tile(128, 128, 64, 8, 3),
+        (1, "more"): Tile(128, 128, 64, 8, 3),
+        (1, "fp32"): Tile(64, 32, 32, 8, 3),
+        (1, "odd"): Tile(64, 32, 16, 8, 2),
+        (2, "half"): Tile(64, 128, 64, 8, 3),
+        (2, "more"): Tile(128, 64, 64, 8, 3),
+        (2, "fp32"): Tile(64, 32, 32, 8, 3),
+        (2, "odd"): Tile(32, 32, 16, 4, 2),
+    },
+    90: {
+        (1, "half"): Tile(128, 256, 64, 8, 4),
+        (1, "more"): Tile(128, 128, 64, 8, 4),
+        (1, "fp32"): Tile(64, 128, 32, 8, 3),
+        (1, "odd"): Tile(64, 64, 16, 8, 2),
+        (2, "half"): Tile(128, 128, 64, 8, 4),
+        (2, "more"): Tile(128, 64, 64, 8, 4),
+        (2, "fp32"): Tile(64, 64, 32, 8, 3),
+        (2, "odd"): Tile(64, 64, 16, 8, 2),
+    },
+    GFX942: {
+        (1, "half"): Tile(128, 128, 64, 8, 2),
+        (1, "more"): Tile(128, 128, 64, 8, 2),
+        (1, "fp32"): Tile(64, 64, 32, 8, 2),
+        (1, "odd"): Tile(64, 64, 16, 8, 2),
+        (2, "half"): Tile(128, 64, 64, 8, 2),
+        (2, "more"): Tile(128, 64, 64, 8, 2),
+        (2, "fp32"): Tile(64, 64, 32, 8, 2),
+        (2, "odd"): Tile(64, 64, 16, 8, 2),
+    },
+}
+TILES[86] = TILES[80] | {(2, "more"): Tile(128, 64, 32, 8, 3)}  # 99 KB of shared memory
+TILES[100] = TILES[90] | {
+    (1, "more"): Tile(128, 64, 64, 8, 4, 255),
+    (1, "fp32"): Tile(64, 32, 32, 4, 3),
+    (1, "odd"): Tile(64, 32, 16, 4, 2),
+    (2, "half"): Tile(128, 64, 64, 8, 4),
+    (2, "more"): Tile(128, 64, 64, 8, 4, 255),
+    (2, "fp32"): Tile(64, 64, 32, 8, 2, 255),
+    (2, "odd"): Tile(64, 32, 16, 4, 2),
+}
+INTERPRETED = Tile(16, 32, 16, 4, 1)
+
+TL = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+def table_key(capability: int, known: Any) -> int:
+    """The entry of a table for a compute capability (90 for sm_90)."""
+    if capability == GFX942:
+        return GFX942
+    if capability >= 120:
+        return 86  # consumer cards, with their shared memory
+    return max((c for c in known if c <= capability), default=86)
+
+
+def operand_kind(operand: torch.dtype, aligned: bool, plain: bool) -> str:
+    if not aligned:
+        return "odd"
+    return "fp32" if operand == torch.float32 else "half" if plain else "more"
+
+
+def launch_tile(
+    capability: int, accumulators: int, operand: torch.dtype, aligned: bool, plain: bool
+) -> Tile:
+    """The tile for a compute capability; 0 is the interpreter."""
+    if capability == 0:
+        return INTERPRETED
+    kind = operand_kind(operand, aligned, plain)
+    return TILES[table_key(capability, TILES)][accumulators, kind]
+
+
+class Head:
+    """The unembedding and the states against it, as the kernels take them."""
+
+    def __init__(
+        self,
+        states: list[Tensor],  # [S, N, D] or [1, N, D] each
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
+        compute: torch.dtype,
+        capability: int | None = None,
+    ):
+        self.states = [_unit_stride(x.detach()) for x in states]
+        self.weight = _unit_stride(weight.detach())
+        self.bias = None if bias is None else bias.detach().contiguous()
+        self.compute = compute
+        self.aligned = all(is_aligned(x) for x in (*self.states, self.weight))
+        self.programs = 264
+        if capability is None:
+            capability, self.programs = machine(weight.device)
+        self.capability = capability
+        dtypes = {x.dtype for x in (*states, weight)}
+        half = dtypes in ({torch.float16}, {torch.bfloat16})
+        # The interpreter's tl.dot takes the bits of bf16 for integers.
+        self.operand = weight.dtype if half and capability > 0 else compute
+
+    def precision(self, operand: torch.dtype) -> str | None:
+        """How `tl.dot` multiplies operands of this dtype."""
+        if operand != torch.float32:
+            return None
+        return "ieee" if self.capability == GFX942 else "tf32x3"
+
+
+class Scores(NamedTuple):
+    """What lies between the projection and the softmax."""
+
+    temperature: float
+    softcap: float | None
+
+    def scalars(self) -> tuple[float, float, float]:
+        cap = 1.0 if self.softcap is None else self.softcap
+        return cap, 1 / cap, 1 / self.temperature
+
+
+class Work(NamedTuple):
+    """Rows, flattened from [S, T] or [1, T], in the order of work: the wanted first."""
+
+    keep: Tensor  # [S, T]
+    order: Tensor  # [R]
+    wanted: Tensor  # []: how many
+
+    @classmethod
+    def of(cls, keep: Tensor) -> "Work":
+        order = keep.flatten().to(torch.uint8).argsort(descending=True, stable=True)
+        return cls(keep, order, keep.sum())
+
+
+def row_strides(x: Tensor) -> tuple[int, int]:
+    """Strides of the layers and of the tokens of [S, T, D]; one layer is every layer's."""
+    return (x.stride(0) if len(x) > 1 else 0), x.stride(1)
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether Triton sees that rows start at multiples of 16 bytes."""
+    sixteen = [x.shape[-1], x.data_ptr(), *(s for s in x.stride()[:-1])]
+    return all(number % 16 == 0 for number in sixteen)
+
+
+def machine(device: torch.device) -> tuple[int, int]:
+    """Compute capability, and how many programs are wanted at once: two waves of them."""
+    if device.type == "cpu":
+        return 0, 4
+    properties = torch.cuda.get_device_properties(device)
+    programs = 2 * properties.multi_processor_count
+    if torch.version.hip is not None:
+        return GFX942, programs
+    return 10 * properties.major + properties.minor, programs
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

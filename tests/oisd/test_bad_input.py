@@ -1,0 +1,205 @@
+"""Each mistake gets one clear message, and no traceback, before any work is done or lost."""
+
+import errno
+import json
+import re
+
+import pytest
+
+from oisd.cli import main
+from oisd.data.sums import arithmetic_model, arithmetic_tokenizer
+
+SMALL = [
+    "train",
+    *("--rollout.prompts-per-step", "2", "--rollout.completions-per-prompt", "4"),
+    *("--warmup.steps", "0", "--eval.source", "none", "--run.steps", "2", "--run.save-every", "1"),
+    *("--run.output-dir", "run"),
+]
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("oisd.run.summary.plot_training", lambda *_: [])
+    return tmp_path
+
+
+def rows(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def save_model(folder, **size):
+    arithmetic_model(**size).save_pretrained(folder)
+    arithmetic_tokenizer().save_pretrained(folder)
+
+
+CASES = {
+    "layer 0": (
+        ["--oisd.student-layers", "0"],
+        2,
+        r"oisd.student_layers must be layers counted from 1, got \[0\]",
+    ),
+    "layer of the teacher": (
+        ["--oisd.student-layers", "6"],
+        2,
+        r"student_layers must lie in 1\.\.5 \(layer 6 is the teacher\), got 6",
+    ),
+    "a repeated layer": (["--oisd.student-layers", "2", "2"], 2, "distinct layers"),
+    "empty data set": (["--data.source", "empty.jsonl"], 1, "empty.jsonl"),
+    "missing file": (["--data.source", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+    "row without the field": (
+        ["--data.source", "lacking.jsonl"],
+        1,
+        r"row 1.*'?answer'?.*answr",
+    ),
+    "prompt over the limit": (
+        ["--data.max-prompt-tokens", "3"],
+        1,
+        r"6 tokens.*max_prompt_tokens",
+    ),
+    "vocabulary mismatch": (
+        ["--model.path", "narrow"],
+        1,
+        r"vocabulary mismatch: .* up to 13, .* 12 embeddings",
+    ),
+    "model without weights": (
+        ["--model.path", "nothing-here"],
+        2,
+        "model.path 'nothing-here' cannot",
+    ),
+    "reward that raises": (
+        ["--reward.function", "bad_reward:raises"],
+        1,
+        r"bad_reward:raises.*ZeroDivisionError",
+    ),
+    "reward that hangs": (
+        ["--reward.function", "bad_reward:hangs", "--reward.timeout", "1"],
+        1,
+        r"bad_reward:hangs.*took more than 1 s",
+    ),
+    "reward that does not exist": (
+        ["--reward.function", "bad_reward:lacks"],
+        2,
+        r"reward.function.*no attribute 'lacks'",
+    ),
+    "run folder under a file": (["--run.output-dir", "file/run"], 1, "run.output_dir 'file/run'"),
+    "value out of range": (["--grpo.clip-low", "1.5"], 2, r"grpo.clip_low must be in \[0, 1\)"),
+    "groups of one": (["--rollout.completions-per-prompt", "1"], 2, "at least 2"),
+    "more minibatches than prompts": (["--grpo.minibatches", "3"], 2, r"at most .*\(2\)"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_clear_message(name, in_tmp_path, capsys):
+    (in_tmp_path / "empty.jsonl").write_text("")
+    (in_tmp_path / "file").write_text("")
+    good = {"question": "1+1=", "answer": "2"}
+    rows(in_tmp_path / "lacking.jsonl", good, {"question": "1+2=", "answr": "3"})
+    save_model(in_tmp_path / "narrow", vocab_size=12, eos_token_id=11, pad_token_id=11)
+    (in_tmp_path / "bad_reward.py").write_text(
+        "import time\ndef raises(c, a): return 1 / 0\ndef hangs(c, a): time.sleep(60)\n"
+    )
+    arguments, status, message = CASES[name]
+    try:
+        assert main([*SMALL, *arguments]) == status
+    except SystemExit as exit:  # tyro's own end, when a dataclass refuses a value
+        assert exit.code == status
+    printed = re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert re.search(message, printed, re.DOTALL), printed
+    # Only a user's own function is shown with a traceback, its own.
+    assert ("Traceback" in printed) == (name == "reward that raises")
+    assert not list(in_tmp_path.glob("run/checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[oisd]\nthink_wieght = 1.0", r"unknown key oisd.think_wieght; did you mean 'think_we"),
+        ("[osid]\nbeta = 0.5", r"unknown table \[osid\]; did you mean 'oisd'"),
+        ("[run]\nsteps = 'many'", r"run.steps must be an integer, got 'many'"),
+        ("[oisd]\nbeta = 1.0", r"oisd.beta must be in \(0, 1\)"),
+        ("[run", "not valid TOML"),
+    ],
+    ids=["unknown-key", "unknown-table", "type", "range", "syntax"],
+)  # fmt: skip
+def test_recipe(text, message, in_tmp_path, capsys):
+    (in_tmp_path / "recipe.toml").write_text(text)
+    assert main(["train", "recipe.toml"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (in_tmp_path / "runs").exists()
+
+
+def test_unknown_recipe_and_unknown_option(capsys):
+    assert main(["train", "no-such-recipe"]) == 2
+    assert "no-such-recipe" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*SMALL, "--oisd.think-wieght", "1"])
+    assert "--oisd.think-weight" in capsys.readouterr().err
+
+
+def test_folder_of_another_run_is_refused_by_the_settings_that_differ(in_tmp_path, capsys):
+    assert main(SMALL) == 0
+    before = (in_tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert main([*SMALL, "--optimizer.learning-rate", "0.5"]) == 1
+    assert "optimizer.learning_rate: 0.0002 != 0.5" in capsys.readouterr().err
+    assert (in_tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert main([*SMALL, "--optimizer.learning-rate", "1e-3", "--run.restart", "True"]) == 0
+
+
+def test_failed_start_does_not_bind_the_folder_to_its_settings(in_tmp_path):
+    assert main([*SMALL, "--oisd.student-layers", "6"]) == 2
+    assert main([*SMALL, "--oisd.student-layers", "5"]) == 0
+
+
+def test_full_disk_keeps_the_checkpoint_before(in_tmp_path, monkeypatch, capsys):
+    import torch
+
+    save = torch.save
+
+    def full(state, file):
+        if state["step"] == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    assert main(SMALL) == 1
+    printed = capsys.readouterr().err
+    assert "checkpoint step-2 could not be written" in printed and "disk full" in printed
+    left = [p.name for p in (in_tmp_path / "run" / "checkpoints").iterdir()]
+    assert left == ["step-1"]
+    monkeypatch.setattr(torch, "save", save)
+    assert main(SMALL) == 0
+    steps = [json.loads(x)["step"] for x in (in_tmp_path / "run" / "metrics.jsonl").open()]
+    assert steps == [1, 2]
+
+
+def test_disk_too_small_for_the_checkpoints_is_found_at_once(monkeypatch, capsys, in_tmp_path):
+    import shutil
+
+    usage = shutil.disk_usage(in_tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr("oisd.run.folder.shutil.disk_usage", lambda _: usage)
+    assert main(SMALL) == 1
+    assert "GiB free" in capsys.readouterr().err
+
+
+def test_gold_answers_that_no_completion_can_match_are_announced(in_tmp_path):
+    rows(
+        in_tmp_path / "golds.jsonl",
+        {"question": "1+1=", "answer": r"\begin{nonsense"},
+        {"question": "1+2=", "answer": "3"},
+    )
+    with pytest.warns(UserWarning, match="1 of 2 gold answers.*nonsense"):
+        main([*SMALL, "--data.source", "golds.jsonl", "--reward.function", "math"])
+
+
+def test_overlong_prompts_can_be_dropped(in_tmp_path):
+    rows(
+        in_tmp_path / "mixed.jsonl",
+        {"question": "1+1=", "answer": "2"},
+        {"question": "1+1+1+1+1+1+1=", "answer": "7"},
+    )
+    arguments = ["--data.source", "mixed.jsonl", "--data.max-prompt-tokens", "6"]
+    with pytest.warns(UserWarning, match="1 prompts are longer"):
+        assert main([*SMALL, *arguments, "--data.overlong-prompts", "drop"]) == 0
+    table = (in_tmp_path / "run" / "completions" / "step-1.jsonl").read_text().splitlines()
+    assert {json.loads(line)["prompt"] for line in table} == {"1+1="}

@@ -1,0 +1,224 @@
+"""The memory plan against a hand computation, real parameter counts and what autograd keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig, DynamicCache
+
+from oisd import plan as planning
+from oisd.cli import main, recipe_path
+from oisd.config import ConfigError, load_recipe
+from oisd.plan import GIB, SHAPES, Shape, layer_activations, memory_plan, model_shape, shape_of
+from tests import ROOT
+from tests.tiny_models import TINY, tiny_model
+
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_parameters_of_real_models(name, tied):
+    model = tiny_model(name, tie_word_embeddings=tied)
+    assert shape_of(model.config).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_mixture_of_experts_is_refused():
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, intermediate_size=48, moe_intermediate_size=48,
+        num_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="gated feed-forward blocks, got a qwen3_moe"):
+        shape_of(config)
+
+
+def test_a_layer_that_the_model_has_not_is_refused(capsys):
+    command = ["plan", "qwen3-4b", "--oisd.student-layers"]
+    assert main([*command, "36"]) == 2
+    assert "must lie in 1..35, below the final layer of Qwen/Qwen3-4B" in capsys.readouterr().err
+    assert main([*command, "35"]) == 0
+
+
+def test_parameters_of_the_built_in_model():
+    from oisd.data.sums import arithmetic_model
+
+    real = sum(p.numel() for p in arithmetic_model().parameters())
+    assert model_shape("arithmetic").parameters == real
+
+
+def test_published_sizes():
+    counts = {name.split("/")[1]: shape.parameters for name, shape in SHAPES.items()}
+    assert counts == {
+        "Qwen3-4B": 4_022_468_096,
+        "Qwen3-8B": 8_190_735_360,
+        "OctoThinker-3B-Long-Base": 3_212_749_824,
+        "OctoThinker-8B-Long-Base": 8_030_261_248,
+    }
+
+
+def test_a_configuration_that_is_here_goes_first(tmp_path):
+    tiny_model("qwen3").config.save_pretrained(tmp_path)
+    assert model_shape(str(tmp_path)) == shape_of(
+        AutoConfig.from_pretrained(tmp_path), "its config.json"
+    )
+
+
+def test_unknown_models_say_how_to_go_on():
+    with pytest.raises(ConfigError, match="hf download nobody/nothing config.json"):
+        model_shape("nobody/nothing")
+
+
+# ---- what autograd keeps ---------------------------------------------------------------------
+
+
+def kept(run) -> list[torch.Tensor]:
+    """The tensors that autograd keeps for the backward of `run()`, each storage once."""
+    found: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return list(found.values())
+
+
+def kept_bytes(tensors) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["bf16", "float32"])
+@pytest.mark.parametrize("name", ["qwen3", "llama"])
+def test_activations_of_a_layer(name, half):
+    tokens = 200
+
+    def run(layers: int) -> tuple[int, Shape]:
+        model = tiny_model(
+            name, num_hidden_layers=layers, hidden_size=128, intermediate_size=224,
+            num_attention_heads=8, num_key_value_heads=4, head_dim=32,
+            max_position_embeddings=512,
+        )  # fmt: skip
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        # Copies of the weights in bf16 are a part of their own.
+        copies = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
+        ids = torch.randint(3, 100, (1, tokens))
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            tensors = kept(lambda: model.model(input_ids=ids, use_cache=False).last_hidden_state)
+        mine = [
+            t for t in tensors
+            if t.untyped_storage().data_ptr() not in own
+            and not {tuple(t.shape), tuple(reversed(t.shape))} & copies
+        ]  # fmt: skip
+        return kept_bytes(mine), shape_of(model.config)
+
+    (few, _), (many, shape) = run(2), run(4)
+    assert layer_activations(shape, half) == pytest.approx((many - few) / 2 / tokens, rel=0.05)
+
+
+@pytest.mark.parametrize("half", [True, False], ids=["bf16", "float32"])
+def test_cache_of_keys_and_values(half):
+    model, tokens = tiny_model("qwen3"), 40
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        model(torch.randint(3, 100, (2, tokens)), past_key_values=cache)
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    config = load_recipe(recipe_path("arithmetic"))
+    dtype = "bfloat16" if half else "float32"
+    model_config = type(config.model)(path="arithmetic", dtype=dtype)
+    data = type(config.data)(max_prompt_tokens=tokens - 6)
+    rollout = type(config.rollout)(batch_size=2, max_completion_tokens=6)
+    config = type(config)(model=model_config, data=data, rollout=rollout)
+    assert memory_plan(config, shape_of(model.config)).rollout["key-value cache"] == size
+
+
+def eager_jsd(students: list[torch.Tensor], teacher: torch.Tensor) -> torch.Tensor:
+    """As anyone would write it: the eager figures stand for this."""
+    lp = teacher.log_softmax(-1)
+    p = lp.exp()
+    total = teacher.new_zeros(())
+    for logits in students:
+        lq = logits.log_softmax(-1)
+        q = lq.exp()
+        m = ((p + q) / 2).log()
+        total = total + ((p * (lp - m)).sum() + (q * (lq - m)).sum()) / 2
+    return total
+
+
+@pytest.mark.parametrize("layers, maps", [(1, 5), (2, 9)])
+def test_maps_of_an_eager_divergence(layers, maps):
+    n, v = 32, 4096
+    students = [torch.randn(n, v, requires_grad=True) for _ in range(layers)]
+    own = {s.untyped_storage().data_ptr() for s in students}
+    teacher = torch.randn(n, v)
+    tensors = kept(lambda: eager_jsd(students, teacher))
+    found = kept_bytes(t for t in tensors if t.untyped_storage().data_ptr() not in own)
+    assert found / (4 * n * v) == pytest.approx(maps, rel=0.02)
+
+
+# ---- a plan by hand --------------------------------------------------------------------------
+
+
+def test_qwen3_4b_by_hand():
+    plan = memory_plan(load_recipe(recipe_path("qwen3-4b")), SHAPES["Qwen/Qwen3-4B"])
+    p = 4_022_468_096
+    assert plan.resident == {"parameters": 4 * p, "AdamW": 8 * p}
+    assert plan.tokens == 16384 and plan.longest == 9216 and plan.checkpointing
+    layer = 16384 * (26 * 2560 + 8 * 9728 + 10 * 40 * 128 + 4 * 32)
+    assert plan.other_checkpointing == 36 * layer
+    assert plan.update["activations"] == 36 * 16384 * 2560 * 4 + layer
+    assert plan.update["gradients"] == 4 * p and plan.update["bf16 copies"] == 2 * p
+    hidden, unembedding = 2 * 4 * 2560 * 16384, 4 * 151936 * 2560
+    assert plan.update["head"] == (5 << 28) + hidden + unembedding
+    assert plan.update["attention maps"] == 16384 * (4 * 40 * 128 + 16 * 32)
+    # 9.3 GiB a map of logits, 10.1 GiB a map of attention: what the kernels are for.
+    assert plan.eager["head"] == 7 * 4 * 16384 * 151936
+    assert plan.eager["attention maps"] == 6 * 4 * 32 * 9216**2
+    assert plan.rollout["key-value cache"] == 24 * 9216 * 36 * 8 * 128 * 8
+    assert plan.peak / GIB == pytest.approx(113.3, abs=0.1)  # the rollout's, by its cache
+    assert plan.sharded(4) < plan.sharded(2) < plan.peak
+
+
+def test_continuous_batching_keeps_its_cache_in_the_dtype_of_the_forward():
+    config = load_recipe(recipe_path("qwen3-4b"))
+    config = replace(config, rollout=replace(config.rollout, engine="continuous"))
+    plan = memory_plan(config, SHAPES["Qwen/Qwen3-4B"])
+    assert plan.rollout["key-value cache"] == 24 * (9216 + 512) * 36 * 8 * 128 * 4
+
+
+def test_a_plain_grpo_run_needs_no_alignment():
+    oisd, grpo = (
+        memory_plan(load_recipe(recipe_path(name)), SHAPES["Qwen/Qwen3-4B"])
+        for name in ("qwen3-4b", "qwen3-4b-grpo")
+    )
+    assert grpo.update["attention maps"] == grpo.eager["attention maps"] == 0
+    assert oisd.update["head"] - grpo.update["head"] == 4 * 2560 * 16384
+    assert grpo.eager["head"] == 2 * 4 * 16384 * 151936
+    # The promise of the method's kernels, in memory: 1.03 times GRPO's.
+    assert sum(oisd.update.values()) <= 1.03 * sum(grpo.update.values())
+
+
+def test_without_a_kernel_the_maps_are_counted():
+    config = load_recipe(recipe_path("qwen3-4b"))
+    config = replace(config, oisd=replace(config.oisd, attention_kernel="reference"))
+    plan = memory_plan(config, SHAPES["Qwen/Qwen3-4B"])
+    assert plan.update["attention maps"] == plan.eager["attention maps"] > 50 * GIB
+    assert any("eager maps" in line for line in planning.assumptions(plan))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_has_a_plan(recipe, capsys):
+    assert main(["plan", str(recipe)]) == 0
+    printed = capsys.readouterr().out
+    for words in ("parameters", "AdamW", "activations", "key-value cache", "141 GB", "peak"):
+        assert words in printed
+
+
+def test_overrides_reach_the_plan(capsys):
+    main(["plan", "qwen3-4b", "--model.gradient-checkpointing", "False"])
+    assert "107.51" in capsys.readouterr().out
+    assert main(["plan", "qwen3-4b", "--model.path", "nobody/nothing"]) == 2
+    assert "nobody/nothing" in capsys.readouterr().err

@@ -1,0 +1,342 @@
+"""The run as a whole: what it writes, exact resume after kill -9, two processes as one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from oisd.config import from_tables, to_tables
+from oisd.optimizer import NonFiniteError
+from oisd.run.folder import RunFolderError
+from oisd.trainer import Trainer
+
+TINY = {
+    "data": {"max_prompt_tokens": 16},
+    "rollout": {"prompts_per_step": 6, "completions_per_prompt": 8, "max_completion_tokens": 5},
+    "reward": {"function": "tests_reward:first_digit"},
+    "oisd": {"student_layers": [2, 4]},
+    "optimizer": {"learning_rate": 1e-3},
+    "warmup": {"steps": 20, "batch_size": 16},
+    "eval": {"source": "arithmetic", "limit": 8, "samples": 4, "every": 2},
+    "run": {
+        "steps": 4,
+        "save_every": 2,
+        "threads": 1,
+        "device": "cpu",
+        "tokens_per_microbatch": 200,
+        "grad_norm_every": 2,
+    },
+}
+# Easy enough that a model which has seen little is sometimes right: no advantage, no gradient.
+REWARD = """
+def first_digit(texts, answers):
+    return [float(text[:1] == answer[:1]) for text, answer in zip(texts, answers)]
+"""
+
+
+def tables(output_dir: Path, **changes: dict) -> dict:
+    merged = {name: dict(table) for name, table in TINY.items()}
+    for name, table in changes.items():
+        merged.setdefault(name, {}).update(table)
+    merged["run"]["output_dir"] = str(output_dir)
+    return merged
+
+
+@pytest.fixture(autouse=True)
+def reward_module(tmp_path, monkeypatch):
+    (tmp_path / "tests_reward.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+
+
+def train(output_dir: Path, **changes: dict) -> dict:
+    return Trainer(from_tables(tables(output_dir, **changes))).train()
+
+
+def launch(
+    output_dir: Path, *before: str, launcher: tuple[str, ...] = (), **changes: dict
+) -> subprocess.CompletedProcess:
+    """Train in a process of its own, which runs the statements `before` first."""
+    script = output_dir.parent / f"{output_dir.name}.py"
+    script.write_text(
+        "\n".join(
+            [
+                "import os, signal, sys, torch",
+                "import oisd.run.folder, oisd.trainer",
+                "from oisd.config import from_tables",
+                "die = lambda: os.kill(os.getpid(), signal.SIGKILL)",
+                *before,
+                "if __name__ == '__main__':",
+                f"    oisd.trainer.Trainer(from_tables({tables(output_dir, **changes)!r})).train()",
+            ]
+        )
+    )
+    return subprocess.run(
+        [sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(output_dir.parent), *sys.path])},
+    )  # fmt: skip
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The rows without what a clock says."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step-{step}" / "model.safetensors")
+
+
+def assert_same_run(ours: Path, theirs: Path, step: int = 4) -> None:
+    assert metrics(ours) == metrics(theirs)
+    a, b = weights(ours, step), weights(theirs, step)
+    assert a.keys() == b.keys() and len(a) > 10
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> Path:
+    """A run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    (folder / "tests_reward.py").write_text(REWARD)
+    previous = Path.cwd()
+    os.chdir(folder)
+    try:
+        train(folder / "run")
+    finally:
+        os.chdir(previous)
+    return folder / "run"
+
+
+def test_writes_what_it_promises(whole_run):
+    rows = metrics(whole_run)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    promised = {
+        "reward", "loss/grpo", "loss/think", "loss/attention", "js/think_pos", "js/think_neg",
+        "js/attention_pos", "js/attention_neg", "entropy/student", "entropy/teacher",
+        "agreement/top1", "frac_zero_std", "completion_length", "grad_norm",
+    }  # fmt: skip
+    for row in rows[1:]:
+        assert promised <= row.keys()
+        assert all(row[name] is not None for name in promised)
+        assert 0 < row["js/think_pos"] < 0.7 and 0 < row["js/attention_pos"] < 0.7
+    assert "grad_norm/think" in rows[1] and "grad_norm/think" not in rows[2]
+    assert {"eval/avg_at_k", "eval/pass_at_4"} <= rows[0].keys() & rows[4].keys()
+    for name in ("config.toml", "summary.json", "completions/step-1.jsonl", "plots/training.png"):
+        assert (whole_run / name).stat().st_size > 0, name
+    assert list((whole_run / "tensorboard").iterdir())
+    assert sorted(p.name for p in (whole_run / "checkpoints").iterdir()) == ["step-2", "step-4"]
+
+
+def test_same_seed_same_run_and_another_seed_another(whole_run, tmp_path):
+    train(tmp_path / "again")
+    assert_same_run(tmp_path / "again", whole_run)
+    train(tmp_path / "other", run={"seed": 1, "steps": 1})
+    ours, theirs = metrics(tmp_path / "other")[1], metrics(whole_run)[1]
+    assert ours["entropy/policy"] != theirs["entropy/policy"]
+
+
+KILLS = {
+    "in the warm-up": (
+        "import oisd.warmup",
+        "step = oisd.warmup.prompt_indices",
+        "oisd.warmup.prompt_indices = lambda i, *rest: die() if i == 10 else step(i, *rest)",
+    ),
+    "in a step": (
+        "learn = oisd.trainer.Learner.learn",
+        "oisd.trainer.Learner.learn = lambda s, m, step: die() if step == 3 else learn(s, m, step)",
+    ),
+    "in the middle of a checkpoint": (
+        "save = torch.save",
+        "def cut(state, file):",
+        "    save(state, file)",
+        "    if state['step'] == 4: open(file, 'r+b').truncate(1000); die()",
+        "torch.save = cut",
+    ),
+    "in the middle of a line of metrics": (
+        "def cut(folder, row):",
+        "    with folder.metrics_file.open('a') as file:",
+        "        file.write('{\"step\": 3, \"rew' if row['step'] == 3 else str(row['step']) and "
+        "__import__('json').dumps(row) + '\\n')",
+        "    if row['step'] == 3: die()",
+        "oisd.run.folder.RunFolder.log = cut",
+    ),
+    "after the last checkpoint, before the plots": (
+        "oisd.run.summary.plot_training = lambda *_: die()",
+    ),
+}
+
+
+@pytest.mark.parametrize("moment", KILLS)
+def test_killed_and_started_again_ends_the_same(moment, whole_run, tmp_path):
+    run = tmp_path / "run"
+    died = launch(run, *KILLS[moment])
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    train(run)
+    assert_same_run(run, whole_run)
+    assert (run / "plots" / "training.png").exists()
+    assert not list((run / "checkpoints").glob(".writing*"))
+
+
+def test_corrupt_checkpoint_falls_back_to_the_one_before(whole_run, tmp_path):
+    run = tmp_path / "run"
+    train(run)
+    file = run / "checkpoints" / "step-4" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"step-4 is damaged \(model.safetensors is not what"):
+        trainer = Trainer(from_tables(tables(run)))
+    assert trainer.step == 2
+    trainer.train()
+    assert_same_run(run, whole_run)
+
+
+def test_longer_run_goes_on_from_the_shorter(whole_run, tmp_path):
+    train(tmp_path / "run", run={"steps": 2})
+    train(tmp_path / "run")
+    assert_same_run(tmp_path / "run", whole_run)
+
+
+def test_two_processes_make_the_same_parameters_as_one(whole_run, tmp_path):
+    run = tmp_path / "two"
+    done = launch(run, launcher=("-m", "torch.distributed.run", "--nproc-per-node=2"))
+    assert done.returncode == 0, done.stderr
+    ours, theirs = metrics(run), metrics(whole_run)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), (a["step"], name)
+    start, one, two = weights(whole_run, 2), weights(whole_run, 4), weights(run, 4)
+    for name in one:
+        moved = (one[name] - start[name]).norm()
+        assert moved > 1e-3
+        # Sums in another order, and AdamW divides by small second moments: a hundredth of the way.
+        assert (one[name] - two[name]).norm() < 1e-2 * moved, name
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_an_engine_and_sample_by_it(tmp_path):
+    run, launcher = tmp_path / "two", ("-m", "torch.distributed.run", "--nproc-per-node=2")
+    changes = {"eval": {"source": "none"}, "run": {"steps": 2}}
+    done = launch(run, launcher=launcher, rollout={"engine": "auto"}, **changes)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "engine.json").read_text())["seconds"].keys() == {
+        "generate", "continuous"
+    }  # fmt: skip
+    found = {}
+    for engine in ("generate", "continuous"):
+        done = launch(tmp_path / engine, launcher=launcher, rollout={"engine": engine}, **changes)
+        assert done.returncode == 0, done.stderr
+        found[engine] = metrics(tmp_path / engine)
+    for a, b in zip(found["generate"], found["continuous"], strict=True):
+        assert b.keys() - a.keys() == {"tis/weight", "tis/truncated"}
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-6), name
+
+
+VARIANTS = {
+    "bf16-checkpointing": {"model": {"dtype": "bfloat16", "gradient_checkpointing": True}},
+    "minibatches-tis": {
+        "grpo": {"minibatches": 3, "tis_cap": 2.0, "aggregation": "dr-grpo", "dual_clip": "none"}
+    },
+    "kl": {"grpo": {"kl_coef": 0.1, "aggregation": "sequence-mean"}},
+    "sampled-forward-kl": {
+        "oisd": {
+            "attention_steps": 2,
+            "key_window": 2,
+            "key_stride": 3,
+            "divergence": "forward_kl",
+        }
+    },
+    "plain-grpo": {"oisd": {"think_weight": 0.0, "attention_weight": 0.0}},
+    "bupo-lens": {"oisd": {"lens_norm": "none", "attention_weight": 0.0, "advantage_clip": 1.0}},
+    "continuous-bf16": {
+        "model": {"dtype": "bfloat16"},
+        "rollout": {"engine": "continuous", "batch_size": 5},
+    },
+    "eager-all-rows": {
+        "model": {"attn_implementation": "eager"},
+        "grpo": {"skip_zero_advantage": False},
+    },
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_variants_run_and_resume(changes, tmp_path, monkeypatch):
+    monkeypatch.setattr("oisd.run.summary.plot_training", lambda *_: [])
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    # Without an evaluation, which the shorter run would do after its own last step.
+    changes = {**changes, "run": {"steps": 2, "save_every": 1}, "eval": {"source": "none"}}
+    train(whole, **changes)
+    assert all(row["grad_norm"] > 0 for row in metrics(whole)[1:])
+    train(parts, **{**changes, "run": {"steps": 1}})
+    train(parts, **changes)
+    assert_same_run(parts, whole, step=2)
+
+
+def test_cosine_ends_with_the_run_and_so_cannot_be_prolonged(tmp_path, monkeypatch):
+    monkeypatch.setattr("oisd.run.summary.plot_training", lambda *_: [])
+    optimizer = {"schedule": "cosine", "warmup_steps": 1, "learning_rate": 1e-3}
+    changes = {"optimizer": optimizer, "eval": {"source": "none"}}
+    train(tmp_path / "run", **changes, run={"steps": 3})
+    rates = [row["learning_rate"] for row in metrics(tmp_path / "run")]
+    assert rates == pytest.approx([0.0, 1e-3, 5e-4])  # linear to the peak, then half a cosine
+    with pytest.raises(RunFolderError, match="run.steps: 3 != 4"):
+        train(tmp_path / "run", **changes, run={"steps": 4})
+
+
+def test_more_processes_than_prompts(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2")
+    small = {"rollout": {"prompts_per_step": 1}, "run": {"steps": 1}, "eval": {"limit": 1}}
+    done = launch(tmp_path / "run", launcher=launcher, **small)
+    assert done.returncode == 0, done.stderr
+    assert metrics(tmp_path / "run")[1]["reward"] is not None
+
+
+def test_nan_names_step_and_batch_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    trainer = Trainer(from_tables(tables(run)))
+    roll_out = Trainer._roll_out
+
+    def poisoned(self, clock):
+        result = roll_out(self, clock)
+        if self.step == 3:
+            with torch.no_grad():
+                self.policy.model.model.layers[3].mlp.down_proj.weight[0, 0] = torch.nan
+        return result
+
+    monkeypatch.setattr(Trainer, "_roll_out", poisoned)
+    with pytest.raises(NonFiniteError, match=r"step 4: loss/grpo is nan in micro-batch 0") as error:
+        trainer.train()
+    assert "checkpoints/step-2" in str(error.value)
+    report = json.loads((run / "nonfinite-step-4-rank-0.json").read_text())
+    assert report["step"] == 4 and report["completions"]
+    assert all(tensor.isfinite().all() for tensor in weights(run, 2).values())
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert Trainer(from_tables(tables(run))).train()["steps"] == 4
+
+
+def test_nan_in_the_rollout_is_reported(tmp_path):
+    trainer = Trainer(
+        from_tables(tables(tmp_path / "run", warmup={"steps": 0}, eval={"source": "none"}))
+    )
+    with torch.no_grad():
+        trainer.policy.model.lm_head.weight[3] = torch.nan
+    with pytest.raises(NonFiniteError, match="step 1: the model's logits are not finite"):
+        trainer.train()
+
+
+def test_resolved_configuration_is_saved_and_loads(whole_run):
+    from oisd.config import load_recipe
+
+    saved = load_recipe(whole_run / "config.toml")
+    assert to_tables(saved)["oisd"]["student_layers"] == [2, 4]
+    assert saved.rollout.completions_per_prompt == 8
