@@ -6,6 +6,8 @@ The names below are imported when first used, so that `import oisd` does not wai
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from oisd.moved import keep_old_names
+
 if TYPE_CHECKING:
     from oisd.config import TrainConfig, load_recipe
     from oisd.models import Taps
@@ -20,6 +22,9 @@ _HOMES = {
 _MODULES = ("config", "data", "evaluate", "losses", "models", "plots", "rewards", "trainer")
 
 __all__ = ["Taps", "TrainConfig", "Trainer", "load_recipe"]
+
+
+keep_old_names()
 
 
 def __getattr__(name: str) -> Any:

@@ -146,7 +146,7 @@ def tiled_workspace(layers: int) -> float:
     with ExitStack() as stack:
         for name, module in list(sys.modules.items()):
             for function in ("machine", "_machine"):
-                if name.startswith("oisd_kernels.lens.tiled.op") and hasattr(module, function):
+                if name.startswith("oisd_kernels.lens.tiled.") and hasattr(module, function):
                     h100 = mock.patch.object(module, function, lambda device: (90, 264))
                     stack.enter_context(h100)
         stack.enter_context(mock.patch.object(triton.runtime.JITFunction, "run", _skip))

@@ -358,7 +358,3 @@ def main(argv: list[str] | None = None) -> int:
         for name in sorted(missing):
             print(f"FAILED: {name} is launched by no case of oisd_kernels.audit.lens_cases")
     return 1 if failed or missing else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -68,7 +68,7 @@ def test_no_time_left(tmp_path):
 def test_the_times_of_a_pass(monkeypatch):
     """By the emulation, against torch's functions in the place of Triton's."""
     emulator = emulate(monkeypatch)
-    monkeypatch.setattr(cuda_times, "attention_triton", torch_impl)
+    monkeypatch.setattr(cuda_times, "triton_impl", torch_impl)
     call = cuda_times.Call(Attention(2, 1, 64), 20, "cpu")
     for kind in cuda_times.MATMULS:
         timed = list(cuda_times.lines("tiny", kind, call, seconds=0.0))

@@ -30,8 +30,8 @@ def set_up_ops(machine: str, monkeypatch, gpu: tuple[int, str]) -> None:
     if machine == "cpu":
         for name in ("forward", "logsumexp"):
             monkeypatch.setattr(cuda_impl, name, getattr(torch_impl, name))
-        for name in ("attention", "attention_divergence"):
-            module = importlib.import_module(f"oisd_kernels.{name}")
+        for name in ("flash", "divergence"):
+            module = importlib.import_module(f"oisd_kernels.attention.{name}")
             monkeypatch.setattr(module, "choose", lambda op, impl, *rest, **options: impl)
 
 
