@@ -1,11 +1,21 @@
-// The elementwise mathematics of JSD and KL, in base-2 logarithms; see oisd_kernels/divergences.py.
+// The elementwise mathematics of JSD and KL, in base-2 logarithms.
 //
-// p = log2 P of the student, t = log2 T of the teacher, b = beta (the teacher's share).
-//   x = t - p + log2(b / (1 - b)),  s = log2(1 + 2^x)  (softplus; jsd alone)
-//   jsd         loss = b*KL(T, M) + (1-b)*KL(P, M)   dS = factor * P * (s - <P, s>), factor =
-//   -(1-b)*g*ln2 forward_kl  KL(T, P)                             dS = g * (P - T) reverse_kl KL(P,
-//   T)                             dS = g * ln2 * P * (p - t - <P, p - t>)
-// <P, s> and KL(P, T) are the row statistics, in nats.
+// It stands here as well as in oisd_kernels/divergences.py because CUDA cannot import what Triton
+// compiles. Tests hold both against oisd_kernels/reference.py.
+//
+// clang-format off
+// p = log2 P of the student, t = log2 T of the teacher, g a row's weight, dS the gradient to the
+// student's scores; x = t - p + log2(beta / (1 - beta)), s = log2(1 + 2^x), a softplus.
+//
+//   jsd         loss  beta * KL(T, M) + (1 - beta) * KL(P, M),  M = beta * T + (1 - beta) * P
+//               dS    factor * P * (s - <P, s>),                factor = -(1 - beta) * ln2 * g
+//   forward_kl  loss  KL(T, P)
+//               dS    factor * (P - T),                         factor = g
+//   reverse_kl  loss  KL(P, T)
+//               dS    factor * P * (p - t - <P, p - t>),        factor = ln2 * g
+//
+// The row statistic, in nats: <P, s> for jsd, KL(P, T) for reverse_kl.
+// clang-format on
 #pragma once
 
 #include "primitives.h"

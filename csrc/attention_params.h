@@ -1,4 +1,4 @@
-// Arguments of the attention kernels; oisd_kernels/attention_cuda.py holds the same structures.
+// Arguments of the attention kernels; oisd_kernels/cuda/params.py holds the same structures.
 //
 // Packed: N tokens, H query heads, J key heads, B sequences. Query i and key j, counted within
 // their sequence, meet where -left <= j - i <= right.

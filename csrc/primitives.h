@@ -1,6 +1,6 @@
-// What the kernels ask of the machine: index of the thread, asynchronous copies into shared memory,
-// ldmatrix, mma.sync, shuffles; primitives_sm90.h has those of sm_90a. On a GPU each is one
-// instruction (sm_80 and later); compiled for the host, emulate.h runs the same kernels on a CPU.
+// The instructions that the kernels use: index of the thread, asynchronous copies into shared
+// memory, ldmatrix, mma.sync, shuffles; primitives_sm90.h has those of sm_90a. On a GPU each is one
+// instruction (sm_80 and later). Compiled for the host, emulator/ runs the same kernels on a CPU.
 //
 // Shared memory is addressed by 32-bit byte offsets, elements are 16-bit patterns, and no CUDA
 // header is needed.
@@ -26,7 +26,8 @@ struct alignas(128) TensorMap {
 };
 
 #if !defined(__CUDACC__)
-#include "emulate.h"
+#include "emulator/emulate.h"
+#include "emulator/emulate_sm90.h"
 #else
 
 #define OISD_DEVICE __device__ __forceinline__

@@ -122,6 +122,11 @@ def source_folder() -> Path:
     raise FileNotFoundError(f"csrc/{SOURCE} is neither in {package} nor beside it")
 
 
+def sources() -> list[Path]:
+    """What nvcc compiles: all of csrc/ but its emulator, which a fatbin does not depend on."""
+    return sorted(path for path in source_folder().iterdir() if path.suffix in (".h", ".cu"))
+
+
 @functools.cache
 def tiles() -> tuple[Tile, ...]:
     """The table of csrc/attention_tiles.h, in its order: the launcher takes the first that fits."""
@@ -150,9 +155,8 @@ def find_nvcc() -> str | None:
 @functools.cache
 def source_hash() -> str:
     digest = hashlib.sha256(repr((CODES, FLAGS)).encode())
-    for path in sorted(source_folder().glob("*.*")):
-        if path.suffix in (".h", ".cu"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sources():
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 

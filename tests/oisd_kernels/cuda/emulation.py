@@ -1,4 +1,4 @@
-"""csrc/'s kernels on a CPU: their own source, compiled by g++ against csrc/emulate.h."""
+"""csrc/'s kernels on a CPU: their own source, compiled by g++ with csrc/emulator/."""
 
 import ctypes
 import functools
@@ -35,14 +35,14 @@ def library(unit: Unit) -> ctypes.CDLL:
     """The unit's emulation; compiled once for each state of the sources."""
     folder = build.source_folder()
     digest = hashlib.sha256(repr((FLAGS, IGNORED, unit)).encode())
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*folder.glob("*.*"), *folder.glob("emulator/*")]):
         digest.update(path.read_bytes())
     cache = ROOT / ".pytest_cache" / "csrc"
     cache.mkdir(parents=True, exist_ok=True)
     path = cache / f"{unit.name}-{digest.hexdigest()[:16]}.so"
     if not path.exists():
         whole = path.with_suffix(f".{os.getpid()}")
-        source = str(folder / "emulated_attention.cpp")
+        source = str(folder / "emulator" / "emulated_attention.cpp")
         command = [str(compiler()), *FLAGS, *IGNORED, *unit.macros(), "-o", str(whole), source]
         subprocess.run(command, check=True)
         whole.replace(path)
@@ -52,9 +52,9 @@ def library(unit: Unit) -> ctypes.CDLL:
 
 
 def tensor_map(device, dtype, address, sizes, strides, box) -> bytes:
-    """Stands in for `attention_cuda.tensor_map`: `Map` of csrc/emulate_sm90.h.
+    """Stands in for `cuda_impl.tensor_map`: encodes the `Map` of csrc/emulator/machine.h.
 
-    Refuses what the driver's documentation does.
+    Refuses what the driver's documentation says the driver refuses.
     """
     assert device.type == "cpu"
     assert dtype.itemsize == 2 and address % 16 == 0 and len(sizes) == len(box) == 3
@@ -66,10 +66,10 @@ def tensor_map(device, dtype, address, sizes, strides, box) -> bytes:
 
 
 class Emulator:
-    """Stands in for `attention_cuda.run`; keeps the launches."""
+    """Stands in for `cuda_impl.run`; keeps the launches."""
 
     def __init__(self) -> None:
-        self.order = 0  # 1: reversed; above: a seed of a shuffle, raised with each launch
+        self.order = 0  # 1: reversed; any larger one: the seed of a shuffle, raised with each launch
         self.launches: list[tuple[Unit, str, int]] = []
         self.boxes: dict[str, int] = {}  # of a kernel's last launch, copied by tensor maps
 

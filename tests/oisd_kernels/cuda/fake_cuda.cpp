@@ -1,4 +1,4 @@
-// A libcuda for machines without one: the functions that oisd_kernels/cuda_driver.py calls, with
+// A libcuda for machines without one: the functions that oisd_kernels/cuda/driver.py calls, with
 // cuda.h's own prototypes, so that arguments which ctypes passes wrongly arrive wrongly. Each writes
 // a line of what it got. As in the driver, most of them need a current context.
 #include <cuda.h>

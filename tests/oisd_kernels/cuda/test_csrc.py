@@ -1,11 +1,12 @@
 """The CUDA kernels of csrc/: emulated on a CPU from their own source, and on a GPU if there is one.
 
-Emulated (see csrc/emulate.h) the kernels prove their masks, offsets, lanes, swizzle, barriers and
+Emulated (see csrc/emulator/emulate.h) the kernels prove their masks, offsets, lanes, swizzle, barriers and
 the host's arguments. What only a GPU shows is tested where there is one.
 """
 
 import ctypes
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -228,7 +229,7 @@ def test_no_two_lanes_of_a_phase_meet_in_a_bank(tile):
     assert sorted(chunks) == list(range(0, tile.own * tile.head * 2, 16))  # each place once
 
 
-# file, what stands there, what the mutant has instead, and what the error says of it.
+# File, its text, what the mutant has instead, and a part of the error.
 MUTANTS = {
     "no barrier": ("attention_backward.h", "    engine.arrived();\n    barrier();\n", "",
                    "before thread"),
@@ -320,13 +321,12 @@ CASE_OF = {
 @pytest.mark.parametrize("mutant", CASE_OF)
 def test_the_emulation_sees_a_mistake(mutant, tmp_path, monkeypatch):
     file, old, new, message = (MUTANTS | WARPGROUP_MUTANTS | SPECIALIZED_MUTANTS)[mutant]
-    for path in build.source_folder().iterdir():
-        text = path.read_text(encoding="utf-8")
-        if path.name == file:
-            assert old in text
-            text = text.replace(old, new)
-        (tmp_path / path.name).write_text(text, encoding="utf-8")
-    monkeypatch.setattr(build, "source_folder", lambda: tmp_path)
+    folder = tmp_path / "csrc"
+    shutil.copytree(build.source_folder(), folder)
+    text = (folder / file).read_text(encoding="utf-8")
+    assert old in text
+    (folder / file).write_text(text.replace(old, new), encoding="utf-8")
+    monkeypatch.setattr(build, "source_folder", lambda: folder)
     monkeypatch.setattr(emulation, "library", emulation.library.__wrapped__)
     case = replace(CASE_OF[mutant], heads=(4, 2, 2), lengths=(70, 140))
     emulator = emulate(monkeypatch, *case.gpu)

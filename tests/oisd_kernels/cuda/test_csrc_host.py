@@ -1,6 +1,7 @@
 """The host's part of csrc/: tiles, checks, what is missing on a machine, the build."""
 
 import re
+import shutil
 import subprocess
 import tomllib
 from dataclasses import replace
@@ -346,10 +347,28 @@ def test_the_wheel_holds_the_sources():
     assert wheel["force-include"]["csrc"] == "oisd_kernels/csrc"
 
 
-def test_the_hash_follows_the_sources(tmp_path, monkeypatch):
-    hashes = set()
-    for text in ("one", "two"):
-        (tmp_path / "a.h").write_text(text)
-        monkeypatch.setattr(build, "source_folder", lambda: tmp_path)
-        hashes.add(build.source_hash.__wrapped__())
-    assert len(hashes) == 2
+def test_the_hash_follows_what_nvcc_compiles_and_nothing_else(tmp_path, monkeypatch):
+    folder = tmp_path / "csrc"
+    shutil.copytree(build.source_folder(), folder)
+    monkeypatch.setattr(build, "source_folder", lambda: folder)
+    before = build.source_hash.__wrapped__()
+    emulated = list((folder / "emulator").iterdir())
+    for path in emulated:
+        path.write_text(path.read_text(encoding="utf-8") + "// changed\n", encoding="utf-8")
+        assert build.source_hash.__wrapped__() == before, path.name
+    found = {before}
+    for path in build.sources():
+        path.write_text(path.read_text(encoding="utf-8") + "// changed\n", encoding="utf-8")
+        found.add(build.source_hash.__wrapped__())
+    assert len(emulated) > 5 and len(found) == 1 + len(build.sources()) > 10
+
+
+@needs_nvcc
+@pytest.mark.parametrize("unit", build.units()[:4], ids=lambda unit: unit.name)
+def test_the_sources_are_what_nvcc_reads(unit):
+    source = build.source_folder() / build.SOURCE
+    command = [str(build.find_nvcc()), *build.FLAGS, *unit.macros(), "-M", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    read = {Path(word).resolve() for word in done.stdout.replace("\\\n", " ").split()[2:]}
+    ours = {path for path in read if source.parent.resolve() in path.parents}
+    assert ours == {path.resolve() for path in build.sources()}

@@ -1,15 +1,15 @@
 // One unit of attention.cu on a CPU: `emulate` launches a kernel by its name.
-#include "attention.cu"
+#include "../attention.cu"
 
 template <auto KERNEL, class Params>
 static void call(const void* argument) {
-  Params params;  // aligned as its tensor maps want it, which the caller's copy need not be
+  Params params;  // aligned for its tensor maps, as the caller's copy need not be
   std::memcpy(&params, argument, sizeof params);
   KERNEL(params);
 }
 
-// Empty where all went well. `order` 1 runs blocks and, between barriers, warps from the last; above
-// that it is the seed of a shuffle.
+// Empty, or the error. `order` 0 runs blocks and warps forwards, 1 in reverse; any larger one is the
+// seed of a shuffle.
 extern "C" const char* emulate(const char* name, const void* params, int blocks, int threads,
                                int shared_bytes, int order) {
   static std::string message;
@@ -37,7 +37,7 @@ extern "C" const char* emulate(const char* name, const void* params, int blocks,
 // Boxes that tensor maps copied in the last launch.
 extern "C" int boxes_copied() { return emulator::boxes; }
 
-// What the launcher computes by itself, for a test to compare.
+// Sizes that the launcher computes, too, for a test to compare.
 extern "C" int shared_bytes(int tensors) { return Sizes::shared_bytes(tensors); }
 extern "C" int threads() { return Sizes::THREADS; }
 extern "C" int size_of(const char* name) {

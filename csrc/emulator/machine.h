@@ -1,12 +1,73 @@
-// The instructions of primitives_sm90.h on a CPU.
+// What the instructions of a warp or a warpgroup compute, barriers in shared memory, the copies
+// that they count, and setmaxnreg.
 //
-// A wgmma is computed when its warpgroup waits for it: a stage that was given back before then is
-// found overwritten, or in flight. A tensor map here is what tests/emulation.py encodes, `Map`; its
-// boxes land as the driver's would, with the 128-byte swizzle, zeros outside of the tensor, and
-// their bytes counted.
+// A wgmma is computed when its warpgroup waits for it, so a stage that was given back earlier is
+// found overwritten or still being copied. A tensor map is the `Map` that
+// tests/oisd_kernels/cuda/emulation.py encodes. Its boxes arrive as the hardware's would: with the
+// 128-byte swizzle, zeros outside the tensor, and their bytes counted.
 #pragma once
 
+#include "emulate_rounding.h"
+#include "state.h"
+
 namespace emulator {
+
+// All lanes of the warp that begins at `first` have posted their operands.
+[[gnu::noinline]] inline void execute(int first) {
+  Lane* warp = &lanes[first];
+  const Collective operation = warp[0].operation;
+  if (operation == MATRICES || operation == MATRICES_TRANSPOSED) {
+    unsigned out[WARP][4];
+    const unsigned char* rows[4][8];
+    for (int lane = 0; lane < WARP; lane++)
+      rows[lane / 8][lane % 8] = read_shared(first + lane, warp[lane].address, 16);
+    for (int lane = 0; lane < WARP; lane++)
+      for (int i = 0; i < 4; i++) {
+        auto at = [&](int row, int column) {
+          uint16_t x;
+          std::memcpy(&x, rows[i][row] + 2 * column, 2);
+          return unsigned(x);
+        };
+        const int r = lane / 4, c = 2 * (lane % 4);
+        out[lane][i] =
+            operation == MATRICES ? at(r, c) | at(r, c + 1) << 16 : at(c, r) | at(c + 1, r) << 16;
+      }
+    for (int lane = 0; lane < WARP; lane++) std::memcpy(warp[lane].in, out[lane], 16);
+  } else if (operation == MULTIPLY) {
+    const bool half = warp[0].half;
+    static float a[16][16], b[16][8];
+    for (int lane = 0; lane < WARP; lane++) {
+      for (int i = 0; i < 8; i++)
+        a[left_element_row(lane, i)][left_element_depth(lane, i)] =
+            part(half, warp[lane].in[i / 2], i % 2);
+      for (int i = 0; i < 4; i++)
+        b[right_element_depth(lane, i)][right_element_column(lane)] =
+            part(half, warp[lane].b[i / 2], i % 2);
+    }
+    for (int lane = 0; lane < WARP; lane++)
+      for (int i = 0; i < 4; i++) {
+        const int row = accumulator_row(lane) + 8 * (i / 2),
+                  column = accumulator_column(lane) + i % 2;
+        for (int k = 0; k < 16; k += 8) {
+          Sum<8> sum(warp[lane].c[i]);
+          for (int d = 0; d < 8; d++) sum.set(d, a[row][k + d], b[k + d][column]);
+          warp[lane].c[i] = sum.rounded();
+        }
+      }
+  } else if (operation == SHUFFLE) {
+    float out[WARP];
+    for (int lane = 0; lane < WARP; lane++) out[lane] = warp[lane ^ warp[lane].lanes].c[0];
+    for (int lane = 0; lane < WARP; lane++) warp[lane].c[0] = out[lane];
+  } else if (operation == VOTE) {
+    unsigned votes = 0;
+    for (int lane = 0; lane < WARP; lane++) votes |= unsigned(warp[lane].flag) << lane;
+    for (int lane = 0; lane < WARP; lane++) warp[lane].votes = votes;
+  } else if (operation == MEET) {
+    Clock all = none();
+    for (int lane = 0; lane < WARP; lane++) publish(first + lane, all);
+    for (int lane = 0; lane < WARP; lane++) learn(clocks[first + lane], all);
+  }
+}
 
 // An element of a matrix in shared memory with the 128-byte swizzle. `row` is along the
 // descriptor's eight-row groups, `column` along the 128 bytes.
@@ -19,7 +80,7 @@ inline unsigned described_address(unsigned long long matrix, int row, int column
   return address ^ (address >> 7 & 7) << 4;
 }
 
-// Elements [rows, columns] of a matrix, which each warp of the group reads.
+// Elements [rows, columns] of a matrix, read by each warp of the group.
 inline void read_matrix(int first, unsigned long long matrix, int rows, int columns, bool half,
                         float* to) {
   for (int row = 0; row < rows; row++)
@@ -85,17 +146,16 @@ template <int N>
   me().products.push_back(product);
 }
 
-// A barrier in shared memory. Its bytes there are not used, only guarded.
+// A barrier in shared memory. Its bytes there are not used, but accesses to them are checked.
 struct Barrier {
   unsigned address;
   int expected, missing, bytes, phase, creator;
   bool fenced;
-  Clock arriving, ended;  // what its arrivals know; of phases that have ended
+  Clock arriving, ended;  // what is known to the arrivals so far, and of the phases that ended
 };
 inline std::vector<Barrier> barriers;
 inline int boxes;  // copied by tensor maps in this launch
 
-inline void forget_barriers() { barriers.clear(); }
 inline Barrier& barrier_at(unsigned address) {
   for (Barrier& barrier : barriers)
     if (barrier.address == address) {
@@ -114,7 +174,7 @@ inline bool phase_ended(unsigned address, unsigned parity) {
 }
 inline void end_phase_if_complete(Barrier& barrier) {
   if (barrier.missing || barrier.bytes) return;
-  const int copies = clock_of(barrier);  // those of this phase are known to who waits for it
+  const int copies = clock_of(barrier);  // who waits for this phase knows its copies
   barrier.arriving[copies] = barrier.phase + 1;
   learn(barrier.ended, barrier.arriving);
   barrier.phase++;
@@ -126,18 +186,18 @@ inline void arrive(Barrier& barrier) {
   end_phase_if_complete(barrier);
 }
 
-// What tests/emulation.py writes where the driver would write its own.
+// Written by tests/oisd_kernels/cuda/emulation.py in place of the driver's own format.
 struct Map {
   unsigned long long address, sizes[3], strides[2];  // strides in bytes, of the second and third
   unsigned box[3], swizzle;
 };
 
-inline void land_box(const Flight& flight) {
+inline void complete_box(const PendingCopy& copy) {
   Map map;
-  std::memcpy(&map, flight.map, sizeof map);
-  const unsigned to = flight.to;
-  const auto& at = flight.at;
-  Barrier& counts = barrier_at(flight.barrier);
+  std::memcpy(&map, copy.map, sizeof map);
+  const unsigned to = copy.to;
+  const auto& at = copy.at;
+  Barrier& counts = barrier_at(copy.barrier);
   const Cell landed = {clock_of(counts), counts.phase + 1, false};
   unsigned offset = 0;
   for (unsigned z = 0; z < map.box[2]; z++)
@@ -160,23 +220,25 @@ inline void land_box(const Flight& flight) {
   end_phase_if_complete(counts);
 }
 
-// The copies that a thread has started, and its arrival once they have come.
-inline void land_copies(const Flight& flight) {
-  for (const Copy& copy : flight.copies) {
-    unsigned char* to = shared(copy.to, copy.bytes);
-    copy.from ? std::memcpy(to, copy.from, copy.bytes) : std::memset(to, 0, copy.bytes);
-    set_writer(copy.to, copy.bytes, {flight.thread, flight.epoch, true});
-    for (unsigned i = 0; i < copy.bytes; i += CELL)
-      lanes[flight.thread].unfenced.push_back((copy.to + i) / CELL);
+// The copies that a thread has issued, and its arrival once they are there.
+inline void complete_copies(const PendingCopy& copy) {
+  for (const Copy& one : copy.copies) {
+    unsigned char* to = shared(one.to, one.bytes);
+    one.from ? std::memcpy(to, one.from, one.bytes) : std::memset(to, 0, one.bytes);
+    set_writer(one.to, one.bytes, {copy.thread, copy.epoch, true});
+    for (unsigned i = 0; i < one.bytes; i += CELL)
+      lanes[copy.thread].unfenced.push_back((one.to + i) / CELL);
   }
-  Barrier& at = barrier_at(flight.barrier);
-  learn(at.arriving, flight.known);
+  Barrier& at = barrier_at(copy.barrier);
+  learn(at.arriving, copy.known);
   arrive(at);
 }
 
-inline void land(const Flight& flight) { flight.map ? land_box(flight) : land_copies(flight); }
-inline void take_off(const Flight& flight) {
-  reverse || (shuffled && roll(2)) ? land(flight) : flights.push_back(flight);
+inline void complete(const PendingCopy& copy) {
+  copy.map ? complete_box(copy) : complete_copies(copy);
+}
+inline void enqueue(const PendingCopy& copy) {
+  reverse || (shuffled && random_below(2)) ? complete(copy) : pending.push_back(copy);
 }
 
 inline void set_registers(int count, bool more) {
@@ -197,103 +259,5 @@ inline void check_registers() {
   if (set && sum > before * threads) fail("setmaxnreg asks for more registers than a block has");
 }
 
+
 }  // namespace emulator
-
-inline void fence_for_warpgroups() {
-  using namespace emulator;
-  for (unsigned cell : me().unfenced)
-    if (cells[cell].writer == current)
-      cells[cell].generic = false, cells[cell].epoch = clocks[current][current];
-  me().unfenced.clear();
-}
-inline void warpgroup_begin() { emulator::me().open = true; }
-inline void warpgroup_end() {
-  emulator::meet(emulator::PRODUCTS);
-  emulator::me().open = false;
-}
-
-inline bool is_half(Bfloat16) { return false; }
-inline bool is_half(Float16) { return true; }
-template <class ELEMENT, int N>
-inline void warpgroup_scores(ELEMENT element, float (&c)[N][4], unsigned long long a,
-                             unsigned long long b) {
-  emulator::issue({is_half(element), false, {}, a, b, nullptr, 0}, c);
-}
-template <class ELEMENT, int N>
-inline void warpgroup_rows(ELEMENT element, float (&c)[N][4], const unsigned (&a)[4],
-                           unsigned long long b) {
-  emulator::issue({is_half(element), true, {a[0], a[1], a[2], a[3]}, 0, b, nullptr, 0}, c);
-}
-
-[[gnu::noinline]] inline void barrier_create(unsigned address, int arrivals) {
-  using namespace emulator;
-  shared(address, 8);
-  if (barriers.size() == MOST_BARRIERS) fail("too many barriers for the emulation");
-  // Whatever lies there is overwritten: an access of tiles would see an unknown writer.
-  set_writer(address, 8, {current, IN_FLIGHT, true});
-  barriers.push_back({address, arrivals, arrivals, 0, 0, current, false, none(), none()});
-}
-inline void fence_created_barriers() {
-  for (emulator::Barrier& barrier : emulator::barriers)
-    if (barrier.creator == emulator::current) barrier.fenced = true;
-}
-[[gnu::noinline]] inline void barrier_arrive(unsigned barrier) {
-  using namespace emulator;
-  Barrier& at = barrier_at(barrier);
-  publish(current, at.arriving);
-  arrive(at);
-}
-[[gnu::noinline]] inline void barrier_expect(unsigned barrier, int bytes) {
-  emulator::Barrier& at = emulator::barrier_at(barrier);
-  if (!at.missing) emulator::fail("announces bytes to a phase that all have arrived at");
-  at.bytes += bytes;
-}
-[[gnu::noinline]] inline void barrier_wait(unsigned barrier, unsigned parity) {
-  using namespace emulator;
-  barrier_at(barrier);
-  if (shuffled ? roll(2) : reverse && current % WARP) me().late = true, suspend();
-  while (!phase_ended(barrier, parity)) {
-    me().awaits = true, me().awaited = barrier, me().parity = parity;
-    suspend();
-  }
-  me().awaits = false;
-  learn(clocks[current], barrier_at(barrier).ended);
-}
-inline void barrier_of(int threads) {
-  emulator::me().barrier = 1, emulator::me().barrier_threads = threads;
-  emulator::suspend();
-}
-[[gnu::noinline]] inline void copy_async_arrive(unsigned barrier) {
-  using namespace emulator;
-  const int thread = current;
-  Flight flight = {thread, barrier, me().copies, clocks[thread][thread], none(), nullptr, 0, {}};
-  me().copies.clear();
-  publish(thread, flight.known);
-  take_off(flight);
-}
-
-[[gnu::noinline]] inline void copy_box(unsigned to, const TensorMap& map, int column, int head,
-                                       int row, unsigned barrier) {
-  using namespace emulator;
-  Map box;
-  std::memcpy(&box, &map, sizeof box);
-  if (!box.address || box.swizzle != 128 || box.box[0] * 2 > 128) fail("not a tensor map");
-  const unsigned bytes = 2 * box.box[0] * box.box[1] * box.box[2];
-  if (to % 1024) fail("a box goes to a multiple of 1024 bytes, the swizzle's period");
-  if (size_t(to) + bytes > memory.size()) fail("a box out of bounds");
-  Barrier& counts = barrier_at(barrier);
-  if (!counts.fenced) fail("a copy by a barrier whose creation was not fenced");
-  boxes++;
-  check_write(current, to, bytes, true);
-  set_writer(to, bytes, {clock_of(counts), IN_FLIGHT, false});
-  take_off({current, barrier, {}, 0, {}, &map, to, {column, head, row}});
-}
-
-template <int COUNT>
-inline void fewer_registers() {
-  emulator::set_registers(COUNT, false);
-}
-template <int COUNT>
-inline void more_registers() {
-  emulator::set_registers(COUNT, true);
-}

@@ -1,6 +1,6 @@
-// Numbers as a GPU has them: 16-bit elements, sums of a tensor core, approximate functions.
+// A GPU's arithmetic: 16-bit elements, sums of a tensor core, approximate functions.
 //
-// The emulation rounds as coarsely as a GPU may, so that a bound that is kept here is kept there.
+// The emulation rounds as coarsely as a GPU may, so that a bound that holds here holds there.
 #pragma once
 
 #include <cmath>
@@ -50,8 +50,8 @@ inline float part(bool half, unsigned word, int i) {
 }
 
 // An accumulator and products of 16-bit elements, which a tensor core adds at once: eight in
-// mma.sync, sixteen in wgmma. It aligns all to the largest, keeps a few bits beyond float's, here one,
-// and drops the rest (Fasi et al., PeerJ CS 7:e330; Khattak and Mikaitis, arXiv 2512.07004).
+// mma.sync, sixteen in wgmma. It aligns all to the largest, keeps a few bits beyond float's (here
+// one), and drops the rest (Fasi et al., PeerJ CS 7:e330; Khattak and Mikaitis, arXiv 2512.07004).
 template <int PRODUCTS>
 struct Sum {
   double summands[PRODUCTS + 1];

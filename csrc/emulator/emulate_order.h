@@ -1,9 +1,9 @@
-// Who may see what in the emulated shared memory: each access is held against the order that
-// barriers make, so that a missing one is an error whatever the order in which threads ran.
+// What a thread may see in the emulated shared memory: each access is checked against the order that
+// barriers establish, so that a missing barrier is an error in whatever order threads ran.
 //
-// Every thread, and every barrier on behalf of the copies that it counts, keeps a clock of all the
-// others (a vector clock). A write is known to who has met its writer since, through a barrier; a
-// read by another thread must know the last write, and a write all reads.
+// Every thread, and every barrier on behalf of the copies it counts, keeps a vector clock of all
+// the others. A thread knows a write once a barrier has ordered it after that write. A read must know
+// the last write, and a write must know all earlier reads.
 #pragma once
 
 #include <climits>
@@ -13,11 +13,11 @@ namespace emulator {
 
 using Clock = std::vector<int>;
 constexpr int CELL = 4, LINE = 16;  // bytes: writes are kept by cells, reads by lines
-constexpr int IN_FLIGHT = INT_MAX;   // the epoch of what a copy has not yet brought
+constexpr int IN_FLIGHT = INT_MAX;  // the epoch of bytes whose copy is not complete
 
 struct Cell {
   int writer = -1, epoch = 0;
-  bool generic = false;  // written by a thread itself and not fenced: wgmma may miss it
+  bool generic = false;  // written by a thread and not fenced: wgmma may miss it
 };
 
 inline std::vector<Cell> cells;
@@ -48,7 +48,7 @@ __attribute__((optimize("O3"))) inline bool any_later(const unsigned short* read
   return any;
 }
 inline Clock none() { return Clock(clocks.size(), 0); }
-// What `thread` did so far, for those who learn it.
+// What `thread` did so far, for the threads that learn it.
 inline void publish(int thread, Clock& to) {
   learn(to, clocks[thread]);
   if (++clocks[thread][thread] > USHRT_MAX) fail("too many barriers for the emulation");
@@ -82,8 +82,7 @@ inline bool knows(int thread, const Cell& cell) {
       fail("overwrites shared memory at %u that %s %d has not handed over", i * CELL,
            cell.writer < readers ? "thread" : "the copy of barrier",
            cell.writer < readers ? cell.writer : cell.writer - readers);
-    if (by_map && cell.generic)
-      fail("a copy may overtake what thread %d wrote", cell.writer);
+    if (by_map && cell.generic) fail("a copy may overtake what thread %d wrote", cell.writer);
   }
   const int* known = clocks[thread].data();
   for (unsigned i = address / LINE; i <= (address + bytes - 1) / LINE; i++) {
