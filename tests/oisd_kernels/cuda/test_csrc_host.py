@@ -340,11 +340,11 @@ def test_check_fails_on_local_memory(monkeypatch, capsys):
     assert "spills 12" in capsys.readouterr().out
 
 
-def test_the_wheel_holds_the_sources():
-    root = ROOT
-    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+def test_the_wheel_holds_the_sources_and_not_the_emulator():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel["force-include"]["csrc"] == "oisd_kernels/csrc"
+    assert "csrc" in wheel["only-include"] and "csrc/emulator" in wheel["exclude"]
+    assert wheel["sources"]["csrc"] == "oisd_kernels/csrc"
 
 
 def test_the_hash_follows_what_nvcc_compiles_and_nothing_else(tmp_path, monkeypatch):
