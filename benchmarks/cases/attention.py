@@ -1,24 +1,25 @@
 """Divergence between two layers' attention maps, and the attention kernels themselves.
 
-Floor of the divergence with its gradients: four matmuls of 2*H*T*T*K, student's and teacher's
-scores, d_q and d_k; of attention, two forward and five backward. Causal masks halve both. A kernel
-that keeps no row of scores has to compute scores again and cannot reach the first floor.
-
-Implementations of ours are those that the op registers, and `flash_attention` where it exists.
+The least work of the divergence with its gradients is four matmuls of 2*H*T*T*K: student's and
+teacher's scores, d_q and d_k. Attention takes two forward and five backward. Causal masks halve
+both. A kernel that keeps no scores has to compute them again and cannot reach the first limit.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-import oisd_kernels
 from benchmarks.cases import eager, peers
 from benchmarks.cases.case import (
     EXACT,
+    FULL,
+    GPU,
     PEER,
+    QUICK,
     Bar,
     Bound,
     Case,
@@ -27,18 +28,17 @@ from benchmarks.cases.case import (
     Result,
     Run,
     Yardstick,
+    forward_backward,
     own,
     seeded,
     token_weights,
 )
 from benchmarks.cases.shapes import ATTENTIONS, CPU_ATTENTION, Attention, thousands
 from oisd_kernels import attention_divergence as divergence_op
-from oisd_kernels import reference
+from oisd_kernels import flash_attention, reference
 
 IMPLS = ("torch", "triton", "cuda", "reference")
-CHECKED = 8192  # longest sequence whose float64 maps are formed, a head at a time
-QUICK, FULL = frozenset({"quick", "full"}), frozenset({"full"})
-GPU = QUICK | {"gpu"}
+CHECKED = 8192  # the longest sequence whose float64 maps are formed, a head at a time
 
 
 def cases(device: str) -> list[Case]:
@@ -103,8 +103,7 @@ def divergence(
         bound=EXACT[dtype],
         suites=suites,
         bars=promises if bars else (),
-        check_inputs=prefix if tokens > CHECKED else None,
-        checked_at=f"T = {CHECKED}" if tokens > CHECKED else "",
+        **check(tokens),
     )  # fmt: skip
 
 
@@ -115,7 +114,7 @@ def attention(
     H, J, K = shape
     dtype = torch.bfloat16
     mine = [
-        Implementation(name, partial(own_flash, impl=impl), absent=no_flash())
+        Implementation(name, partial(own_flash, impl=impl))
         for name, impl in (("ours: flash_attention", "auto"), ("ours: cuda backward", "cuda"))
     ]
     return Case(
@@ -135,19 +134,14 @@ def attention(
         suites=suites,
         compiled=True,
         bars=(Bar("ours: flash_attention", "median_s", 1 / 0.8, "flash-attn 2"),),
-        check_inputs=prefix if tokens > CHECKED else None,
-        checked_at=f"T = {CHECKED}" if tokens > CHECKED else "",
+        **check(tokens),
     )
-
-
-def no_flash() -> str | None:
-    return None if hasattr(oisd_kernels, "flash_attention") else "not written yet"
 
 
 def inputs(
     shape: Attention, tokens: int, device: str, dtype: torch.dtype, values: bool = False
 ) -> Inputs:
-    """Queries and keys whose scores have a standard deviation of 1.5; the teacher's are half the
+    """Queries and keys whose scores have a standard deviation of 1.5. The teacher's are half the
     student's and half its own."""
     generator = seeded(0, device)
 
@@ -178,8 +172,15 @@ def prefix(inputs: Inputs) -> Inputs:
     }
 
 
+def check(tokens: int) -> dict[str, Any]:
+    """Fields of a case that is checked on its first tokens if it is long."""
+    if tokens <= CHECKED:
+        return {}
+    return {"check_inputs": prefix, "checked_at": f"T = {CHECKED}"}
+
+
 def truth(inputs: Inputs) -> Result:
-    """Float64, a query head at a time; weights are in it."""
+    """Float64, a query head at a time, weighted."""
     q, k, q_teacher, k_teacher, weights = (
         inputs[name].detach().double() for name in ("q", "k", "q_teacher", "k_teacher", "weights")
     )
@@ -220,43 +221,31 @@ def attention_truth(inputs: Inputs) -> Result:
 
 
 def ours(inputs: Inputs, impl: str) -> Run:
-    tensors = [inputs[name] for name in ("q", "k", "q_teacher", "k_teacher")]
-
-    def run() -> Result:
-        loss = own(divergence_op, *tensors, token_weight=inputs["weights"], impl=impl)
-        return {"loss": loss.detach()} | peers.grads(loss, 1.0, q=inputs["q"], k=inputs["k"])
-
-    return run
+    q, k, weights = inputs["q"], inputs["k"], inputs["weights"]
+    given = (q, k, inputs["q_teacher"], inputs["k_teacher"])
+    return forward_backward(
+        lambda: own(divergence_op, *given, token_weight=weights, impl=impl), q=q, k=k
+    )
 
 
 def naive(inputs: Inputs, compiled: bool) -> Run:
     function = eager.attention_divergence
     if compiled:
         function = torch.compile(function, dynamic=False)
-    tensors = [inputs[name] for name in ("q", "k", "q_teacher", "k_teacher", "weights")]
-
-    def run() -> Result:
-        loss = function(*tensors)
-        return {"loss": loss.detach()} | peers.grads(loss, 1.0, q=inputs["q"], k=inputs["k"])
-
-    return run
+    given = [inputs[name] for name in ("q", "k", "q_teacher", "k_teacher", "weights")]
+    return forward_backward(lambda: function(*given), q=given[0], k=given[1])
 
 
 def own_flash(inputs: Inputs, impl: str) -> Run:
-    flash = oisd_kernels.flash_attention  # type: ignore[attr-defined]  # it may not be there yet
-
-    def run() -> Result:
-        out, _ = flash(inputs["q"], inputs["k"], inputs["v"], causal=True, impl=impl)
-        found = peers.grads(out, inputs["d_out"], q=inputs["q"], k=inputs["k"], v=inputs["v"])
-        return {"loss": out.detach()} | found
-
-    return run
+    return peers.attention_run(
+        lambda *given: flash_attention(*given, causal=True, impl=impl)[0], inputs
+    )
 
 
 def square_matmul(inputs: Inputs, dtype: torch.dtype, device: str) -> Yardstick:
-    """A bare square matmul: attention's own matmuls are bound by memory if they stand alone."""
+    """A bare square matmul: attention's own matmuls would be bound by memory on their own."""
     n = 8192 if device == "cuda" else 1024
-    # Random numbers: matrices of ones draw less power, and so run at a higher clock.
+    # Random numbers: matrices of ones draw less power and so run at a higher clock.
     x = torch.randn(n, n, generator=seeded(0, device), device=device).to(dtype)
     out = torch.empty_like(x)
     return Yardstick(lambda: torch.mm(x, x, out=out), 2.0 * n**3)

@@ -1,11 +1,11 @@
-"""What a benchmark case is: inputs, implementations, floor of work, truth and bounds. Data only.
+"""What a benchmark case is: inputs, implementations, least work, truth and bounds. Data only.
 
 Letters: S student layers, N tokens, D width, V vocabulary, T queries, H query heads, J key heads,
 K head dimension.
 
-Rows of the inputs repeat with a prime period, so that float64 truth for one period is the truth for
-every row: a wrong chunk anywhere shows, and truth stays affordable at any N. An implementation
-whose result is out of bounds is reported as wrong and never timed.
+Rows of the inputs repeat with a prime period, so the float64 truth of one period holds for every
+row: an error in any chunk shows, and truth stays affordable at any N. An implementation whose
+result is out of bounds is reported as wrong and never timed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ Result = dict[str, Tensor]
 Run = Callable[[], Result]
 
 PERIOD = 127  # rows of the inputs that are distinct
-SUITES = ("quick", "full", "gpu")
+QUICK, FULL = frozenset({"quick", "full"}), frozenset({"full"})  # suites that a case belongs to
+GPU = QUICK | {"gpu"}
 
 
 class Absent(Exception):
-    """An implementation finds, when it is run, that it cannot run here; says why."""
+    """An implementation cannot run here, which it finds out when it is run; says why."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class Bound:
 
     loss: float
     gradient: float
-    nats: float = 1e-6  # a loss is right, too, where no token is further off than this
+    nats: float = 1e-6  # a loss is also correct if no token's error exceeds this
 
 
-# Ours, DESIGN: bounds of float32 and bfloat16 inputs.
+# Ours, for float32 and bfloat16 inputs.
 EXACT = {torch.float32: Bound(1e-5, 1e-4), torch.bfloat16: Bound(1e-4, 5e-3)}
-# What a peer's own arithmetic can reach: log-softmax autograd in float32; logits rounded to bf16,
-# which costs 3-14 % of the gradient. The error stands in the table beside the time.
+# What a peer's arithmetic can reach: log-softmax autograd in float32; logits rounded to bf16, which
+# costs 3-14 % of the gradient. The table shows the error beside the time.
 PEER = {torch.float32: Bound(1e-3, 5e-2), torch.bfloat16: Bound(5e-2, 2.5e-1)}
 
 
@@ -52,7 +53,7 @@ class Implementation:
 
     name: str
     make: Callable[[Inputs], Run]
-    """Binds the inputs; the function that comes back does the work once, gradients included."""
+    """Binds the inputs; the function that it returns does the work once, gradients included."""
     absent: str | None = None
     """Why it cannot run here."""
     bound: Bound | None = None
@@ -60,20 +61,18 @@ class Implementation:
     weighted: bool = True
     """Whether it takes a weight per token; one that does not is held to the unweighted truth."""
     needs: float = 0.0
-    """Bytes that it is expected to take, where so many may end the process instead of raising."""
+    """Bytes that it is expected to take, if so many might get the process killed."""
     compiles: bool = False
-    """Compiles with torch.compile, minutes on some machines: left out of --quick."""
-    memory_only: bool = False
-    """Peak memory is measured and time is not."""
+    """Uses torch.compile, which takes minutes on some machines: left out of --quick."""
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A promise: `metric` of `implementation` is at most `at_most` times that of `against`."""
+    """A target: `metric` of `implementation` is at most `at_most` times that of `against`."""
 
     implementation: str
-    metric: str  # "median_s", "peak_mib" or "workspace_mib", which leaves outputs out
+    metric: str  # "median_s", "peak_mib" or "workspace_mib", which excludes outputs
     at_most: float
     against: str | None = None  # None: `at_most` is absolute
     case: str | None = None  # of `against`, where it is another case
@@ -81,7 +80,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Bare work of known size at the shapes of the case, timed in the same rounds."""
+    """A bare matmul of known size at the shapes of the case, timed in the same rounds."""
 
     run: Callable[[], object]
     flops: float
@@ -102,25 +101,44 @@ class Case:
     implementations: Sequence[Implementation]
     yardstick: Callable[[Inputs], Yardstick]
     flops: float
-    """Of the floor: the fewest matmuls that the result takes."""
+    """Of the fewest matmuls that give the result."""
     bytes: float
-    """Of the floor: every input read and every output written once."""
+    """Every input read and every output written once."""
     bound: Bound
-    suites: frozenset[str] = frozenset({"full"})
+    suites: frozenset[str] = FULL
     bars: Sequence[Bar] = ()
     seed: int = 0
     whole: bool = False
-    """Peak memory counts the inputs too (a model and its optimizer)."""
+    """Peak memory includes the inputs (a model and its optimizer)."""
     check_inputs: Callable[[Inputs], Inputs] | None = None
-    """Smaller inputs for the correctness check, where truth is too large at the case's own."""
+    """Smaller inputs for the correctness check, if truth is too expensive at the case's own."""
     compiled: bool = False
-    """Whether --quick takes the time that torch.compile needs here, on a GPU."""
+    """Whether --quick includes implementations that compile, on a GPU."""
     checked_at: str = ""
     """What `check_inputs` made smaller."""
 
 
+def gradients(loss: Tensor, upstream: Tensor | float, **leaves: Tensor) -> Result:
+    """d_<name> of sum(loss * upstream) for each leaf."""
+    found = torch.autograd.grad((loss * upstream).sum(), list(leaves.values()))
+    return {f"d_{name}": g for name, g in zip(leaves, found, strict=True)}
+
+
+def forward_backward(
+    forward: Callable[[], Tensor], upstream: Tensor | float = 1.0, **leaves: Tensor
+) -> Run:
+    """Runs `forward`, then its backward to the leaves, if there are any."""
+
+    def run() -> Result:
+        loss = forward()
+        found = {"loss": loss.detach()}
+        return found | gradients(loss, upstream, **leaves) if leaves else found
+
+    return run
+
+
 def own(op: Callable[..., Any], *arguments: Any, impl: str, **options: Any) -> Any:
-    """An op of ours with `impl`; Absent, with the op's own words, where that cannot run here."""
+    """An op of ours with `impl`; raises Absent with the op's message if that cannot run here."""
     try:
         return op(*arguments, impl=impl, **options)
     except ValueError as error:
@@ -149,11 +167,11 @@ REGIMES = ("random", "near", "peaked", "saturated")
 def hidden_states(
     regime: str, layers: int, tokens: int, width: int, vocabulary: int, device: str, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Student [S, N, D], final [N, D] and unembedding [V, D] in float32, whose logits look real.
+    """Student [S, N, D], final [N, D] and unembedding [V, D] in float32, with realistic logits.
 
     random: logits of standard deviation 2. near: student 10 % away from the final layer.
     peaked: standard deviation 8, student and teacher disagree. saturated: a peaked teacher and a
-    student within 3 % of the uniform entropy, as an early layer's lens is.
+    student within 3 % of the uniform entropy, as is typical of an early layer.
     """
     generator = seeded(seed, device)
 
@@ -175,7 +193,7 @@ def hidden_states(
 
 
 def token_weights(tokens: int, device: str, seed: int, dropped: float = 0.0) -> Tensor:
-    """Signed weights [N] like GRPO's advantages; a share of them is 0."""
+    """Signed weights [N] like GRPO's advantages; the share `dropped` of them is 0."""
     generator = seeded(seed + 1, device)
     weight = torch.randn(tokens, generator=generator, device=device)
     weight = weight.sign() * weight.abs().clamp_min(0.1)
@@ -184,7 +202,8 @@ def token_weights(tokens: int, device: str, seed: int, dropped: float = 0.0) -> 
 
 
 def errors(found: Result, truth: Result) -> dict[str, float]:
-    """Relative error of each result; NaN where one is not finite, has no scale or a wrong shape."""
+    """Relative error of each result; NaN if it is not finite, or if the truth is 0 or of another
+    shape."""
     out = {}
     for name, x in found.items():
         want = truth[name]
@@ -209,7 +228,7 @@ def worst_nats(found: Result, truth: Result) -> float:
 def expected(truth: Result, weighted: bool, factor: Tensor | None) -> Result:
     """Truth as an implementation should return it: rows times their weight, if it takes weights.
 
-    A sum over rows has a truth of its own for weights, "weighted <name>".
+    The weighted truth of a sum over rows is under "weighted <name>".
     """
     plain = {name: x for name, x in truth.items() if not name.startswith("weighted ")}
     if factor is None or not weighted:

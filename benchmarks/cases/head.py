@@ -1,11 +1,12 @@
 """Log-probability of labels, and the policy head: log-probability and divergence in one pass.
 
-Floor in units of G = 2*N*D*V: 3 for the log-probability with both gradients (logits, and one matmul
-each for hidden states and unembedding); 2S more for the divergence of S layers beside it.
+The least work in units of G = 2*N*D*V: 3 for the log-probability with both gradients (logits, and
+one matmul each for hidden states and unembedding); 2S more for the divergence of S layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -14,13 +15,18 @@ from torch import Tensor
 from benchmarks.cases import eager, peers
 from benchmarks.cases.case import (
     EXACT,
+    FULL,
+    GPU,
     PEER,
+    QUICK,
     Bar,
     Case,
     Implementation,
     Inputs,
     Result,
     Run,
+    forward_backward,
+    gradients,
     hidden_states,
     own,
     period,
@@ -28,18 +34,10 @@ from benchmarks.cases.case import (
     seeded,
     token_weights,
 )
-from benchmarks.cases.lens import yardstick
+from benchmarks.cases.lens import IMPLS, yardstick
+from benchmarks.cases.lens import truth as lens_truth
 from benchmarks.cases.shapes import CPU_HEAD, HEADS, SMALL_HEAD, Head, thousands
-from oisd_kernels import (
-    linear_logprob,
-    logit_lens_divergence,
-    policy_head,
-    reference,
-)
-
-LOGPROB_IMPLS = ("chunked", "tiled", "reference")
-QUICK, FULL = frozenset({"quick", "full"}), frozenset({"full"})
-GPU = QUICK | {"gpu"}
+from oisd_kernels import linear_logprob, logit_lens_divergence, policy_head, reference
 
 
 def cases(device: str) -> list[Case]:
@@ -78,7 +76,7 @@ def logprob(model: str, head: Head, tokens: int, device: str, suites: frozenset[
         implementations=[
             *(Implementation(f"ours: {impl}", partial(ours_logprob, impl=impl),
                              needs=4 * logits if impl == "reference" else 0.0)
-              for impl in LOGPROB_IMPLS),
+              for impl in IMPLS),
             Implementation("eager", partial(eager_logprob, compiled=False), bound=PEER[dtype],
                            needs=4 * logits),
             Implementation("torch.compile(eager)", partial(eager_logprob, compiled=True),
@@ -100,10 +98,9 @@ def policy(
     """The policy-head case of a shape: gradients to both hidden states and to the unembedding."""
     S, N, D, V = layers, tokens, *head
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    name = f"policy_head/{model}/S{S}/{thousands(N)}/saturated"
     logits = 4.0 * N * V * (S + 1)
     return Case(
-        name=name,
+        name=f"policy_head/{model}/S{S}/{thousands(N)}/saturated",
         family="policy_head",
         device=device,
         dtype=dtype,
@@ -144,8 +141,8 @@ def inputs(
 
 
 def logprob_truth(inputs: Inputs) -> Result:
-    """Unweighted rows in float64, one period computed; `d_weight` weighted and not, since it is a
-    sum over rows."""
+    """Unweighted rows in float64, computed for one period. `d_weight`, a sum over rows, both with
+    the weights and without."""
     tokens = inputs["hidden"].shape[0]
     rows = period(tokens)
     hidden = inputs["hidden"].detach()[:rows].double().requires_grad_()
@@ -163,16 +160,12 @@ def logprob_truth(inputs: Inputs) -> Result:
 
 def policy_truth(inputs: Inputs) -> Result:
     """As `logprob_truth`, and `d_student` of the divergence."""
-    from benchmarks.cases.lens import truth
-
-    lens = truth(
-        {
-            "hidden": inputs["student"],
-            "final": inputs["final"],
-            "weight": inputs["weight"].detach(),
-        },
-        gradient=True,
-    )
+    given = {
+        "hidden": inputs["student"],
+        "final": inputs["final"],
+        "weight": inputs["weight"].detach(),
+    }
+    lens = lens_truth(given, gradient=True)
     return logprob_truth(inputs) | {"divergence": lens["loss"], "d_student": lens["d_hidden"]}
 
 
@@ -181,73 +174,59 @@ def per_row(values: Tensor, tokens: int) -> Tensor:
 
 
 def ours_logprob(inputs: Inputs, impl: str) -> Run:
-    def run() -> Result:
-        given = [inputs[name] for name in ("hidden", "weight", "labels")]
-        rows = own(linear_logprob, *given, impl=impl)
-        return logprob_result(rows.logprob, inputs)
-
-    return run
+    return logprob_run(lambda *given: own(linear_logprob, *given, impl=impl).logprob, inputs)
 
 
 def eager_logprob(inputs: Inputs, compiled: bool) -> Run:
     function = torch.compile(eager.logprob, dynamic=False) if compiled else eager.logprob
-
-    def run() -> Result:
-        rows = function(inputs["hidden"], inputs["weight"], inputs["labels"])
-        return logprob_result(rows, inputs)
-
-    return run
+    return logprob_run(function, inputs)
 
 
-def logprob_result(rows: Tensor, inputs: Inputs) -> Result:
-    loss = rows * inputs["factor"]
-    found = peers.grads(loss, 1.0, hidden=inputs["hidden"], weight=inputs["weight"])
-    return {"loss": loss.detach()} | found
+def logprob_run(logprob: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Run:
+    """Of a function of hidden states, unembedding and labels."""
+    hidden, weight, labels = inputs["hidden"], inputs["weight"], inputs["labels"]
+    return forward_backward(
+        lambda: logprob(hidden, weight, labels) * inputs["factor"], hidden=hidden, weight=weight
+    )
 
 
 def one_pass(inputs: Inputs, impl: str) -> Run:
-    def run() -> Result:
-        out = policy_head(
-            inputs["hidden"],
-            inputs["weight"],
-            inputs["labels"],
-            inputs["student"],
-            token_weight=inputs["factor"],
-            impl=impl,
-        )
-        return policy_result(out.logprob, out.divergence, inputs)
+    def forward(*given: Tensor) -> tuple[Tensor, Tensor]:
+        out = policy_head(*given, inputs["student"], token_weight=inputs["factor"], impl=impl)
+        return out.logprob, out.divergence
 
-    return run
+    return policy_run(forward, inputs)
 
 
 def two_calls(inputs: Inputs) -> Run:
-    def run() -> Result:
-        rows = linear_logprob(inputs["hidden"], inputs["weight"], inputs["labels"])
-        divergence = logit_lens_divergence(
-            inputs["student"],
-            inputs["final"],
-            inputs["weight"],
-            token_weight=inputs["factor"],
-        )
-        return policy_result(rows.logprob, divergence, inputs)
+    student, final, factor = inputs["student"], inputs["final"], inputs["factor"]
 
-    return run
+    def forward(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        rows = linear_logprob(hidden, weight, labels).logprob
+        return rows, logit_lens_divergence(student, final, weight, token_weight=factor)
+
+    return policy_run(forward, inputs)
 
 
 def eager_policy(inputs: Inputs) -> Run:
+    student, final, factor = inputs["student"], inputs["final"], inputs["factor"]
+
+    def forward(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        rows = eager.logprob(hidden, weight, labels)
+        return rows, eager.lens_divergence(student, final, weight.detach(), factor)
+
+    return policy_run(forward, inputs)
+
+
+def policy_run(forward: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> Run:
+    """Of a function of hidden states, unembedding and labels that gives log-probability and
+    divergence."""
+    leaves = {name: inputs[name] for name in ("hidden", "student", "weight")}
+
     def run() -> Result:
-        weight = inputs["weight"]
-        rows = eager.logprob(inputs["hidden"], weight, inputs["labels"])
-        divergence = eager.lens_divergence(
-            inputs["student"], inputs["final"], weight.detach(), inputs["factor"]
-        )
-        return policy_result(rows, divergence, inputs)
+        rows, divergence = forward(inputs["hidden"], inputs["weight"], inputs["labels"])
+        loss = rows * inputs["factor"]
+        found = {"loss": loss.detach(), "divergence": divergence.detach()}
+        return found | gradients(torch.cat([loss[None], divergence]), 1.0, **leaves)
 
     return run
-
-
-def policy_result(rows: Tensor, divergence: Tensor, inputs: Inputs) -> Result:
-    loss = rows * inputs["factor"]
-    leaves = {name: inputs[name] for name in ("hidden", "student", "weight")}
-    gradients = peers.grads(torch.cat([loss[None], divergence]), 1.0, **leaves)
-    return {"loss": loss.detach(), "divergence": divergence.detach()} | gradients

@@ -1,11 +1,12 @@
 """Divergence between layers through the unembedding: one student layer, several, all of them.
 
-Floor in units of G = 2*N*D*V: S + 1 for values, 2S + 1 with the gradient to the hidden states. The
-same inputs go to every implementation; those that take no weight per token compute without.
+The least work in units of G = 2*N*D*V: S + 1 for values, 2S + 1 with the gradient to the hidden
+states. All implementations get the same inputs; those that take no weight per token ignore it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +16,10 @@ from torch import Tensor
 from benchmarks.cases import eager, peers
 from benchmarks.cases.case import (
     EXACT,
+    FULL,
+    GPU,
     PEER,
+    QUICK,
     Bar,
     Case,
     Implementation,
@@ -23,6 +27,7 @@ from benchmarks.cases.case import (
     Result,
     Run,
     Yardstick,
+    forward_backward,
     hidden_states,
     own,
     period,
@@ -33,7 +38,7 @@ from benchmarks.cases.shapes import CPU_HEAD, HEADS, SMALL_HEAD, Head, thousands
 from oisd_kernels import logit_lens_divergence, reference
 
 IMPLS = ("chunked", "tiled", "reference")
-GEMM_BYTES = 2 << 30  # output of the bare matmul that the time is compared with
+GEMM_BYTES = 2 << 30  # of the yardstick's output
 
 
 @dataclass(frozen=True)
@@ -47,10 +52,10 @@ class Shape:
     regime: str = "saturated"
     gradient: bool = True
     dropped: float = 0.0
-    suites: frozenset[str] = frozenset({"full"})
+    suites: frozenset[str] = FULL
     bars: tuple[Bar, ...] = ()
     rivals: tuple[str, ...] | None = None
-    """Beside ours, which implementations take part; None: all of them."""
+    """The implementations beside "ours: chunked"; None: all of them."""
 
     @property
     def name(self) -> str:
@@ -67,31 +72,29 @@ def cases(device: str) -> list[Case]:
 
 
 def cpu_shapes() -> list[Shape]:
-    quick, full = frozenset({"quick", "full"}), frozenset({"full"})
     large, small = partial(Shape, CPU_HEAD, "cpu"), partial(Shape, SMALL_HEAD, "cpu-small")
     barred = "lens/cpu/S1/2k/near"
     bars = (
         Bar("ours: chunked", "median_s", 1.0, "eager"),
         Bar("ours: chunked", "peak_mib", 1 / 8, "eager"),
     )
-    # Resident memory is not counted to the byte: 5 % for pages of the allocator's own.
+    # Resident memory is not counted to the byte: 5 % for the allocator's own pages.
     unchanged = (Bar("ours: chunked", "workspace_mib", 1.05, "ours: chunked", case=barred),)
     return [
-        large(1, 2048, "near", suites=quick, bars=bars, rivals=("eager",)),
-        small(1, 512, suites=quick),
-        small(1, 256, suites=quick),
-        small(4, 128, suites=quick),
-        small(1, 128, suites=quick),
-        large(1, 16384, "near", suites=full, bars=unchanged, rivals=()),
-        *(small(1, n, suites=full) for n in (1024, 2048, 4096)),
-        *(small(s, 128, suites=full) for s in (8, 12)),
-        *(small(1, 512, regime, suites=full) for regime in ("random", "near", "peaked")),
-        small(1, 512, "near", dropped=0.5, suites=full),
+        large(1, 2048, "near", suites=QUICK, bars=bars, rivals=("eager",)),
+        small(1, 512, suites=QUICK),
+        small(1, 256, suites=QUICK),
+        small(4, 128, suites=QUICK),
+        small(1, 128, suites=QUICK),
+        large(1, 16384, "near", bars=unchanged, rivals=()),
+        *(small(1, n) for n in (1024, 2048, 4096)),
+        *(small(s, 128) for s in (8, 12)),
+        *(small(1, 512, regime) for regime in ("random", "near", "peaked")),
+        small(1, 512, "near", dropped=0.5),
     ]
 
 
 def gpu_shapes() -> list[Shape]:
-    gpu, full = frozenset({"gpu", "quick", "full"}), frozenset({"full"})
     four = partial(Shape, HEADS["qwen3-4b"], "qwen3-4b")
     best = [
         Bar("ours: chunked", "median_s", 0.5, peer)
@@ -104,22 +107,19 @@ def gpu_shapes() -> list[Shape]:
         *best,
     )
     values = (Bar("ours: tiled", "workspace_mib", 64.0),)
-    found = [
-        four(1, 8192, suites=gpu, bars=headline),
-        four(4, 8192, suites=gpu, bars=(Bar("ours: chunked", "median_s", 1 / 0.8, "roofline"),)),
-        four(1, 8192, gradient=False, suites=gpu, bars=values),
-        four(1, 1024, suites=gpu),
-        four(1, 32768, suites=gpu),
-        four(8, 8192, suites=gpu),
-        four(35, 8192, suites=full),
-        four(1, 8192, dropped=0.5, suites=full),
-        *(four(1, 8192, regime, suites=full) for regime in ("random", "near", "peaked")),
-        *(four(1, n, suites=full) for n in (2048, 4096, 16384, 65536)),
+    return [
+        four(1, 8192, suites=GPU, bars=headline),
+        four(4, 8192, suites=GPU, bars=(Bar("ours: chunked", "median_s", 1 / 0.8, "roofline"),)),
+        four(1, 8192, gradient=False, suites=GPU, bars=values),
+        four(1, 1024, suites=GPU),
+        four(1, 32768, suites=GPU),
+        four(8, 8192, suites=GPU),
+        four(35, 8192),
+        four(1, 8192, dropped=0.5),
+        *(four(1, 8192, regime) for regime in ("random", "near", "peaked")),
+        *(four(1, n) for n in (2048, 4096, 16384, 65536)),
+        *(Shape(head, model, 1, 8192) for model, head in HEADS.items() if model != "qwen3-4b"),
     ]
-    for model, head in HEADS.items():
-        if model != "qwen3-4b":
-            found.append(Shape(head, model, 1, 8192, suites=full))
-    return found
 
 
 def case(shape: Shape, device: str, dtype: torch.dtype) -> Case:
@@ -162,7 +162,7 @@ def inputs(shape: Shape, device: str, dtype: torch.dtype) -> Inputs:
 
 
 def truth(inputs: Inputs, gradient: bool) -> Result:
-    """Unweighted loss [S, N] and its rows' gradient in float64, one period computed, one layer at
+    """Unweighted loss [S, N] and its rows' gradient in float64, computed for one period, a layer at
     a time."""
     tokens = inputs["final"].shape[0]
     rows = period(tokens)
@@ -197,7 +197,7 @@ def implementations(shape: Shape, device: str, dtype: torch.dtype) -> list[Imple
                        compiles=True),
     ]  # fmt: skip
     if shape.gradient:
-        found += peers.lens(device, dtype, shape.tokens)
+        found += peers.lens(device, dtype)
     if shape.rivals is None:
         return found
     chosen = ("ours: chunked", *shape.rivals)
@@ -205,39 +205,28 @@ def implementations(shape: Shape, device: str, dtype: torch.dtype) -> list[Imple
 
 
 def ours(inputs: Inputs, impl: str, gradient: bool) -> Run:
-    def run() -> Result:
-        loss = own(
-            logit_lens_divergence,
-            inputs["hidden"],
-            inputs["final"],
-            inputs["weight"],
-            token_weight=inputs["factor"],
-            impl=impl,
-        )
-        return result(loss, inputs, gradient)
-
-    return run
+    given = [inputs[name] for name in ("hidden", "final", "weight")]
+    weight = inputs["factor"]
+    return run_of(
+        lambda: own(logit_lens_divergence, *given, token_weight=weight, impl=impl), inputs, gradient
+    )
 
 
 def naive(inputs: Inputs, gradient: bool, compiled: bool) -> Run:
-    function = (
-        torch.compile(eager.lens_divergence, dynamic=False) if compiled else eager.lens_divergence
-    )
-
-    def run() -> Result:
-        loss = function(inputs["hidden"], inputs["final"], inputs["weight"], inputs["factor"])
-        return result(loss, inputs, gradient)
-
-    return run
+    function = eager.lens_divergence
+    if compiled:
+        function = torch.compile(function, dynamic=False)
+    given = [inputs[name] for name in ("hidden", "final", "weight", "factor")]
+    return run_of(lambda: function(*given), inputs, gradient)
 
 
-def result(loss: Tensor, inputs: Inputs, gradient: bool) -> Result:
-    found = {"loss": loss.detach()}
-    return found | (peers.grads(loss, 1.0, hidden=inputs["hidden"]) if gradient else {})
+def run_of(forward: Callable[[], Tensor], inputs: Inputs, gradient: bool) -> Run:
+    leaves = {"hidden": inputs["hidden"]} if gradient else {}
+    return forward_backward(forward, **leaves)
 
 
 def yardstick(inputs: Inputs) -> Yardstick:
-    """Bare matmul of the final hidden states with the unembedding, at most 2 GiB of logits."""
+    """A bare matmul of final hidden states with the unembedding, at most 2 GiB of logits."""
     weight = inputs["weight"].detach()
     rows = max(min(GEMM_BYTES // (weight.shape[0] * weight.element_size()), 8192), 1)
     final = inputs["final"].detach()[:rows]

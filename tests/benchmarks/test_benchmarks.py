@@ -323,7 +323,7 @@ def test_peers_that_are_not_there_say_so(monkeypatch):
     peers.missing.cache_clear()
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     try:
-        found = {i.name: i.absent for i in peers.lens("cpu", torch.float32, 8)}
+        found = {i.name: i.absent for i in peers.lens("cpu", torch.float32)}
     finally:
         peers.missing.cache_clear()
     assert len(found) == 3 and all("pip install" in (why or "") for why in found.values())
