@@ -1,11 +1,12 @@
-"""`python -m benchmarks`: what each kernel costs beside the alternatives and the physical limit."""
+"""`python -m benchmarks`: what each kernel costs beside its alternatives and the physical limit."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,11 +19,11 @@ usage: python -m benchmarks list [--device cpu|cuda]
        python -m benchmarks compare BASE NEW
        python -m benchmarks gpu --out DIR [--minutes 8]
 
-list     the cases, their implementations, and what is absent here and why
+list     the cases, their implementations, and which of these cannot run here and why
 run      correctness first, then time and memory of what is correct; CASES are parts of names
 report   the table again, and plots as PNG files
 compare  ratios with intervals; exit status 1 if anything got slower or takes more memory
-gpu      everything that one GPU can say in eight minutes: the GPU tests, then all headline numbers
+gpu      eight minutes on one GPU: the GPU tests, then all headline numbers
 
 `python -m benchmarks run --help` lists the settings.
 """
@@ -37,10 +38,10 @@ class ListCases:
 
 @dataclass(frozen=True)
 class RunCases:
-    """What to run, and how long."""
+    """What to run, and for how long."""
 
     cases: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Parts of names of cases; all cases of the suite if none is given."""
+    """Parts of names of cases; without any, all cases of the suite."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     quick: bool = False
     """A few minutes: the most telling cases, three rounds, no compilation on a CPU."""
@@ -48,9 +49,9 @@ class RunCases:
     """Folder of rows.jsonl, report.md and plots; rows are appended."""
     rounds: int = 10
     seconds_per_case: float = 60.0
-    """After so many seconds of timing a case gets no further round, beyond the third."""
+    """After so many seconds of timing a case gets no further round beyond the third."""
     threads: int = 1
-    """CPU threads; more than there are idle cores makes everything slow."""
+    """CPU threads; more than there are idle cores make everything slow."""
     minutes: float | None = None
     """Begin no case after so many minutes."""
 
@@ -61,11 +62,11 @@ class Gpu:
 
     out: Path = Path("runs/benchmarks-gpu")
     minutes: float = 8.0
-    """For everything; what does not fit is listed as skipped."""
+    """For everything; cases that do not fit are listed as skipped."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; exit status: 0 done, 1 something is worse or wrong, 2 asked wrongly."""
+    """Entry point; exit status: 0 done, 1 something is worse or wrong, 2 a wrong command."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {"list": _list, "run": _run, "report": _report, "compare": _compare, "gpu": _gpu}
     if not arguments or arguments[0] not in commands:
@@ -93,7 +94,9 @@ def _device(asked: str) -> str:
 
     there = torch.cuda.is_available()
     if asked == "cuda" and not there:
-        raise ValueError("benchmarks: --device cuda, but torch sees no GPU; use --device cpu")
+        raise ValueError(
+            "benchmarks: torch sees no GPU; `python -m benchmarks run --device cpu` needs none"
+        )
     return ("cuda" if there else "cpu") if asked == "auto" else asked
 
 
@@ -101,7 +104,7 @@ def _list(arguments: list[str]) -> int:
     given = _parse(ListCases, "list", arguments)
     from benchmarks.cases.suite import all_cases
 
-    # The cases of a GPU can be listed anywhere.
+    # A GPU's cases can be listed anywhere.
     device = given.device if given.device != "auto" else _device("auto")
     for case in all_cases(device):
         shape = ", ".join(f"{name} {value:,}" for name, value in case.shape.items())
@@ -112,10 +115,14 @@ def _list(arguments: list[str]) -> int:
     return 0
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
 def _run(arguments: list[str]) -> int:
     given = _parse(RunCases, "run", arguments)
     from benchmarks.cases.suite import all_cases, select
-    from benchmarks.runner import Options, orchestrate
+    from benchmarks.runner import Options, count_promises, orchestrate
 
     device = _device(given.device)
     chosen = select(all_cases(device), given.cases, "quick" if given.quick else "full")
@@ -129,31 +136,14 @@ def _run(arguments: list[str]) -> int:
         deadline=time.time() + 60 * given.minutes if given.minutes else float("inf"),
     )
     if not given.cases:
-        _count_promises(options.out, device, given.threads)
-    print(f"{len(chosen)} cases on {device} -> {given.out}", flush=True)
-    orchestrate(chosen, options, lambda line: print(line, flush=True))
+        count_promises(options)
+    _say(f"{len(chosen)} cases on {device} -> {given.out}")
+    orchestrate(chosen, options, _say)
     return _finish(given.out)
 
 
-def _count_promises(out: str, device: str, threads: int) -> None:
-    """Counted on a CPU, whatever the device."""
-    from benchmarks.measure.machine import describe
-    from benchmarks.measure.promises import promises
-    from benchmarks.runner import write
-
-    rows = []
-    for promise in promises():
-        try:
-            rows.append(promise.row())
-        except Exception as error:
-            blank = {k: v for k, v in asdict(promise).items() if k in ("unit", "wanted", "exactly")}
-            rows.append({"kind": "promise", "promise": promise.name, **blank, "got": None,
-                         "kept": False, "reason": str(error)})  # fmt: skip
-    write(out, rows, describe(device, threads))
-
-
 def _finish(out: Path) -> int:
-    """Write the report, print it; 1 if something is wrong, failed or broken."""
+    """Write the report and print it; 1 if something is wrong, failed or broken."""
     from benchmarks.report import markdown, read_rows
     from benchmarks.report.plots import draw
 
@@ -171,14 +161,17 @@ def _finish(out: Path) -> int:
     return 1 if bad else 0
 
 
+def _folders(usage: str, count: int | str, arguments: list[str]) -> list[Path]:
+    parser = argparse.ArgumentParser(usage=f"python -m benchmarks {usage}")
+    parser.add_argument("folders", nargs=count, type=Path, metavar="DIR")
+    return parser.parse_args(arguments).folders
+
+
 def _report(arguments: list[str]) -> int:
-    if not arguments or arguments[0].startswith("-"):
-        print("usage: python -m benchmarks report DIR ...   (the report goes to the first)")
-        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    folders = _folders("report DIR ...   (the report goes to the first)", "+", arguments)
     from benchmarks.report import markdown, read_rows
     from benchmarks.report.plots import draw
 
-    folders = [Path(folder) for folder in arguments]
     rows = read_rows(folders)
     text = markdown(rows, draw(rows, folders[0]))
     (folders[0] / "report.md").write_text(text, encoding="utf-8")
@@ -187,13 +180,11 @@ def _report(arguments: list[str]) -> int:
 
 
 def _compare(arguments: list[str]) -> int:
-    if len(arguments) != 2 or arguments[0].startswith("-"):
-        print("usage: python -m benchmarks compare BASE NEW   (folders of two runs)")
-        return 0 if arguments and arguments[0] in ("-h", "--help") else 2
+    base, new = _folders("compare BASE NEW   (folders of two runs)", 2, arguments)
     from benchmarks.report import read_rows
     from benchmarks.report.compare import changes, text
 
-    found = changes(read_rows(arguments[:1]), read_rows(arguments[1:]))
+    found = changes(read_rows([base]), read_rows([new]))
     print(text(found))
     return int(any(change.is_worse for change in found))
 
@@ -203,18 +194,12 @@ def _gpu(arguments: list[str]) -> int:
     _device("cuda")
     from benchmarks.cases.suite import all_cases, in_turns, select
     from benchmarks.gpu_tests import run_tests
-    from benchmarks.measure.machine import describe
-    from benchmarks.runner import Options, orchestrate, write
+    from benchmarks.measure.machine import append, describe
+    from benchmarks.runner import Options, count_promises, orchestrate
 
     end = time.time() + 60 * given.minutes
     out = given.out.resolve()
-    write(str(out), [], {})
-    say = lambda line: print(line, flush=True)  # noqa: E731
-    say("GPU tests")
-    tests = run_tests(out, limit=15 * given.minutes)
-    write(str(out), [tests], describe("cuda", 1))
-    say(f"  {tests['summary']}")
-    _count_promises(str(out), "cuda", 1)
+    out.mkdir(parents=True, exist_ok=True)
     options = Options(
         out=str(out),
         device="cuda",
@@ -225,9 +210,14 @@ def _gpu(arguments: list[str]) -> int:
         deadline=end - 60,
         stop=end - 15,  # the report takes a few seconds
     )
+    _say("GPU tests")
+    tests = run_tests(out, limit=15 * given.minutes)
+    append(options.rows, [tests], describe("cuda", 1))
+    _say(f"  {tests['summary']}")
+    count_promises(options)
     chosen = in_turns(select(all_cases("cuda"), (), "gpu"))
-    say(f"{len(chosen)} cases")
-    orchestrate(chosen, options, say)
+    _say(f"{len(chosen)} cases")
+    orchestrate(chosen, options, _say)
     return _finish(out)
 
 

@@ -1,7 +1,7 @@
-"""Runs cases: correctness, then time and memory of what is correct; one row for everything listed.
+"""Runs cases: correctness, then time and memory of what is correct; a row for each implementation.
 
-`python -m benchmarks.runner OPTIONS` is the process that works. `orchestrate` starts it, starts
-another where it died, and reports the case that it died in; so one broken kernel costs one case.
+`python -m benchmarks.runner` is the worker process. `orchestrate` starts it, starts another if it
+dies, and reports the case that it died in, so that one broken kernel costs one case.
 """
 
 from __future__ import annotations
@@ -21,21 +21,33 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases.case import Absent, Case, Implementation, Result, Run, expected, size, verdict
+from benchmarks.cases.case import (
+    Absent,
+    Case,
+    Implementation,
+    Inputs,
+    Result,
+    Run,
+    expected,
+    size,
+    verdict,
+)
 from benchmarks.cases.suite import all_cases
 from benchmarks.measure import memory, roofline, timer
-from benchmarks.measure.machine import ROOT, describe
+from benchmarks.measure.machine import ROOT, append, describe
+from benchmarks.measure.promises import promises
 from benchmarks.measure.timer import Plan
 
-Row = dict[str, Any]
+Row, Runs = dict[str, Any], dict[str, Run]
 MATMUL, COPY = "bare matmul", "copy"
 LONGEST_REASON = 300
+NO_TIME, NO_START = "the time budget was used up", "the process did not start: see worker.log"
 WORKER = [sys.executable, "-m", "benchmarks.runner"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a run goes."""
+    """Settings of a run."""
 
     out: str
     """Folder of rows.jsonl."""
@@ -45,13 +57,17 @@ class Options:
     warmup: int = 1
     rounds: int = 10
     seconds_per_case: float = 60.0
-    """After so many seconds of timing a case gets no further round, beyond the third."""
+    """After so many seconds of timing a case gets no further round beyond the third."""
     case_limit: float = 900.0
-    """A case that takes longer is stopped and reported."""
+    """Seconds; a case that takes longer is stopped and reported."""
     deadline: float = float("inf")
     """Seconds since the epoch; no case begins after it."""
     stop: float = float("inf")
-    """Seconds since the epoch; the case that still runs is stopped."""
+    """Seconds since the epoch; a case that still runs then is stopped."""
+
+    @property
+    def rows(self) -> Path:
+        return Path(self.out) / "rows.jsonl"
 
     @property
     def plan(self) -> Plan:
@@ -59,14 +75,14 @@ class Options:
 
 
 class DeviceLost(RuntimeError):
-    """The GPU answers no more; whatever this process starts next would fail, too."""
+    """The GPU no longer answers, so whatever this process starts next would fail, too."""
 
 
-# In the process that works
+# In the worker
 
 
 def run_case(case: Case, options: Options) -> list[Row]:
-    """Rows of a case, one for each implementation; nothing is raised for a broken one."""
+    """Rows of a case, one for each implementation; a broken one raises nothing."""
     rows = {i.name: blank(case, i) for i in case.implementations}
     try:
         inputs = case.inputs()
@@ -82,7 +98,7 @@ def run_case(case: Case, options: Options) -> list[Row]:
 
 
 def blank(case: Case, implementation: Implementation) -> Row:
-    """A row before anything is known but what was to be measured."""
+    """A row that says only what is to be measured."""
     bars = [asdict(bar) for bar in case.bars if bar.implementation == implementation.name]
     return {
         "kind": "measurement",
@@ -101,13 +117,11 @@ def blank(case: Case, implementation: Implementation) -> Row:
     }
 
 
-def _checked(
-    case: Case, inputs: dict[str, Any], options: Options, rows: Mapping[str, Row]
-) -> dict[str, Run]:
-    """What is correct, ready to be timed; the rows of the rest say what became of them."""
+def _checked(case: Case, inputs: Inputs, options: Options, rows: Mapping[str, Row]) -> Runs:
+    """The correct implementations, ready to be timed; the others' rows say why they are not."""
     small = case.check_inputs(inputs) if case.check_inputs else inputs
     truth: Result | None = None
-    runs: dict[str, Run] = {}
+    runs: Runs = {}
     for implementation in case.implementations:
         row = rows[implementation.name]
         absent = not_run(case, implementation, options)
@@ -161,11 +175,7 @@ def not_run(case: Case, implementation: Implementation, options: Options) -> tup
 
 
 def _measure(
-    case: Case,
-    inputs: dict[str, Any],
-    runs: dict[str, Run],
-    options: Options,
-    rows: Mapping[str, Row],
+    case: Case, inputs: Inputs, runs: Runs, options: Options, rows: Mapping[str, Row]
 ) -> None:
     yardstick = case.yardstick(inputs)
     copy, copied = roofline.copy(case.device)
@@ -196,22 +206,14 @@ def _measure(
             "roofline_s": limit.seconds(case.flops, case.bytes),
             "roofline_percent": limit.percent(case.flops, case.bytes, median),
         }
-    if case.device == "cpu":
-        _cpu_memory(case, runs, options, rows)
-    for row in rows.values():
+        if case.device == "cpu":
+            try:
+                limit = options.case_limit / 2
+                row["peak_mib"] = memory.cpu_peak(case.name, name, options.threads, limit)
+            except memory.MemoryFailure as error:
+                row["peak_reason"] = str(error)
         if "peak_mib" in row and not case.whole:
             row["workspace_mib"] = row["peak_mib"] - row["outputs_mib"]
-
-
-def _cpu_memory(
-    case: Case, runs: Mapping[str, Run], options: Options, rows: Mapping[str, Row]
-) -> None:
-    for name in runs:
-        try:
-            limit = options.case_limit / 2
-            rows[name]["peak_mib"] = memory.cpu_peak(case.name, name, options.threads, limit)
-        except memory.MemoryFailure as error:
-            rows[name]["peak_reason"] = str(error)
 
 
 def _free(device: str) -> None:
@@ -247,37 +249,35 @@ def _work(names: Sequence[str], options: Options) -> None:
     for name in names:
         case = known[name]
         if time.time() > options.deadline:
-            rows = not_begun(case, "the time budget was used up")
+            rows = not_begun(case, "skipped", NO_TIME)
         else:
             print(f"begin {name}", flush=True)
             rows = run_case(case, options)
-        write(options.out, rows, machine)
+        append(options.rows, rows, machine)
         print(f"end {name}", flush=True)
         if any("no longer answers" in row["reason"] for row in rows):
             sys.exit(3)
-        torch.compiler.reset()  # past a few shapes dynamo compiles no more, without a word
+        torch.compiler.reset()  # after a few shapes dynamo stops compiling, silently
         _free(options.device)
 
 
-def not_begun(case: Case, reason: str) -> list[Row]:
+def not_begun(case: Case, status: str, reason: str) -> list[Row]:
     rows = [blank(case, i) for i in case.implementations]
-    _fail(rows, "skipped", reason)
+    _fail(rows, status, reason)
     return rows
-
-
-def write(out: str, rows: Iterable[Row], machine: Mapping[str, Any]) -> None:
-    """Append to the folder's rows."""
-    Path(out).mkdir(parents=True, exist_ok=True)
-    with (Path(out) / "rows.jsonl").open("a", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps({**row, **machine}) + "\n")
 
 
 # In the process that watches
 
 
+def count_promises(options: Options) -> None:
+    """Append their rows. Counted on a CPU, whatever the device."""
+    rows = [promise.row() for promise in promises()]
+    append(options.rows, rows, describe(options.device, options.threads))
+
+
 def orchestrate(cases: Sequence[Case], options: Options, say: Callable[[str], None]) -> None:
-    """Run the cases in processes of their own and append their rows to `options.out`."""
+    """Run the cases in worker processes and append their rows to `options.rows`."""
     remaining = {case.name: case for case in cases}
     machine = describe(options.device, options.threads)
     while remaining:
@@ -285,25 +285,14 @@ def orchestrate(cases: Sequence[Case], options: Options, say: Callable[[str], No
         died = _watch(list(remaining), options, remaining, say)
         if died is not None:
             name, reason = died
-            rows = not_begun(remaining.pop(name), reason)
-            _fail_again(rows)
-            write(options.out, rows, machine)
+            append(options.rows, not_begun(remaining.pop(name), "failed", reason), machine)
             say(f"  {name}: FAILED, {reason}")
-        if time.time() > options.deadline:
+        late = time.time() > options.deadline
+        if late or len(remaining) == before:
+            why = ("skipped", NO_TIME) if late else ("failed", NO_START)
             for case in remaining.values():
-                write(options.out, not_begun(case, "the time budget was used up"), machine)
+                append(options.rows, not_begun(case, *why), machine)
             return
-        if len(remaining) == before:
-            for case in remaining.values():
-                rows = not_begun(case, "the process did not start: see worker.log")
-                _fail_again(rows)
-                write(options.out, rows, machine)
-            return
-
-
-def _fail_again(rows: Iterable[Row]) -> None:
-    for row in rows:
-        row["status"] = "failed"
 
 
 def _watch(
@@ -312,7 +301,7 @@ def _watch(
     remaining: dict[str, Case],
     say: Callable[[str], None],
 ) -> tuple[str, str] | None:
-    """One working process; takes what it finished out of `remaining`. (case, cause) of a death."""
+    """Run one worker, removing what it finished from `remaining`; (case, cause) if it died."""
     Path(options.out).mkdir(parents=True, exist_ok=True)
     with (Path(options.out) / "worker.log").open("ab") as log:
         process = subprocess.Popen(
@@ -346,19 +335,19 @@ def _watch(
     status = process.wait()
     if not current:
         return None
-    cause = "killed, perhaps for want of memory" if status == -9 else f"ended with {status}"
+    cause = "killed, perhaps because memory ran out" if status == -9 else f"ended with {status}"
     return current, f"the process {cause}; see worker.log"
 
 
 def _read(stream: Any, lines: queue.Queue[str | None]) -> None:
     for line in stream:
-        if line.startswith(("begin ", "end ")):  # libraries print, too
+        if line.startswith(("begin ", "end ")):  # libraries print other lines
             lines.put(line)
     lines.put(None)
 
 
 def main() -> None:
-    """Work through the cases that standard input names."""
+    """Run the cases that standard input names."""
     given = json.loads(sys.stdin.read())
     _work(given["names"], Options(**given["options"]))
 

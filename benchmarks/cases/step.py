@@ -1,9 +1,9 @@
 """A whole training step of a random model: forward, losses, backward, clipping, AdamW.
 
-GRPO alone against OISD with its losses written eagerly, and OISD as the trainer runs it: with the
-attention loss beside the student layer's attention, inside it, and with the lens in a pass over the
-head of its own. All share one model, one optimizer and the GRPO part; the learning rate is so small
-that all work on the same weights. Peak memory counts model and optimizer.
+GRPO alone; OISD with its losses written eagerly; and OISD as the trainer runs it: with the
+attention loss in passes of its own, inside the student layer's attention, and with the lens in a
+head pass of its own. All share one model, one optimizer and the GRPO part. The learning rate is so
+small that all work on the same weights. Peak memory includes model and optimizer.
 
 Correctness: losses and gradient norms of a short batch against `impl="reference"`.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -22,7 +22,18 @@ from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.cases import eager
-from benchmarks.cases.case import Bar, Bound, Case, Implementation, Inputs, Result, Run, Yardstick
+from benchmarks.cases.case import (
+    FULL,
+    GPU,
+    QUICK,
+    Bar,
+    Bound,
+    Case,
+    Implementation,
+    Inputs,
+    Result,
+    Yardstick,
+)
 from benchmarks.cases.shapes import thousands
 from oisd import losses
 from oisd.batch import Batch
@@ -34,11 +45,7 @@ from oisd.policy import Policy
 from oisd.run.processes import Processes
 from oisd_kernels import LensStats, PolicyHead, logit_lens_divergence, policy_head
 
-QUICK, FULL = frozenset({"quick", "full"}), frozenset({"full"})
-GPU = QUICK | {"gpu"}
 LEARNING_RATE = 1e-12
-
-
 VARIANTS = {
     "GRPO": "grpo",
     "OISD eager": "eager",
@@ -46,15 +53,6 @@ VARIANTS = {
     "OISD ours, attention fused": "fused attention",
     "OISD ours, two head passes": "two passes",
 }
-# How the attention loss is computed, where the configuration has a say.
-KERNELS = {"fused attention": "fused"}
-HAS_KERNELS = any(f.name == "attention_kernel" for f in fields(AlignmentConfig))
-
-
-def absent(variant: str) -> str | None:
-    if variant == "fused attention" and not HAS_KERNELS:
-        return "the trainer has no fused attention yet"
-    return None
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Model:
     student: int
 
     def matmul_parameters(self) -> float:
-        """Parameters that each token is multiplied with, the head's among them."""
+        """Parameters that each token is multiplied with, including the head's."""
         attention = 2 * self.width * self.dim * (self.heads + self.key_heads)
         block = attention + 3 * self.width * self.inner
         return float(self.layers * block + self.width * self.vocabulary)
@@ -141,7 +139,7 @@ def case(
         inputs=partial(inputs, model, rows, length, checkpointing, device, dtype),
         truth=truth,
         implementations=[
-            Implementation(name, partial(step, variant=variant), absent=absent(variant))
+            Implementation(name, partial(Step, variant=variant))
             for name, variant in VARIANTS.items()
         ],
         yardstick=partial(yardstick, model=model, device=device, dtype=dtype),
@@ -172,11 +170,10 @@ def inputs(
 
 def settings(model: Model, tokens: int, variant: str) -> TrainConfig:
     """The trainer's configuration of the step."""
-    given: dict[str, Any] = {"student_layers": (model.student,)}
+    kernel = "fused" if variant == "fused attention" else "separate"
+    given: dict[str, Any] = {"student_layers": (model.student,), "attention_kernel": kernel}
     if variant == "grpo":
         given |= {"think_weight": 0.0, "attention_weight": 0.0}
-    if HAS_KERNELS:
-        given["attention_kernel"] = KERNELS.get(variant, "separate")
     return TrainConfig(
         oisd=AlignmentConfig(**given),
         grpo=GRPOConfig(),
@@ -186,7 +183,7 @@ def settings(model: Model, tokens: int, variant: str) -> TrainConfig:
 
 
 def batch(model: Model, rows: int, length: int, device: str) -> Batch:
-    """Rows without padding: an eighth is prompt; advantages of both signs."""
+    """Rows without padding, an eighth of each prompt; advantages of both signs."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(model.vocabulary, (rows, length + 1), generator=generator).to(device)
     position = torch.arange(length, device=device).expand(rows, -1)
@@ -203,8 +200,8 @@ def batch(model: Model, rows: int, length: int, device: str) -> Batch:
 
 
 def short(given: Inputs) -> Inputs:
-    """The same model on two rows of 128 tokens; on a CPU with the gradient of each loss alone,
-    for which a GPU has no room beside a large model."""
+    """The same model on two rows of 128 tokens. On a CPU with the gradient of each loss alone, for
+    which a GPU has no memory beside a large model."""
     device = given["batch"].input_ids.device
     every = int(device.type == "cpu")
     return given | {"batch": batch(given["model"], 2, 128, str(device)), "norms_every": every}
@@ -247,7 +244,7 @@ def truth(given: Inputs) -> Result:
 
 @contextmanager
 def written(variant: str, policy: Policy) -> Iterator[None]:
-    """The alignment losses in eager PyTorch, or with `impl="reference"`; otherwise as they are."""
+    """Puts eager PyTorch or `impl="reference"` in place of the alignment losses, by variant."""
     head: Any = losses.policy_head
     divergence: Any = attention.attention_divergence
     if variant == "eager":
@@ -298,10 +295,6 @@ def eager_attention(
 
 def by_reference(function: Any, *arguments: Any, **given: Any) -> Any:
     return function(*arguments, **(given | {"impl": "reference"}))
-
-
-def step(given: Inputs, variant: str) -> Run:
-    return Step(given, variant)
 
 
 def yardstick(given: Inputs, model: Model, device: str, dtype: torch.dtype) -> Yardstick:

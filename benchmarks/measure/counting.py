@@ -1,6 +1,6 @@
 """Matmuls and allocations counted while an operation runs, on a CPU or on tensors without storage.
 
-A dispatch mode sees a custom op as one call; it is opened here, so that what runs within counts.
+A dispatch mode sees a custom op as one call; here its body runs under the mode, so that it counts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LEFT = {"mm": 0, "bmm": 0, "addmm": 1, "addmm_": 1, "baddbmm": 1}
 
 
 class _Opening(TorchDispatchMode):
-    """Runs custom ops of this library as the torch calls they are made of."""
+    """Runs custom ops of this library as the torch calls that they consist of."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -51,7 +51,7 @@ class Matmuls(_Opening):
 
 
 class Allocations(_Opening):
-    """`most`: bytes alive at once of storages made while the mode is on."""
+    """`most`: the largest number of bytes alive at once in storages made under the mode."""
 
     def __init__(self, *inputs: Tensor) -> None:
         super().__init__()

@@ -1,11 +1,13 @@
-"""Where and with what it was measured: every row says so."""
+"""The machine and the versions, which every row of results names."""
 
 from __future__ import annotations
 
+import json
 import platform
 import re
 import subprocess
 import time
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,17 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
-    "torch",
-    "triton",
-    "transformers",
-    "trl",
-    "liger-kernel",
-    "cut-cross-entropy",
-    "flash-attn",
+    "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn",
     "numpy",
-)
+)  # fmt: skip
+
+
+def append(path: Path, rows: Iterable[Mapping[str, Any]], machine: Mapping[str, Any]) -> None:
+    """Append rows to a JSONL file, each with the description of the machine."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({**row, **machine}) + "\n")
 
 
 def describe(device: str, threads: int) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Peak memory of one run, beyond what its inputs take.
 
-On CUDA: the allocator's peak over what was allocated before. On a CPU: peak resident memory (VmHWM,
-reset to the present first) over resident memory, in a process of its own, forked from a server that
-has imported everything and computed nothing, so that no freed memory of earlier work hides a peak.
-Outputs and gradients count. Where a case says `whole`, the inputs count too.
+On CUDA: the allocator's peak less what was allocated before. On a CPU: peak resident memory (VmHWM,
+reset first) less resident memory before, in a process of its own. It is forked from a server that
+has imported everything and computed nothing, so that memory freed by earlier work hides no peak.
+Outputs and gradients count. The inputs count, too, if a case says `whole`.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
+
+from benchmarks.cases.suite import all_cases
 
 MIB = 2**20
 PRELOAD = ["benchmarks.measure.preload"]
 
 
 class MemoryFailure(RuntimeError):
-    """The process that measured could not finish; says why."""
+    """The process that measures could not finish; says why."""
 
 
 def available() -> float:
-    """Bytes that the machine can still give, infinite where that is not known."""
+    """Free bytes of memory, infinite if that is not known."""
     try:
         return 1024 * _field("/proc/meminfo", "MemAvailable")
     except (OSError, ValueError):
@@ -55,7 +56,7 @@ def cpu_peak(case: str, implementation: str, threads: int, timeout: float) -> fl
     Raises MemoryFailure when the process does not finish: killed for memory, say.
     """
     if not sys.platform.startswith("linux"):
-        raise MemoryFailure("peak resident memory is read from /proc: Linux alone")
+        raise MemoryFailure("peak resident memory is read from /proc, which only Linux has")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     mine, theirs = context.Pipe(duplex=False)
@@ -71,7 +72,7 @@ def cpu_peak(case: str, implementation: str, threads: int, timeout: float) -> fl
         found = mine.recv()
     except EOFError:
         process.join()
-        cause = ", killed, perhaps for want of memory" if process.exitcode == -9 else ""
+        cause = ", killed, perhaps because memory ran out" if process.exitcode == -9 else ""
         raise MemoryFailure(f"the process ended with {process.exitcode}{cause}") from None
     process.join()
     if isinstance(found, str):
@@ -87,29 +88,32 @@ def _measure(pipe: Connection, case: str, implementation: str, threads: int) -> 
 
 
 def _peak(case: str, implementation: str, threads: int) -> float:
-    from benchmarks.cases.suite import all_cases
-
     torch.set_num_threads(threads)
     found = next(c for c in all_cases("cpu") if c.name == case)
     chosen = next(i for i in found.implementations if i.name == implementation)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))  # the matmul library's own buffers
-    _touch_libraries()
+    touch_libraries()
     before = _resident()
     run = chosen.make(found.inputs())
     gc.collect()
-    if not found.whole:
-        before = _resident()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    result: Any = run()
-    peak = _field("/proc/self/status", "VmHWM") * 1024
+    inputs = _resident() - before if found.whole else 0.0
+    return inputs / MIB + resident_peak(run)
+
+
+def resident_peak(run: Callable[[], object]) -> float:
+    """MiB of resident memory at the peak of a run in this process, less what was there before."""
+    before = _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    result = run()
+    peak = 1024 * _field("/proc/self/status", "VmHWM")
     del result
     return (peak - before) / MIB
 
 
-def _touch_libraries() -> None:
-    """Map every page of the loaded libraries: code that a run is the first to reach would count as
-    its memory otherwise, a hundred MiB of it."""
-    populate = 22  # MADV_POPULATE_READ, Linux 5.14; an older kernel refuses, which does no harm
+def touch_libraries() -> None:
+    """Map every page of the loaded libraries: otherwise code that a run is the first to reach would
+    count as its memory, a hundred MiB of it."""
+    populate = 22  # MADV_POPULATE_READ, Linux 5.14; older kernels refuse it, which is harmless
     libc = ctypes.CDLL(None)
     for line in Path("/proc/self/maps").read_text().splitlines():
         fields = line.split(maxsplit=5)
@@ -123,7 +127,7 @@ def _resident() -> float:
 
 
 def _field(path: str, name: str) -> int:
-    """A number of kB out of one of /proc's tables."""
+    """A number of kB from one of /proc's tables."""
     match = re.search(rf"^{name}:\s+(\d+) kB", Path(path).read_text(), re.MULTILINE)
     if match is None:
         raise ValueError(f"{path} has no {name}")

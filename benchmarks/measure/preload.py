@@ -1,4 +1,4 @@
-"""What the server that forks memory measurements imports: everything, and nothing is computed."""
+"""Imported by the server that forks memory measurements: imports everything, computes nothing."""
 
 import contextlib
 import importlib
@@ -8,12 +8,7 @@ import torch
 torch.set_num_threads(1)  # a process with threads cannot be forked safely
 
 for module in (
-    "benchmarks.cases.case",
-    "benchmarks.cases.lens",
-    "benchmarks.cases.head",
-    "benchmarks.cases.attention",
-    "benchmarks.cases.aligned",
-    "benchmarks.cases.step",
+    "benchmarks.cases.suite",
     "transformers.models.qwen3.modeling_qwen3",
     "liger_kernel.chunked_loss.jsd_loss",
     "trl.kernels.chunked_divergence",

@@ -1,7 +1,7 @@
 """The physical limit, measured in the same run: a bare matmul at the case's shapes, and a copy.
 
-The limit of a case is the longer of its floor of matmul work at the bare matmul's rate and its
-floor of memory traffic at the copy's bandwidth. `percent` is that limit over the measured time.
+The limit of a case is the longer of two times: its least matmul work at the bare matmul's rate, and
+its least memory traffic at the copy's bandwidth. `percent` is that limit over the measured time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Times of several functions, in turns.
 
 A round runs every function once, in an order that rotates, so that all see the same machine. On
-CUDA each run is between two events, after the L2 cache was overwritten; on a CPU it is
-`perf_counter`. Runs before the first round are not counted.
+CUDA a run is timed by two events, after the L2 cache was overwritten; on a CPU by `perf_counter`.
+Runs before the first round are not counted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Plan:
     least: int = 3
     """Rounds that are run even when the time is up."""
     seconds: float = 60.0
-    """After so many no further round begins."""
+    """No further round begins after so many."""
 
 
 def interleaved(functions: Functions, plan: Plan, device: str) -> dict[str, list[float]]:
@@ -65,7 +65,7 @@ class _CpuClock:
 
 
 class _CudaClock:
-    """Events around one run. Launch overhead counts where the GPU waits for the host."""
+    """Events around one run. Launch overhead counts if the GPU waits for the host."""
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -96,3 +96,10 @@ def spread(seconds: Sequence[float]) -> tuple[float, float, float]:
         return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
     return statistics.median(ordered), at(0.2), at(0.8)
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Steps of OISD and of GRPO that took turns: medians, and the spread of the pairs' ratios."""
+    ratio, p20, p80 = spread([a / b for a, b in zip(ours, theirs, strict=True)])
+    found = {"oisd_s": statistics.median(ours), "grpo_s": statistics.median(theirs)}
+    return found | {"ratio": ratio, "ratio_p20": p20, "ratio_p80": p80, "steps": len(ours)}

@@ -30,6 +30,7 @@ from benchmarks.cases.shapes import Head
 from benchmarks.cases.suite import all_cases, select
 from benchmarks.measure import promises, timer
 from benchmarks.measure.counting import Allocations, equivalents
+from benchmarks.measure.machine import append, describe
 from benchmarks.report.bars import UNITS, judge
 from benchmarks.report.compare import changes, text
 from benchmarks.report.plots import draw
@@ -163,7 +164,7 @@ def test_rows_have_their_schema(tmp_path):
         ),
         OPTIONS,
     )
-    runner.write(str(tmp_path), rows, runner.describe("cpu", 1))
+    append(tmp_path / "rows.jsonl", rows, describe("cpu", 1))
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     a, b = (json.loads(line) for line in lines)
     assert REQUIRED | TIMED | MACHINE <= set(a)
@@ -171,7 +172,7 @@ def test_rows_have_their_schema(tmp_path):
     assert len(a["seconds"]) == len(a["yardstick_seconds"]) == a["rounds"] == 3
     assert a["p20_s"] <= a["median_s"] <= a["p80_s"]
     assert a["workspace_mib"] == 7.0 - a["outputs_mib"] == 7.0 - 2 * 12 / 2**20
-    runner.write(str(tmp_path), [a | {"status": "failed"}], {})
+    append(tmp_path / "rows.jsonl", [a | {"status": "failed"}], {})
     again = report.read_rows([tmp_path])
     assert len(again) == 2 and again[-1]["status"] == "failed"  # the last one counts
     with pytest.raises(ValueError, match="holds no rows.jsonl"):
