@@ -1,24 +1,23 @@
-"""What OISD adds to a step: the arithmetic recipe and its GRPO twin, step by step in turns.
+"""What OISD adds to a step: the arithmetic recipe and the same with GRPO alone, in turns.
 
     python -m benchmarks.step_ratio MODEL [--steps 60] [--out benchmarks/results]
 
-MODEL is a checkpoint of the arithmetic task, `runs/arithmetic/checkpoints/step-0` say. Both
-trainers take a step each in turns, so that both see the same machine, at a learning rate so small
-that both keep sampling the same completions: rewards that differ make the result wrong, and no
-ratio is printed. Steps that also measure each loss's own gradient norm are switched off.
+MODEL is a checkpoint of the arithmetic task, for example `runs/arithmetic/checkpoints/step-0`. The
+trainers take steps in turns, so that both see the same machine. The learning rate is so small that
+both keep sampling the same completions: if their rewards differ, the result is wrong and no ratio
+is printed. The gradient norms of the single losses, which cost extra passes, are not measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
 from pathlib import Path
 
 import torch
 
-from benchmarks.trl_throughput import ROOT, machine
+from benchmarks.measure.machine import ROOT, append, describe
+from benchmarks.measure.timer import paired
 from oisd.config import from_tables, load_recipe, to_tables
 from oisd.trainer import Trainer
 
@@ -49,29 +48,15 @@ def main() -> None:
         raise SystemExit("WRONG: the trainers did not sample the same completions")
     if not all(row["loss/think"] and row["loss/attention"] for row in oisd if row["grad_norm"]):
         raise SystemExit("WRONG: OISD's losses are 0")
-    pairs = zip(oisd, grpo, strict=True)
-    ratios = sorted(a["time/step"] / b["time/step"] for a, b in pairs)
-    cuts = statistics.quantiles(ratios, n=5)
-    result = {
-        "oisd_s": statistics.median(row["time/step"] for row in oisd),
-        "grpo_s": statistics.median(row["time/step"] for row in grpo),
-        "ratio": statistics.median(ratios),
-        "ratio_p20": cuts[0],
-        "ratio_p80": cuts[3],
-        "steps": len(ratios),
-    }
-    print(
-        f"OISD {result['oisd_s']:.3f} s, GRPO {result['grpo_s']:.3f} s a step; ratio of pairs: "
-        f"median {result['ratio']:.3f} (p20 {cuts[0]:.3f}, p80 {cuts[3]:.3f}), {len(ratios)} steps"
-    )
+    result = paired([row["time/step"] for row in oisd], [row["time/step"] for row in grpo])
+    print("OISD {oisd_s:.3f} s, GRPO {grpo_s:.3f} s a step; ratio of pairs: median {ratio:.3f} "
+          "(p20 {ratio_p20:.3f}, p80 {ratio_p80:.3f}), {steps} steps".format(**result))  # fmt: skip
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        with (arguments.out / "step_ratio.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({**result, **machine()}) + "\n")
+        append(arguments.out / "step_ratio.jsonl", [result], describe("cpu", 1))
 
 
 def make(recipe: str, model: str, folder: str) -> Trainer:
-    """The recipe's trainer, beginning with `model` and hardly learning."""
+    """The recipe's trainer, which begins with `model` and hardly learns."""
     tables = to_tables(load_recipe(ROOT / "recipes" / f"{recipe}.toml"))
     tables["model"]["path"] = model
     tables["warmup"] = {"steps": 0}

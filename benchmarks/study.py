@@ -3,23 +3,22 @@
     python -m benchmarks.study [--seeds 0 1 2] [--out runs/study] [--results benchmarks/results]
                                [-- --run.steps 20 ...]
 
-Every arm trains the same recipe, recipes/arithmetic.toml; the two weights alone differ. For a seed,
-all arms begin with the same warmed-up model, meet the same problems in the same order, and are
+Every arm trains the same recipe, recipes/arithmetic.toml; only the two weights differ. For a seed,
+all arms start from the same warmed-up model, see the same problems in the same order, and are
 evaluated on the same held-out ones, so that arms are compared by their differences seed by seed.
-What follows `--` goes to every run.
+Arguments after `--` go to every run.
 
-Each run has a folder of its own. A finished one is not run again, one that died goes on where it
-was; so the command can be stopped and given again.
+Each run has its own folder. Run the same command again to resume: finished runs are not repeated,
+and an interrupted one continues.
 
 The interval of a mean is Student's t over the seeds, 95 %. It is wide for three seeds, as it should
-be: a task of two-digit sums that a tiny model solves to 97 % shows whether the mechanics work. It
-cannot show whether the method helps a language model, and the printed note says so.
+be: two-digit sums, of which a tiny model solves 97 %, show whether the mechanics work. They cannot
+show whether the method helps a language model, and the printed note says so.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import subprocess
@@ -30,8 +29,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.trl_throughput import machine
+from benchmarks.measure.machine import append, describe
+from oisd.cli import parse_train
 from oisd.config import differences, load_recipe
+from oisd.plots import BLUE, GREEN, INK, ORANGE, save_figure, style_axes
 from oisd.run.jsonl import read_rows
 
 ARMS = {
@@ -40,14 +41,14 @@ ARMS = {
     "attention only": (0.0, 0.1),
     "both (OISD)": (1.0, 0.1),
 }
-COLOURS = ("#333333", "#0072B2", "#D55E00", "#009E73")  # Okabe and Ito's
+COLOURS = (INK, BLUE, ORANGE, GREEN)
 # Two-sided 95 % quantiles of Student's t, by degrees of freedom.
 T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 NOTE = (
     "Intervals: Student's t over the seeds, 95 %. Differences are within seeds. An interval that "
     "holds 0 shows no difference; a task this small cannot show that the method helps. Seconds are "
-    "medians of runs one after another, so that they hold what else the machine did meanwhile: for "
-    "the cost of a step, `python -m benchmarks.step_ratio` takes turns."
+    "medians of runs one after another, which include whatever else the machine did. For the cost "
+    "of a step, see `python -m benchmarks.step_ratio`, which takes turns."
 )
 
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=None, help="folder for study.jsonl")
     options = parser.parse_args(arguments[:split])
     overrides = arguments[split + 1 :]
-    # By seeds, so that a study cut short has whole seeds.
+    # By seeds, so that an interrupted study has complete seeds.
     for seed in options.seeds:
         for arm in ARMS:
             train(arm, seed, options.out, overrides)
@@ -71,15 +72,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     (options.out / "study.md").write_text(table, encoding="utf-8")
     draw(options.out, options.seeds, options.out / "study.png")
     if options.results:
-        options.results.mkdir(parents=True, exist_ok=True)
-        with (options.results / "study.jsonl").open("w", encoding="utf-8") as file:
-            for arm, outcomes in found.items():
-                for seed, row in zip(options.seeds, outcomes, strict=True):
-                    file.write(json.dumps({"arm": arm, "seed": seed, **row, **machine()}) + "\n")
+        path = options.results / "study.jsonl"
+        path.unlink(missing_ok=True)
+        rows = [{"arm": arm, "seed": seed, **row} for arm, outcomes in found.items()
+                for seed, row in zip(options.seeds, outcomes, strict=True)]  # fmt: skip
+        append(path, rows, describe("cpu", 1))
 
 
 def run_folder(out: Path, arm: str, seed: int) -> Path:
-    """Where a run lives."""
+    """The folder of a run."""
     return out / f"{arm.split(' (')[0].replace(' ', '-').lower()}-seed-{seed}"
 
 
@@ -92,12 +93,10 @@ def train(arm: str, seed: int, out: Path, overrides: Sequence[str]) -> None:
         "--oisd.attention-weight": attention,
         "--run.seed": seed,
         "--run.output-dir": folder,
-        # The gradient of each loss alone costs extra passes, which would not be the step's cost.
+        # The gradient norm of each loss costs extra passes, which are not part of a step's cost.
         "--run.grad-norm-every": 0,
     }
     command = [word for key, value in settings.items() for word in (key, str(value))]
-    from oisd.cli import parse_train
-
     wanted = parse_train(["arithmetic", *command, *overrides])
     if (folder / "summary.json").exists():
         changed = differences(load_recipe(folder / "config.toml"), wanted)
@@ -132,7 +131,7 @@ def interval(values: Sequence[float]) -> float:
 
 
 def markdown(found: dict[str, list[dict[str, Any]]]) -> str:
-    """The table, one row an arm, and what may be read out of it."""
+    """The table, one row for each arm, and a note on how to read it."""
     (count,) = {len(outcomes) for outcomes in found.values()}
     lines = [
         f"| {count} seeds | before | after | after, less GRPO's | s a step | x GRPO |",
@@ -175,18 +174,15 @@ def draw(out: Path, seeds: Sequence[int], path: Path) -> None:
             ax.plot(steps, means, color=colour, linewidth=1.6, label=arm)
             low, high = [min(v) for v in values], [max(v) for v in values]
             ax.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
-        ax.set_title(title, loc="left", fontsize=11.5, fontweight="bold")
-        ax.set_xlabel("step")
-        ax.grid(True, color="#E4E4E4")
-        ax.spines[["top", "right"]].set_visible(False)
+        style_axes(ax, title, "step", "")
     figure.axes[0].legend(fontsize=9, frameon=False, loc="lower right")
     caption = f"Mean of {len(seeds)} seeds, shaded: their range"
     figure.suptitle(caption, fontsize=9, x=0.99, ha="right")
-    figure.savefig(path, dpi=150, facecolor="white")
+    save_figure(figure, path)
 
 
 def series(folder: Path, metric: str) -> dict[int, float]:
-    """A metric by step; the reward as the mean of ten steps, so that arms can be told apart."""
+    """A metric by step; the reward as a mean of ten steps, so that arms can be told apart."""
     rows, _ = read_rows(folder / "metrics.jsonl")
     found = {row["step"]: row[metric] for row in rows if metric in row}
     if metric != "reward":

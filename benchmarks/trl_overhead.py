@@ -3,10 +3,10 @@
     python -m benchmarks.trl_overhead [--shape tiny] [--steps 40] [--out benchmarks/results]
     python -m benchmarks.trl_overhead --shape qwen3-0.6b --device cuda
 
-Both work on one blank model, on the same given completions, so only the update is timed: forward,
-losses, backward, optimizer step. Each has its first steps untimed. Before that the loss of
+Both update a model of random weights on the same given completions, so only the update is timed:
+forward, losses, backward, optimizer step. The first steps are not timed. Before that, the loss of
 OISDTrainer must be GRPOTrainer's plus its terms, and its gradient must differ from GRPOTrainer's in
-the layers up to the student and nowhere else; else the result is wrong, and no ratio is printed.
+the layers up to the student and nowhere else. If not, the result is wrong and no ratio is printed.
 
 Peak memory is what one trainer alone would hold: parameters, the optimizer's state, and the most
 that an untimed step needs beside them.
@@ -19,8 +19,6 @@ that an untimed step needs beside them.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -34,7 +32,8 @@ from torch.profiler import ProfilerActivity, profile
 from trl import GRPOTrainer
 
 from benchmarks.cases.step import Model
-from benchmarks.trl_throughput import machine
+from benchmarks.measure.machine import append, describe
+from benchmarks.measure.timer import paired
 from oisd.data.sums import arithmetic_examples, arithmetic_model, arithmetic_tokenizer
 from oisd.integrations.trl import OISDConfig, OISDTrainer
 
@@ -86,37 +85,23 @@ def main() -> None:
             # Each goes first in half of the turns.
             for which in (0, 1) if turn % 2 else (1, 0):
                 seconds[which].append(step((oisd, grpo)[which], batch))
-    ours, theirs = (found[UNTIMED:] for found in seconds)
-    ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-    cuts = statistics.quantiles(ratios, n=5)
-    result = {
-        "oisd_s": statistics.median(ours),
-        "grpo_s": statistics.median(theirs),
-        "ratio": statistics.median(ratios),
-        "ratio_p20": cuts[0],
-        "ratio_p80": cuts[3],
+    result = paired(*(found[UNTIMED:] for found in seconds)) | {
         "oisd_mib": peaks[0] / 2**20,
         "grpo_mib": peaks[1] / 2**20,
         "memory_ratio": peaks[0] / peaks[1],
-        "steps": len(ratios),
         "rollouts": shape.rollouts,
         "shape": arguments.shape,
     }
-    print(
-        f"OISDTrainer {result['oisd_s']:.3f} s, GRPOTrainer {result['grpo_s']:.3f} s an update; "
-        f"ratio of pairs: median {result['ratio']:.3f} (p20 {cuts[0]:.3f}, p80 {cuts[3]:.3f}), "
-        f"{len(ratios)} steps; peak {result['oisd_mib']:,.0f} and {result['grpo_mib']:,.0f} MiB, "
-        f"ratio {result['memory_ratio']:.3f}"
-    )
+    print("OISDTrainer {oisd_s:.3f} s, GRPOTrainer {grpo_s:.3f} s an update; ratio of pairs: "
+          "median {ratio:.3f} (p20 {ratio_p20:.3f}, p80 {ratio_p80:.3f}), {steps} steps; peak "
+          "{oisd_mib:,.0f} and {grpo_mib:,.0f} MiB, ratio {memory_ratio:.3f}"
+          .format(**result))  # fmt: skip
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        with (arguments.out / "trl_overhead.jsonl").open("a", encoding="utf-8") as file:
-            own = {} if device == "cpu" else {"device": torch.cuda.get_device_name()}
-            file.write(json.dumps({**result, **machine(), **own}) + "\n")
+        append(arguments.out / "trl_overhead.jsonl", [result], describe(device, 1))
 
 
 def make(trainer: type[GRPOTrainer], folder: str, shape: Shape, device: str) -> Any:
-    """A trainer of the blank model."""
+    """A trainer of the shape's model."""
     tokenizer = arithmetic_tokenizer()
     made = trainer(
         model=shape.build(),
@@ -142,7 +127,7 @@ def make(trainer: type[GRPOTrainer], folder: str, shape: Shape, device: str) -> 
 
 
 def rollouts(shape: Shape, device: str) -> dict[str, torch.Tensor]:
-    """A micro-batch as TRL hands it over; random digits, a quarter of advantage 0."""
+    """A micro-batch as TRL passes it: random digits, a quarter of the advantages 0."""
     tokenizer = arithmetic_tokenizer()
     generator = torch.Generator().manual_seed(0)
     examples = arithmetic_examples(2)[: shape.prompts]
@@ -175,7 +160,7 @@ def step(trainer: Any, batch: dict[str, torch.Tensor]) -> float:
 
 
 def loss(trainer: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """As in TRL's own step, which leaves autocast before the backward."""
+    """As in TRL's own step, whose backward runs outside autocast."""
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
         return trainer.compute_loss(trainer.model, batch)
 
@@ -186,7 +171,7 @@ def wait() -> None:
 
 
 def peak(trainer: Any, batch: dict[str, torch.Tensor]) -> int:
-    """Bytes of one trainer alone at the height of a step, with the other beside it or not."""
+    """Bytes that one trainer alone holds at the peak of a step."""
     state = [x for one in trainer.optimizer.state.values() for x in one.values()]
     static = sum(x.nbytes for x in (*trainer.model.parameters(), *state))
     if batch["prompt_ids"].is_cuda:

@@ -4,32 +4,32 @@
 
 Same machine, same warmed-up model, same batch (16 prompts x 16 completions of at most 6 tokens,
 T = 1), same reward, no KL, one optimizer step a batch, one thread, float32. The trainers take turns
-in rounds; a round's first steps are not timed. The learning rate is so small that all of them keep
-working on the same policy, and each must find that policy's accuracy: one that does not is
-reported as wrong, without a time.
+in rounds; a round's first steps are not timed. The learning rate is so small that all trainers keep
+the same policy, so each must find that policy's accuracy. One that does not is reported as wrong,
+without a time.
 
-Ours leaves completions of advantage 0 out of the update (their gradient is 0); `dropped` is their
-share. TRL computes them, and so does ours in the rows "all completions".
+Our trainer leaves completions of advantage 0 out of the update (their gradient is 0); `dropped` is
+their share. TRL computes them, and so does our trainer in the rows "all completions".
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
 
+from benchmarks.measure.machine import ROOT, append, describe
+from benchmarks.measure.timer import spread
 from oisd.config import from_tables, load_recipe, to_tables
 from oisd.data.sums import arithmetic_examples, arithmetic_tokenizer
 from oisd.policy import load_policy
@@ -39,7 +39,6 @@ from oisd.warmup import warm_up
 UNTIMED = 3
 PROMPTS, COMPLETIONS, TOKENS = 16, 16, 6
 LEARNING_RATE = 1e-9
-ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -76,14 +75,11 @@ def main() -> None:
     rows = [summarize(name, found, accuracy) for name, found in rounds.items()]
     report(rows)
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        with (arguments.out / "throughput.jsonl").open("a", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps({**row, **machine()}) + "\n")
+        append(arguments.out / "throughput.jsonl", rows, describe("cpu", 1))
 
 
 def make_start(folder: Path) -> float:
-    """The model that all trainers begin with, and its accuracy on its training problems."""
+    """Saves the model that all trainers start from; its accuracy on its training problems."""
     recipe = load_recipe(ROOT / "recipes" / "arithmetic.toml")
     policy = load_policy(recipe.model, seed=0)
     examples = arithmetic_examples(2)
@@ -130,9 +126,6 @@ def ours(start: Path, steps: int, *, align: bool, skip: bool = True) -> Round:
 
 def trl(start: Path, steps: int) -> Round:
     """A round of TRL's trainer, as its users would set it up for this task."""
-    from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
-
     tokenizer = arithmetic_tokenizer()
     answers = {e.prompt: e.answer for e in arithmetic_examples(2)}
     rewards: list[float] = []
@@ -185,16 +178,15 @@ def trl(start: Path, steps: int) -> Round:
 
 def summarize(name: str, rounds: list[Round], accuracy: float) -> dict[str, Any]:
     """One row of the table; without a time if the trainer sampled from another policy."""
-    seconds = sorted(s for r in rounds for s in r.seconds)
+    seconds = [s for r in rounds for s in r.seconds]
     reward = statistics.mean(r.reward for r in rounds)
-    # Binomial noise over all completions, and over the problems of a round: 5 points is plenty.
+    # The noise over completions and over a round's problems is far below 5 points.
     right = abs(reward - accuracy) < 0.05
     row: dict[str, Any] = {"trainer": name, "correct": right, "reward": reward}
     row |= {"start_accuracy": accuracy, "steps": len(seconds)}
     row["dropped"] = statistics.mean(r.dropped for r in rounds)
     if right:
-        cuts = statistics.quantiles(seconds, n=5)
-        row |= {"median_s": statistics.median(seconds), "p20_s": cuts[0], "p80_s": cuts[3]}
+        row |= dict(zip(("median_s", "p20_s", "p80_s"), spread(seconds), strict=True))
         row["completions_per_s"] = PROMPTS * COMPLETIONS / row["median_s"]
     return row
 
@@ -216,26 +208,6 @@ def report(rows: list[dict[str, Any]]) -> None:
             f"    {row['completions_per_s']:13.0f}  {ratio:6.2f}  {row['reward']:6.3f}"
             f"  {row['dropped']:7.2f}"
         )
-
-
-def machine() -> dict[str, Any]:
-    """Where and with what it was measured."""
-
-    def of(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    git = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, cwd=ROOT)
-    processor = platform.processor() or platform.machine()
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
-        "device": f"{processor}, 1 thread",
-        "versions": {p: of(p) for p in ("torch", "transformers", "trl")},
-    }
 
 
 if __name__ == "__main__":

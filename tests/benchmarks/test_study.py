@@ -38,7 +38,7 @@ def finished(tmp_path):
 
 def test_finished_runs_are_not_run_again(finished, monkeypatch, capsys):
     monkeypatch.setattr(study.subprocess, "run", None)
-    monkeypatch.setattr(study, "machine", lambda: {"device": "a machine"})
+    monkeypatch.setattr(study, "describe", lambda *_: {"device": "a machine"})
     study.main(["--out", str(finished), "--results", str(finished / "results")])
     printed = capsys.readouterr().out
     assert (
