@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import torch
 import tyro
+
+from benchmarks.cases.suite import all_cases, in_turns, select
+from benchmarks.gpu_tests import run_tests
+from benchmarks.measure.machine import append, describe
+from benchmarks.report import markdown, read_rows
+from benchmarks.report.compare import changes, text
+from benchmarks.report.plots import draw
+from benchmarks.runner import Options, count_promises, orchestrate
 
 _USAGE = """\
 usage: python -m benchmarks list [--device cpu|cuda]
@@ -90,8 +99,6 @@ def _parse(kind: type, command: str, arguments: list[str]):
 
 
 def _device(asked: str) -> str:
-    import torch
-
     there = torch.cuda.is_available()
     if asked == "cuda" and not there:
         raise ValueError(
@@ -102,8 +109,6 @@ def _device(asked: str) -> str:
 
 def _list(arguments: list[str]) -> int:
     given = _parse(ListCases, "list", arguments)
-    from benchmarks.cases.suite import all_cases
-
     # A GPU's cases can be listed anywhere.
     device = given.device if given.device != "auto" else _device("auto")
     for case in all_cases(device):
@@ -121,9 +126,6 @@ def _say(line: str) -> None:
 
 def _run(arguments: list[str]) -> int:
     given = _parse(RunCases, "run", arguments)
-    from benchmarks.cases.suite import all_cases, select
-    from benchmarks.runner import Options, count_promises, orchestrate
-
     device = _device(given.device)
     chosen = select(all_cases(device), given.cases, "quick" if given.quick else "full")
     options = Options(
@@ -144,9 +146,6 @@ def _run(arguments: list[str]) -> int:
 
 def _finish(out: Path) -> int:
     """Write the report and print it; 1 if something is wrong, failed or broken."""
-    from benchmarks.report import markdown, read_rows
-    from benchmarks.report.plots import draw
-
     rows = read_rows([out])
     try:
         plots = draw(rows, out)
@@ -169,21 +168,15 @@ def _folders(usage: str, count: int | str, arguments: list[str]) -> list[Path]:
 
 def _report(arguments: list[str]) -> int:
     folders = _folders("report DIR ...   (the report goes to the first)", "+", arguments)
-    from benchmarks.report import markdown, read_rows
-    from benchmarks.report.plots import draw
-
     rows = read_rows(folders)
-    text = markdown(rows, draw(rows, folders[0]))
-    (folders[0] / "report.md").write_text(text, encoding="utf-8")
-    print(text)
+    report = markdown(rows, draw(rows, folders[0]))
+    (folders[0] / "report.md").write_text(report, encoding="utf-8")
+    print(report)
     return 0
 
 
 def _compare(arguments: list[str]) -> int:
     base, new = _folders("compare BASE NEW   (folders of two runs)", 2, arguments)
-    from benchmarks.report import read_rows
-    from benchmarks.report.compare import changes, text
-
     found = changes(read_rows([base]), read_rows([new]))
     print(text(found))
     return int(any(change.is_worse for change in found))
@@ -192,11 +185,6 @@ def _compare(arguments: list[str]) -> int:
 def _gpu(arguments: list[str]) -> int:
     given = _parse(Gpu, "gpu", arguments)
     _device("cuda")
-    from benchmarks.cases.suite import all_cases, in_turns, select
-    from benchmarks.gpu_tests import run_tests
-    from benchmarks.measure.machine import append, describe
-    from benchmarks.runner import Options, count_promises, orchestrate
-
     end = time.time() + 60 * given.minutes
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -4,37 +4,36 @@
     python -m benchmarks.test_regression        write a new baseline, on a quiet machine
 
 Seconds depend on the machine; their ratio to a fixed yardstick in the same run hardly does. The
-yardstick is a bare matmul and an exponential over its result, what all these operations are made
-of. Yardstick and operation take turns, the median of the pairs' ratios counts, and a ratio above
-1.5 times the baseline is measured twice more before it is called a regression.
+yardstick is a bare matmul and an exponential of its result, which all these operations consist of.
+Yardstick and operation take turns, and the median of the pairs' ratios counts. A ratio above 1.5
+times the baseline is measured twice more before it is called a regression.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.cases import attention, head
 from benchmarks.cases.case import Absent, Case, Run
 from benchmarks.cases.lens import Shape
 from benchmarks.cases.lens import case as lens_case
 from benchmarks.cases.shapes import Attention, Head
+from benchmarks.measure.timer import Plan, interleaved
 
 BASELINE = Path(__file__).parent / "baseline.json"
 SLACK = 1.5
-PAIRS = 9
+PLAN = Plan(rounds=9, least=9)
 HEAD = Head(256, 8192)
 
 
 def cases() -> dict[str, tuple[Case, str]]:
     """Small enough for a second each: case and implementation."""
-    from benchmarks.cases import attention, head
-
     lens = {
         f"lens, S = {s}": (lens_case(Shape(HEAD, "test", s, 256), "cpu", torch.float32),
                            "ours: chunked")
@@ -76,17 +75,9 @@ def yardstick() -> Callable[[], object]:
 
 def ratio(run: Callable[[], object]) -> float:
     """Median over pairs of seconds of `run` over seconds of the yardstick."""
-    bare = yardstick()
-    run()
-    bare()
-    pairs = [(_seconds(bare), _seconds(run)) for _ in range(PAIRS)]
-    return statistics.median(mine / theirs for theirs, mine in pairs)
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    seconds = interleaved({"bare": yardstick(), "run": run}, PLAN, "cpu")
+    pairs = zip(seconds["run"], seconds["bare"], strict=True)
+    return statistics.median(mine / theirs for mine, theirs in pairs)
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -30,6 +30,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.measure.machine import ROOT, append, describe
 from benchmarks.measure.timer import spread
+from benchmarks.report import table
 from oisd.config import from_tables, load_recipe, to_tables
 from oisd.data.sums import arithmetic_examples, arithmetic_tokenizer
 from oisd.policy import load_policy
@@ -194,20 +195,18 @@ def summarize(name: str, rounds: list[Round], accuracy: float) -> dict[str, Any]
 def report(rows: list[dict[str, Any]]) -> None:
     """Print the table, with the ratio of each to TRL."""
     peer = next((r for r in rows if r["trainer"].startswith("TRL")), {})
-    print(
-        "\ntrainer                 s/step (p20 - p80)        completions/s   x TRL  reward  dropped"
-    )
+    lines = []
     for row in rows:
         if not row["correct"]:
-            print(f"{row['trainer']:<22}  WRONG: reward {row['reward']:.3f}, "
-                  f"wanted {row['start_accuracy']:.3f}")  # fmt: skip
+            wrong = f"WRONG: reward {row['reward']:.3f}, wanted {row['start_accuracy']:.3f}"
+            lines.append([row["trainer"], wrong, "", "", "", ""])
             continue
         ratio = peer["median_s"] / row["median_s"] if peer.get("correct") else float("nan")
-        print(
-            f"{row['trainer']:<22}  {row['median_s']:.3f} ({row['p20_s']:.3f} - {row['p80_s']:.3f})"
-            f"    {row['completions_per_s']:13.0f}  {ratio:6.2f}  {row['reward']:6.3f}"
-            f"  {row['dropped']:7.2f}"
-        )
+        cells = "{median_s:.3f} ({p20_s:.3f} - {p80_s:.3f})", "{completions_per_s:.0f}"
+        lines.append([row["trainer"], *(cell.format(**row) for cell in cells), f"{ratio:.2f}",
+                      f"{row['reward']:.3f}", f"{row['dropped']:.2f}"])  # fmt: skip
+    titles = ["trainer", "s/step (p20 - p80)", "completions/s", "x TRL", "reward", "dropped"]
+    print(table(titles, lines))
 
 
 if __name__ == "__main__":

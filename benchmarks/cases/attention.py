@@ -18,7 +18,6 @@ from benchmarks.cases.case import (
     EXACT,
     FULL,
     GPU,
-    PEER,
     QUICK,
     Bar,
     Bound,
@@ -28,6 +27,7 @@ from benchmarks.cases.case import (
     Result,
     Run,
     Yardstick,
+    formula,
     forward_backward,
     own,
     seeded,
@@ -88,15 +88,7 @@ def divergence(
         regime="random",
         inputs=partial(inputs, shape, tokens, device, dtype),
         truth=truth,
-        implementations=[
-            *(Implementation(f"ours: {name}", partial(ours, impl=name),
-                             needs=12 * maps if name == "reference" else 0.0)
-              for name in IMPLS),
-            Implementation("eager", partial(naive, compiled=False), bound=PEER[dtype],
-                           needs=12 * maps),
-            Implementation("torch.compile(eager)", partial(naive, compiled=True),
-                           bound=PEER[dtype], needs=6 * maps, compiles=True),
-        ],
+        implementations=formula(ours, IMPLS, naive, dtype, 12 * maps, 6 * maps),
         yardstick=partial(square_matmul, dtype=dtype, device=device),
         flops=4 * 2.0 * H * tokens**2 / 2 * K,
         bytes=(2.0 * (H + J) + (H + J)) * tokens * K * dtype.itemsize,
@@ -104,7 +96,7 @@ def divergence(
         suites=suites,
         bars=promises if bars else (),
         **check(tokens),
-    )  # fmt: skip
+    )
 
 
 def attention(

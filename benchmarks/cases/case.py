@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,6 +146,24 @@ def own(op: Callable[..., Any], *arguments: Any, impl: str, **options: Any) -> A
         if "impl" not in str(error):
             raise
         raise Absent(str(error)) from error
+
+
+def formula(
+    ours: Callable[..., Run],
+    impls: Sequence[str],
+    eager: Callable[..., Run],
+    dtype: torch.dtype,
+    needs: float,
+    compiled_needs: float,
+) -> list[Implementation]:
+    """Ours by each `impl`, and the formula in eager PyTorch, as it is and compiled."""
+    return [
+        *(Implementation(f"ours: {impl}", partial(ours, impl=impl),
+                         needs=needs if impl == "reference" else 0.0) for impl in impls),
+        Implementation("eager", partial(eager, compiled=False), bound=PEER[dtype], needs=needs),
+        Implementation("torch.compile(eager)", partial(eager, compiled=True), bound=PEER[dtype],
+                       needs=compiled_needs, compiles=True),
+    ]  # fmt: skip
 
 
 def seeded(seed: int, device: str) -> torch.Generator:

@@ -25,6 +25,7 @@ from benchmarks.cases.case import (
     Inputs,
     Result,
     Run,
+    formula,
     forward_backward,
     gradients,
     hidden_states,
@@ -74,13 +75,7 @@ def logprob(model: str, head: Head, tokens: int, device: str, suites: frozenset[
         inputs=partial(inputs, head, 1, N, device, dtype, "peaked"),
         truth=logprob_truth,
         implementations=[
-            *(Implementation(f"ours: {impl}", partial(ours_logprob, impl=impl),
-                             needs=4 * logits if impl == "reference" else 0.0)
-              for impl in IMPLS),
-            Implementation("eager", partial(eager_logprob, compiled=False), bound=PEER[dtype],
-                           needs=4 * logits),
-            Implementation("torch.compile(eager)", partial(eager_logprob, compiled=True),
-                           bound=PEER[dtype], needs=3 * logits, compiles=True),
+            *formula(ours_logprob, IMPLS, eager_logprob, dtype, 4 * logits, 3 * logits),
             *peers.logprob(device, dtype),
         ],
         yardstick=yardstick,

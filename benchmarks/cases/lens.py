@@ -18,7 +18,6 @@ from benchmarks.cases.case import (
     EXACT,
     FULL,
     GPU,
-    PEER,
     QUICK,
     Bar,
     Case,
@@ -27,6 +26,7 @@ from benchmarks.cases.case import (
     Result,
     Run,
     Yardstick,
+    formula,
     forward_backward,
     hidden_states,
     own,
@@ -183,19 +183,8 @@ def truth(inputs: Inputs, gradient: bool) -> Result:
 
 def implementations(shape: Shape, device: str, dtype: torch.dtype) -> list[Implementation]:
     logits = 4.0 * shape.tokens * shape.head.vocabulary * (shape.layers + 1)
-    found = [
-        Implementation(f"ours: {impl}", partial(ours, impl=impl, gradient=shape.gradient),
-                       needs=0.0 if impl != "reference" else 5 * logits)
-        for impl in IMPLS
-    ]  # fmt: skip
-    by_hand = partial(naive, gradient=shape.gradient, compiled=False)
-    compiled = partial(naive, gradient=shape.gradient, compiled=True)
-    bound = PEER[dtype]
-    found += [
-        Implementation("eager", by_hand, bound=bound, needs=5 * logits),
-        Implementation("torch.compile(eager)", compiled, bound=bound, needs=3 * logits,
-                       compiles=True),
-    ]  # fmt: skip
+    mine, theirs = (partial(make, gradient=shape.gradient) for make in (ours, naive))
+    found = formula(mine, IMPLS, theirs, dtype, 5 * logits, 3 * logits)
     if shape.gradient:
         found += peers.lens(device, dtype)
     if shape.rivals is None:
