@@ -1,10 +1,10 @@
-"""`python -m benchmarks.cuda_kernels --out DIR`: all that one GPU can say of csrc/, in one go.
+"""`python -m benchmarks.cuda_kernels --out DIR`: builds, tests and times csrc/ on one GPU.
 
-Builds every unit, runs the GPU's tests of each engine, times them beside Triton and torch's
-attention, and runs the tests again under compute-sanitizer, 250 times, and over the long sweep.
-Each step is a process of its own with a limit: a kernel that hangs, or takes the device down, costs
-its own step alone. Steps go from what most depends on to what least does; the log of each is in
-DIR, and so is summary.json, written after every step.
+Builds every unit, runs the GPU tests of each engine, times them beside Triton's and torch's
+attention, and runs the tests again: 250 times, under compute-sanitizer, and over the long sweep.
+Each step is a process with a time limit, so a kernel that hangs or crashes the device costs only
+its own step. The most important steps come first. DIR holds a log of each step, and summary.json,
+which is written after every step.
 
 Needs torch, triton, pytest and pytest-timeout, and nvcc or a filled cache (docs/csrc.md).
 """
@@ -25,8 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-# The tests of an engine are those that have one of these words in their name.
+import torch
+
+from benchmarks import cuda_times
+from benchmarks.measure.machine import ROOT
+from oisd_kernels.cuda import build, driver
+
+# The tests of an engine have one of these words in their names.
 ENGINES = {
     "WARP_ENGINE": "(wide or narrow)",
     "WARPGROUP_ENGINE": "hopper",
@@ -35,23 +40,23 @@ ENGINES = {
 TESTS = ("tests/oisd_kernels/cuda/test_csrc.py", "tests/oisd_kernels/attention/test_cuda_ops.py")
 RERUNS = "test_250_reruns"
 SANITIZED = ("memcheck", "racecheck", "synccheck", "initcheck")
-SHOWN = 80  # last lines of a log
+SHOWN = 80  # last lines of a log to print
 PASSED = re.compile(r"\b(\d+) passed")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and what its exit status and output have to be."""
+    """A command that must end with status 0 within a time."""
 
     name: str
     command: Sequence[str]
     seconds: float
-    tests: bool = False  # one at least has to pass
+    tests: bool = False  # at least one has to pass
     environment: dict[str, str] = field(default_factory=dict)
 
 
 def pytest_of(select: str, *options: str) -> list[str]:
-    """GPU tests alone; one that hangs ends the process, and the log says which."""
+    """Only GPU tests; one that hangs ends the process, and the log names it."""
     plugin = ["-p", "benchmarks.gpu_tests", "-p", "no:cacheprovider", "--color=no"]
     limit = ["--timeout=120", "--timeout-method=thread"]
     return [sys.executable, "-m", "pytest", *plugin, *limit, "-vv", "-k", select, *options, *TESTS]
@@ -65,30 +70,29 @@ def sanitizer() -> str | None:
 
 def steps(engines: Sequence[str], tool: str | None) -> list[Step]:
     """All of them, in order."""
-    found = [Step("build", [sys.executable, "-m", "oisd_kernels.cuda.build", "--check"], 240)]
-    for engine in engines:
-        word = ENGINES[engine]
+    words = {engine: ENGINES[engine] for engine in engines}
+    python = [sys.executable, "-m"]
+    found = [Step("build", [*python, "oisd_kernels.cuda.build", "--check"], 240)]
+    for engine, word in words.items():
         found.append(Step(f"tests {engine}", pytest_of(f"{word} and not {RERUNS}"), 120, True))
-    found.append(Step("times", [sys.executable, "-m", "benchmarks.cuda_kernels", "--times"], 120))
-    for engine in engines:
-        found.append(
-            Step(f"reruns {engine}", pytest_of(f"{ENGINES[engine]} and {RERUNS}"), 120, True)
-        )
+    found.append(Step("times", [*python, "benchmarks.cuda_kernels", "--times"], 120))
+    for engine, word in words.items():
+        found.append(Step(f"reruns {engine}", pytest_of(f"{word} and {RERUNS}"), 120, True))
+    # The sanitizer sees no access outside of a tensor that stays within the allocator's block.
+    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     for kind in SANITIZED if tool else ():
-        for engine in engines:
-            select = f"{ENGINES[engine]} and test_against_float64"
-            command = [str(tool), f"--tool={kind}", "--error-exitcode=9", *pytest_of(select)]
-            # An access outside of a tensor but inside of the allocator's block is no error to it.
-            alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        for engine, word in words.items():
+            command = [str(tool), f"--tool={kind}", "--error-exitcode=9"]
+            command += pytest_of(f"{word} and test_against_float64")
             found.append(Step(f"{kind} {engine}", command, 150, True, alone))
-    for engine in engines:
-        select = pytest_of(f"{ENGINES[engine]} and every_unit", "-m", "slow")
+    for engine, word in words.items():
+        select = pytest_of(f"{word} and every_unit", "-m", "slow")
         found.append(Step(f"sweep {engine}", select, 240, True))
     return found
 
 
 def run(step: Step, out: Path, left: float) -> dict[str, Any]:
-    """Runs a step; what became of it."""
+    """Run a step; its result."""
     log = out / f"{step.name.replace(' ', '-').lower()}.log"
     row: dict[str, Any] = {"step": step.name, "log": log.name}
     if left < 10:
@@ -125,10 +129,6 @@ def verdict(step: Step, status: int | None, log: str) -> str:
 
 
 def machine() -> dict[str, Any]:
-    import torch
-
-    from oisd_kernels.cuda import build, driver
-
     nvcc = build.find_nvcc()
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True) if nvcc else None
     return {
@@ -149,22 +149,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", help="steps with this in their name")
     parser.add_argument("--times", action="store_true", help="time alone, in this process")
     options = parser.parse_args(argv)
-    import torch
-
     if not torch.cuda.is_available():
         parser.error("torch sees no GPU")
     if options.times:
-        from benchmarks.cuda_times import report
-
-        return report()
+        return cuda_times.report()
     end = time.monotonic() + 60 * options.minutes
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     summary: dict[str, Any] = {"machine": machine(), "steps": []}
     print(json.dumps(summary["machine"]), flush=True)
-    hopper = torch.cuda.get_device_capability() == (9, 0)
-    engines = list(ENGINES) if hopper else ["WARP_ENGINE"]
-    for step in steps(engines, sanitizer()):
+    for step in steps(cuda_times.engines(), sanitizer()):
         if options.only and options.only not in step.name:
             continue
         row = run(step, out, end - time.monotonic())

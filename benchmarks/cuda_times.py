@@ -1,8 +1,8 @@
 """Times of csrc/'s kernels by each engine, beside Triton's and torch's attention: launches alone.
 
-No autograd and no forward: the passes over the scores that csrc/ has, on the same tensors, in
-turns. Torch's is the backward of a graph that is kept. What differs from Triton's result is not
-timed. Rates count the matmuls that a pass cannot do without, 2*H*T*T*K each, halved by the mask.
+Without autograd or a forward: the passes over the scores that csrc/ has, on the same tensors, in
+turns. Torch's is the backward of a retained graph. A result that differs from Triton's is not
+timed. Rates count the matmuls that a pass cannot avoid, 2*H*T*T*K each, halved by the mask.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def engine(name: str) -> Iterator[None]:
 
 
 class Call:
-    """What all passes of a case are given."""
+    """The inputs of all passes of a case."""
 
     def __init__(self, shape: Attention, tokens: int, device: str = "cuda") -> None:
         dtype = torch.bfloat16
@@ -107,7 +107,7 @@ def engines() -> list[str]:
 
 
 def lines(name: str, kind: str, call: Call, seconds: float = 3.0) -> Iterator[str]:
-    """One of each implementation of a pass; `seconds` for all their rounds."""
+    """A line for each implementation of a pass; `seconds` for all their rounds."""
     wanted = call.run(triton_impl, kind)
     start = f"{name:<14} {kind:<10} "
     functions: dict[str, Callable[[], tuple[Tensor, ...]]] = {}

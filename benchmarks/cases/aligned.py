@@ -24,7 +24,7 @@ from benchmarks.cases.case import (
     Result,
     Run,
 )
-from benchmarks.cases.shapes import ATTENTIONS, Attention, thousands
+from benchmarks.cases.shapes import ATTENTIONS, Attention
 from oisd_kernels import AttentionAlignment, attention_divergence, flash_attention
 
 
@@ -55,25 +55,18 @@ def case(
         "ours: cuda with alignment": ("fused", "cuda"),
     }
     return Case(
-        name=f"attention_backward/{model}/{thousands(tokens)}",
-        family="attention_backward",
-        device=device,
-        dtype=dtype,
-        shape={"T": tokens, "H": H, "J": J, "K": K},
-        regime="random",
+        **plain.fields("attention_backward", model, shape, tokens, device, dtype),
         inputs=partial(inputs, shape, tokens, device, dtype),
         truth=truth,
         implementations=[
             Implementation(name, partial(backward, kind=kind, impl=impl))
             for name, (kind, impl) in made.items()
         ],
-        yardstick=partial(plain.square_matmul, dtype=dtype, device=device),
         flops=5 * 2.0 * H * tokens**2 / 2 * K,
         bytes=(4.0 * H + 4 * J) * tokens * K * dtype.itemsize,
         bound=Bound(1e-2, 2e-2) if dtype == torch.bfloat16 else Bound(1e-5, 1e-4),
         suites=suites,
         bars=(Bar("ours: with alignment", "median_s", 1.5, "ours: plain"),),
-        **plain.check(tokens),
     )
 
 

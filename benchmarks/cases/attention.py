@@ -80,22 +80,15 @@ def divergence(
         Bar("ours: torch", "peak_mib", 1 / 20, "eager"),
     )
     return Case(
-        name=f"attention_divergence/{model}/{thousands(tokens)}",
-        family="attention_divergence",
-        device=device,
-        dtype=dtype,
-        shape={"T": tokens, "H": H, "J": J, "K": K},
-        regime="random",
+        **fields("attention_divergence", model, shape, tokens, device, dtype),
         inputs=partial(inputs, shape, tokens, device, dtype),
         truth=truth,
         implementations=formula(ours, IMPLS, naive, dtype, 12 * maps, 6 * maps),
-        yardstick=partial(square_matmul, dtype=dtype, device=device),
         flops=4 * 2.0 * H * tokens**2 / 2 * K,
         bytes=(2.0 * (H + J) + (H + J)) * tokens * K * dtype.itemsize,
         bound=EXACT[dtype],
         suites=suites,
         bars=promises if bars else (),
-        **check(tokens),
     )
 
 
@@ -110,23 +103,16 @@ def attention(
         for name, impl in (("ours: flash_attention", "auto"), ("ours: cuda backward", "cuda"))
     ]
     return Case(
-        name=f"attention/{model}/{thousands(tokens)}",
-        family="attention",
-        device=device,
-        dtype=dtype,
-        shape={"T": tokens, "H": H, "J": J, "K": K},
-        regime="random",
+        **fields("attention", model, shape, tokens, device, dtype),
         inputs=partial(inputs, shape, tokens, device, dtype, values=True),
         truth=attention_truth,
         implementations=[*mine, *peers.attention(device, dtype)],
-        yardstick=partial(square_matmul, dtype=dtype, device=device),
         flops=7 * 2.0 * H * tokens**2 / 2 * K,
         bytes=(4.0 * H + 4 * J) * tokens * K * dtype.itemsize,
         bound=Bound(1e-2, 2e-2),  # the output and its gradients are rounded to bf16
         suites=suites,
         compiled=True,
         bars=(Bar("ours: flash_attention", "median_s", 1 / 0.8, "flash-attn 2"),),
-        **check(tokens),
     )
 
 
@@ -164,11 +150,22 @@ def prefix(inputs: Inputs) -> Inputs:
     }
 
 
-def check(tokens: int) -> dict[str, Any]:
-    """Fields of a case that is checked on its first tokens if it is long."""
-    if tokens <= CHECKED:
-        return {}
-    return {"check_inputs": prefix, "checked_at": f"T = {CHECKED}"}
+def fields(
+    family: str, model: str, shape: Attention, tokens: int, device: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What all cases of attention share. A long one is checked on its first tokens."""
+    found: dict[str, Any] = {
+        "name": f"{family}/{model}/{thousands(tokens)}",
+        "family": family,
+        "device": device,
+        "dtype": dtype,
+        "shape": {"T": tokens, "H": shape.heads, "J": shape.key_heads, "K": shape.dim},
+        "regime": "random",
+        "yardstick": partial(square_matmul, dtype=dtype, device=device),
+    }
+    if tokens > CHECKED:
+        found |= {"check_inputs": prefix, "checked_at": f"T = {CHECKED}"}
+    return found
 
 
 def truth(inputs: Inputs) -> Result:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from benchmarks.report.bars import Judged, judge
+from benchmarks.report.bars import Judged, Row, judge
 from oisd.run import jsonl
 
-Row = dict[str, Any]
 TITLES = {
     "lens": "Lens divergence, with gradient to the hidden states",
     "lens-values": "Lens divergence, values alone",
@@ -23,7 +21,7 @@ TITLES = {
 
 
 def read_rows(folders: Iterable[str | Path]) -> list[Row]:
-    """Rows of the folders' rows.jsonl; of one case and implementation the last one counts.
+    """Rows of the folders' rows.jsonl; the last one counts of each case and implementation.
 
     Raises ValueError for a folder without rows.
     """

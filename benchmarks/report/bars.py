@@ -1,4 +1,4 @@
-"""The promises of speed and memory, read off the rows of a run."""
+"""The targets of speed and memory, judged by the rows of a run."""
 
 from __future__ import annotations
 

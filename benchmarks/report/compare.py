@@ -1,20 +1,19 @@
 """Two runs side by side: ratios of time and memory with intervals, and what got slower.
 
-Times are divided by those of the bare matmul in the same round, so that two machines, or one that
-was busy, can be compared. The interval is a bootstrap over rounds of the ratio of medians: 95 %.
+Times are divided by those of the bare matmul in the same round, so that two machines, or busy ones,
+can be compared. The 95 % interval is a bootstrap over rounds of the ratio of medians.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from benchmarks.report import table
+from benchmarks.report.bars import Row
 
-Row = dict[str, Any]
 TIME_TOLERANCE = 1.05  # a ratio whose whole interval is above this is a slowdown
 MEMORY_TOLERANCE = 1.03
 RESAMPLES = 2000

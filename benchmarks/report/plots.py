@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from benchmarks.report.bars import Row
 from oisd.plots import INK, save_figure, style_axes
 
-Row = dict[str, Any]
-
-# Okabe and Ito's palette, told apart with any colour vision; ours is blue throughout.
+# Okabe and Ito's palette, safe for any colour vision; ours is always blue.
 BLUES = ("#0072B2", "#56B4E9", "#00456B", "#8FCBEB")
 OTHERS = ("#D55E00", "#E69F00", "#009E73", "#CC79A7", "#7A7A7A", "#B3A100", "#8B4513", "#4B0082")
 MARKERS = "osD^vP*X"
@@ -46,42 +46,31 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     return paths
 
 
-def place(row: Row, axis: str) -> int | None:
+def place(row: Row, axis: str) -> int:
+    """Tokens or layers of a row; 0 if its family has no sweep over them."""
     shape = row["shape"]
     if axis == "layers":
-        return shape.get("S") if row["family"] in ("lens", "policy_head") else None
-    return shape.get("N", shape.get("T"))
+        return shape.get("S", 0) if row["family"] in ("lens", "policy_head") else 0
+    return shape.get("N", shape.get("T", 0))
 
 
 def sweeps(rows: Sequence[Row], axis: str) -> dict[str, list[Row]]:
-    """Rows that differ along the axis alone, by what they have in common; at least two points."""
+    """Rows that differ only along the axis, by the rest of the case's name; at least two points."""
+    varies = re.compile(r"S\d+" if axis == "layers" else r"\d+k?")
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        if place(row, axis) is None:
-            continue
-        parts = row["case"].split("/")
-        kept = [p for p in parts[1:] if not _is_place(p, axis)]
-        groups.setdefault("/".join(kept), []).append(row)
-    return {
-        name: found
-        for name, found in groups.items()
-        if len({place(row, axis) for row in found}) > 1
-    }
-
-
-def _is_place(part: str, axis: str) -> bool:
-    if axis == "layers":
-        return part[:1] == "S" and part[1:].isdigit()
-    return part.rstrip("k").isdigit()
+        if place(row, axis):
+            kept = [part for part in row["case"].split("/")[1:] if not varies.fullmatch(part)]
+            groups.setdefault("/".join(kept), []).append(row)
+    return {name: found for name, found in groups.items()
+            if len({place(row, axis) for row in found}) > 1}  # fmt: skip
 
 
 def colours(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     """(colour, marker) of each implementation: ours in blues."""
-    mine = [name for name in names if is_ours(name)]
-    others = [name for name in names if not is_ours(name)]
-    found = {name: BLUES[i % len(BLUES)] for i, name in enumerate(mine)}
-    found |= {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)}
-    return {name: (found[name], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
+    mine, others = cycle(BLUES), cycle(OTHERS)
+    return {name: (next(mine if is_ours(name) else others), marker)
+            for name, marker in zip(names, cycle(MARKERS), strict=False)}  # fmt: skip
 
 
 def is_ours(name: str) -> bool:
@@ -96,16 +85,14 @@ def draw_sweep(
     look = colours(names)
     figure = Figure(figsize=(9.6, 4.3), layout="constrained")
     time, memory = figure.subplots(1, 2)
-    xs = sorted({x for row in rows if (x := place(row, axis)) is not None})
+    xs = sorted({place(row, axis) for row in rows})
     for name in names:
-        mine = sorted(
-            (row for row in rows if row["implementation"] == name),
-            key=lambda row: place(row, axis) or 0,
-        )
+        mine = sorted((row for row in rows if row["implementation"] == name),
+                      key=lambda row: place(row, axis))  # fmt: skip
         colour, marker = look[name]
         style = dict(color=colour, marker=marker, markersize=5, linewidth=1.8, label=name,
                      markeredgecolor="white", markeredgewidth=0.6)  # fmt: skip
-        at = [place(row, axis) or 0 for row in mine]
+        at = [place(row, axis) for row in mine]
         time.plot(at, [row["median_s"] * 1e3 for row in mine], **style)
         time.fill_between(at, [row["p20_s"] * 1e3 for row in mine],
                           [row["p80_s"] * 1e3 for row in mine], color=colour, alpha=0.13,
@@ -114,12 +101,8 @@ def draw_sweep(
                 if (row.get("peak_mib") or 0) > 0]  # fmt: skip
         if kept:
             memory.plot(*zip(*kept, strict=True), **style)
-    for ax, heading, unit in (
-        (time, "Time", "median (ms)"),
-        (memory, "Peak memory", "beyond inputs (MiB)"),
-    ):
-        if ax is memory and rows[0]["family"] == "step":
-            unit = "in all (MiB)"
+    counted = "in all (MiB)" if rows[0]["family"] == "step" else "beyond inputs (MiB)"
+    for ax, heading, unit in ((time, "Time", "median (ms)"), (memory, "Peak memory", counted)):
         style_axes(ax, heading, label, unit)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
@@ -163,12 +146,8 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> Path:
             labels.append(row["implementation"])
             y += 1
         y += 0.4
-    style_axes(
-        ax,
-        f"Share of the physical limit  ({rows[0]['device']})",
-        "% of the bare matmul's (or the copy's) rate",
-        "",
-    )
+    title = f"Share of the physical limit  ({rows[0]['device']})"
+    style_axes(ax, title, "% of the bare matmul's (or the copy's) rate", "")
     ax.set_yticks(ticks, labels, fontsize=9)
     ax.set_ylim(y - 0.3, -0.8)
     ax.set_xlim(0, max(100, *(row["roofline_percent"] for group in chosen for row in group)) * 1.02)
@@ -178,7 +157,7 @@ def draw_roofline(rows: Sequence[Row], path: Path) -> Path:
 
 
 def readable(ax: Axes) -> None:
-    """Ticks at 1, 2, 5 where the range is narrow, at powers of ten where it is wide."""
+    """Ticks at 1, 2, 5 if the range is narrow, at powers of ten if it is wide."""
     low, high = ax.dataLim.intervaly
     if low <= 0 or not math.isfinite(high):
         return
