@@ -333,7 +333,7 @@ def dkdv_block(
     s, tanh_z = scores(z, SCALE, SOFTCAP, LOG2E)
     lq = s - tl.load(Lse + i, mask=in_i, other=0.0)[None, :]
     p = tl.exp2(lq)
-    # The accumulator of dP starts from here, as in dq_block.
+    # dP's accumulator starts from the other terms of the bracket, as in dq_block.
     ds_over_p = tl.broadcast_to(-tl.load(Shift + i, mask=in_i, other=0.0)[None, :], p.shape)
     if ALIGN:
         factor = factor[None, :]
@@ -346,18 +346,9 @@ def dkdv_block(
         # [1, BLOCK_M]
         lse_t = tl.load(LseT + i, mask=in_i, other=0.0)[None, :]
         ds_over_p, teacher_term = alignment(
-            ds_over_p,
-            teacher_term,
-            zt,
-            lq,
-            lse_t,
-            factor,
-            PLAIN,
-            DIVERGENCE,
-            LOG_ODDS,
-            SCALE_T,
-            SOFTCAP,
-        )
+            ds_over_p, teacher_term, zt, lq, lse_t, factor,
+            PLAIN, DIVERGENCE, LOG_ODDS, SCALE_T, SOFTCAP,
+        )  # fmt: skip
     if MASKED:
         mask = visible(i[None, :], j[:, None], end, window, CAUSAL, WINDOW)
     if PLAIN:
@@ -367,6 +358,7 @@ def dkdv_block(
         p_visible = p
         if MASKED:
             p_visible = tl.where(mask, p, 0.0)
+        # dV before dP: after it, P in the operand's dtype is not needed any more.
         dv = tl.dot(p_visible.to(OPERAND), d_out, dv, input_precision=PRECISION, out_dtype=ACC)
         ds_over_p = product(
             v, d_out, ds_over_p, V, in_j, stride_vn, dOut, in_i, stride_don,
@@ -424,8 +416,7 @@ def attention_dkdv_kernel(
     # Down to a multiple of BLOCK_M from the sequence's start, as the blocks in Rank are.
     lo = begin + (lo - begin) // BLOCK_M * BLOCK_M
     blocks, full_begin, full_end = blocks_of(lo, hi, full_lo, full_hi, BLOCK_M)
-    # 0 of lo's type
-    first_block = lo * 0
+    first_block = lo * 0  # 0 of lo's type
     if not PLAIN:
         # Blocks are indices into Live here; `blocks` becomes the end of the range.
         Rank += tl.load(First + tl.program_id(0)) + (lo - begin) // BLOCK_M

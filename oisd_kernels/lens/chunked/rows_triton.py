@@ -214,9 +214,9 @@ def student_rows_kernel(
     if DIVERGENCE == "jsd":
         factor *= 1 - BETA
 
-    # [BLOCK]: sums of each lane, and the largest |q * inner|
+    # Of each lane, [BLOCK]: the divergence, <q, inner>, and the largest |q * inner|
     loss = tl.zeros([BLOCK], lse_q.dtype)
-    q_inner = tl.zeros([BLOCK], lse_q.dtype)  # <q, inner> of each lane
+    q_inner = tl.zeros([BLOCK], lse_q.dtype)
     q_inner_max = tl.zeros([BLOCK], lse_q.dtype)
     if not ONE_PASS:
         for start in range(0, V, BLOCK):

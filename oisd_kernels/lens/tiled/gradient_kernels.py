@@ -150,7 +150,7 @@ def tiled_live_kernel(
     Live,  # [row blocks]: bit i is tile i
     Count,  # []
     R, tiles,
-    share,  # of a row's mass that a tile may hold and be left out
+    share,  # a tile is left out if it holds at most this share of each row's mass
     TILES: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)

@@ -188,7 +188,7 @@ def tiled_kl_kernel(
     Bias,  # [V]
     Rows,  # [R]
     Count,  # []
-    Out,  # [7, K, R]: ma, la, mb, lb, gap, moment of a, moment of b
+    Out,  # [7, K, R]: ma, la, mb, lb, kl_sum, moment of a, moment of b
     Top1,  # [2, K, R]
     T, D, V, R, span, softcap, per_softcap, per_temperature,
     stride_as, stride_an, stride_bs, stride_bn, stride_w,
@@ -237,7 +237,7 @@ def tiled_kl_kernel(
         if STATS:
             moment_a = rescale * (moment_a - da * la) + tl.sum(e * za, 1)
         la, la_comp = kahan(rescale * la, rescale * la_comp, tl.sum(e, 1))
-        # b's exponentials only now, so that a's tile of them is not held beside them.
+        # After a's sums, so that one tile of exponentials is needed at a time.
         e = tl.exp(zb)
         rescale = tl.exp(-db)
         if STATS:
