@@ -1,13 +1,19 @@
-"""The elementwise mathematics of JSD and KL for all Triton kernels, once.
+"""JSD and KL elementwise, shared by all Triton kernels.
 
-p teacher, q student, lp and lq their logarithms (clamped to the lowest finite number, so that their
-difference is never NaN where both are 0), D = lp - lq. A divergence of a row is the sum of its
-terms; the gradient to the student's scores is `q * (inner - <q, inner>)` times a constant, but for
-the forward KL, where it is `q - p`. The multiples of p and q in the terms are constants when
-summed; they make rounding cancel near p = q, as in `oisd_kernels.reference`.
+p is the teacher's probability and q the student's, lp and lq are their logarithms, m = beta p +
+(1-beta) q and D = lp - lq. lp and lq are clamped to the lowest finite number, so that D is not NaN
+where both probabilities are 0. A row's divergence is the sum of its terms. Its gradient to the
+student's scores is `q * (inner - <q, inner>)` times a constant, except for the forward KL, whose
+gradient is q - p.
 
-    jsd         inner = s = softplus(x), x = D + log(beta/(1-beta))     constant -(1-beta)
-    reverse_kl  inner = D                                               constant -1
+                 term                                       inner                constant
+    jsd          beta p log(p/m) + (1-beta) q log(q/m)      s = softplus(x)      -(1-beta)
+    reverse_kl   p - q - q D                                D                    -1
+    forward_kl   p D - p + q                                (p is returned)
+
+with x = D + log(beta/(1-beta)), log(p/m) = x - s - log(beta) and log(q/m) = -s - log(1-beta). The
+KLs' extra p - q sums to 0 over a row. It makes rounding errors cancel where p is close to q, as in
+`oisd_kernels.reference`. Every function works on blocks of any shape.
 """
 
 import triton
@@ -16,12 +22,14 @@ import triton.language as tl
 
 @triton.jit
 def log1p_exp_neg(a):
-    """log(1 + exp(-a)) for a >= 0, to full relative precision however small."""
+    """log(1 + exp(-a)) for a >= 0, accurate in relative terms even where the result is tiny."""
     e = tl.exp(-a)
     if e.dtype == tl.float64:
+        # log(u) * e / (u - 1) corrects log(u) for the rounding of u = 1 + e.
         u = 1 + e
         return tl.where(u == 1, e, tl.log(u) * (e / tl.where(u == 1, 1.0, u - 1)))
-    # 2 atanh(e / (2 + e)), whose argument is at most 1/3. tl.log would lose digits next to 1.
+    # log(1 + e) = 2 atanh(r), r <= 1/3, as a series in r^2. tl.log(1 + e) loses digits near 1.
+    # Smallest terms first (Horner), so that the result has full precision.
     r = e / (2 + e)
     w = r * r
     series = 1 / 11 + w * (1 / 13 + w * (1 / 15))
@@ -31,35 +39,33 @@ def log1p_exp_neg(a):
 
 @triton.jit
 def tanh(x):
+    """Accurate in relative terms near 0 too."""
     a = tl.abs(x)
     e = tl.exp(-2 * a)
-    far = (1 - e) / (1 + e)
+    quotient = (1 - e) / (1 + e)
     if x.dtype == tl.float64:
-        near = far
-    else:  # 1 - e cancels
+        series = quotient
+    else:  # near 0 the quotient's 1 - e cancels: Taylor series up to x^9
         w = x * x
-        near = a * (1 + w * (-1 / 3 + w * (2 / 15 + w * (-17 / 315 + w * (62 / 2835)))))
-    return tl.where(x < 0, -1.0, 1.0) * tl.where(a < 0.25, near, far)
+        series = a * (1 + w * (-1 / 3 + w * (2 / 15 + w * (-17 / 315 + w * (62 / 2835)))))
+    return tl.where(x < 0, -1.0, 1.0) * tl.where(a < 0.25, series, quotient)
 
 
 @triton.jit
 def log_probability(score, logsumexp):
-    """Keeps NaN, clamps -inf to the lowest finite number."""
+    """score - logsumexp, with -inf clamped to the lowest finite number. NaN stays NaN."""
     lp = score - logsumexp
     lowest = -3.4028234663852886e38
+    # Not tl.maximum, which may drop a NaN.
     return tl.where(lp < lowest, lowest, lp)
 
 
 @triton.jit
 def terms(
-    lp,
-    lq,
-    DIVERGENCE: tl.constexpr,
-    BETA: tl.constexpr,
-    LOG_BETA: tl.constexpr,
-    LOG_1M_BETA: tl.constexpr,
-):
-    """Row terms of the divergence and `inner`, with q; `inner` is p for the forward KL."""
+    lp, lq,
+    DIVERGENCE: tl.constexpr, BETA: tl.constexpr, LOG_BETA: tl.constexpr, LOG_1M_BETA: tl.constexpr,
+):  # fmt: skip
+    """Terms of the divergence, `inner` (p for the forward KL), and q; all of lp's shape."""
     p, q = tl.exp(lp), tl.exp(lq)
     D = lp - lq
     if DIVERGENCE == "forward_kl":
@@ -70,14 +76,15 @@ def terms(
         x = D + (LOG_BETA - LOG_1M_BETA)
         l1p = log1p_exp_neg(tl.abs(x))
         s = tl.maximum(x, 0.0) + l1p
-        teacher = p * (tl.minimum(x, 0.0) - l1p - LOG_BETA)  # p * log(p/m)
-        student = q * (s + LOG_1M_BETA)  # -q * log(q/m)
-        return BETA * teacher - (1 - BETA) * student, s, q
+        # x - s = min(x, 0) - l1p without cancellation for large x.
+        p_log_pm = p * (tl.minimum(x, 0.0) - l1p - LOG_BETA)
+        q_log_mq = q * (s + LOG_1M_BETA)  # = -q log(q/m)
+        return BETA * p_log_pm - (1 - BETA) * q_log_mq, s, q
 
 
 @triton.jit
 def inner(D, DIVERGENCE: tl.constexpr, LOG_ODDS: tl.constexpr):
-    """`inner` of `terms` alone, of "jsd" (LOG_ODDS = log(beta/(1-beta))) and "reverse_kl"."""
+    """`inner` of "jsd", LOG_ODDS = log(beta/(1-beta)), or of "reverse_kl", from D alone."""
     if DIVERGENCE == "reverse_kl":
         return D
     else:

@@ -112,7 +112,7 @@ def backward(
         sampled_dq_kernel[(N, H // call.heads)](
             *call.tensors, slots, *rows, boost, dq,
             N, slots.shape[1], *call.groups, *call.strides, *strides_of(dq),
-            BOOST=boost is not None, **options, **call.products, HEADS=call.heads,
+            SCALE_DS=boost is not None, **options, **call.products, HEADS=call.heads,
             BLOCK=tile.n, **tile.options(),
         )  # fmt: skip
         tile = launch_tile(call.capability, "sampled dk", *kind)

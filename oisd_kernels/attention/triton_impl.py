@@ -262,7 +262,7 @@ class _Backward:
             teacher, divergence, beta = alignment.teacher, alignment.divergence, alignment.beta
             qt, kt, scale_t = ready(teacher.q, q.dtype), ready(teacher.k, q.dtype), teacher.scale
         constants = {
-            "SCALE": self.scale, "BOOST": boost is not None,
+            "SCALE": self.scale, "SCALE_DS": boost is not None,
             "HEAD_DIM": K, "HEAD_DIM_T": qt.shape[2],
             "BLOCK_K": rounded_up(K), "BLOCK_KT": rounded_up(qt.shape[2]),
             **mask_of(self.geometry), **arithmetic(q, q.dtype, self.capability),

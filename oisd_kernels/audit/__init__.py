@@ -1,23 +1,32 @@
-"""Compiles every Triton kernel for GPUs that are not here, and says what came out.
+"""Compiles every Triton kernel for GPUs you don't have, and reports what each one uses.
 
     python -m oisd_kernels.audit [--arch sm_80 sm_90 gfx942] [--kernel NAME ...] [--full] [--json]
                                  [--record FILE]
 
-What is compiled is what the launchers pick: the cases of `oisd_kernels.audit.lens_cases` call them
-with tensors without storage (device "meta"), and their launches are recorded instead of run, down
-to the divisibility of each argument, which decides over spills. Kernels are found by their name,
-which ends in `_kernel`; one that no case launches is a failure, as are spills, stack, shared memory
-beyond the architecture's limit, a kernel with `tl.dot` but without tensor-core instructions, and an
-empty binary, which is what Triton makes of a tile that is too large for sm_100. Without --full,
-cases that resemble another one are left out. With --record, what came out is kept in FILE, one line
-of JSON a launch, and a launch that it holds is not compiled again as long as its source, arguments,
-tile and Triton are the same; so a sweep can be stopped and taken up. A whole sweep of an
-architecture drops the lines that nothing launches any more.
+It compiles what the launchers choose. The cases of `oisd_kernels.audit.lens_cases` call them with
+tensors without storage (device "meta"), and their launches are recorded instead of run, including
+the divisibility of each argument, which decides whether a kernel spills. Without --full, cases that
+resemble another one are left out.
 
-Must run without TRITON_INTERPRET, which replaces the compiler.
+These are failures: spills; stack; more shared memory than the architecture has; `tl.dot` without
+tensor-core instructions; an empty binary, which Triton makes of a tile that is too large for
+sm_100; and a kernel (a function whose name ends in `_kernel`) that no case launches.
+
+With --record, results are kept in FILE, one line of JSON per launch, so that you can stop a sweep
+and resume it. benchmarks/results/audit.jsonl holds those of
+
+    python -m oisd_kernels.audit --full --record benchmarks/results/audit.jsonl \\
+        --arch sm_80 sm_86 sm_90 sm_100 gfx942
+
+A launch that FILE holds is not compiled again as long as its code, arguments, tile and Triton are
+the same; comments, docstrings and line numbers don't count. With --full and without --kernel, lines
+that nothing launches any more are dropped.
+
+Unset TRITON_INTERPRET: it replaces the compiler.
 """
 
 import argparse
+import ast
 import dataclasses
 import hashlib
 import importlib
@@ -33,7 +42,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import triton
@@ -46,14 +57,14 @@ from oisd_kernels.audit.lens_cases import CASES
 
 
 class Limits(NamedTuple):
-    shared: int  # bytes a block may have
+    shared: int  # bytes, at most, of a block
     shared_sm: int  # bytes of a multiprocessor
     threads_sm: int
     registers_sm: int = 65536
     blocks_sm: int = 32
     warp: int = 32  # threads
-    granule: int = 8  # registers of a thread come in multiples of so many
-    reserved: int = 1024  # bytes of a block's shared memory that the driver takes
+    granule: int = 8  # registers of a thread are allocated in multiples of this
+    reserved: int = 1024  # bytes of shared memory per block that the driver reserves
 
 
 KIB = 1024
@@ -64,7 +75,7 @@ ARCHITECTURES = {
     "sm_90": Limits(227 * KIB, 228 * KIB, 2048),
     "sm_100": Limits(227 * KIB, 228 * KIB, 2048),
     "sm_120": Limits(99 * KIB, 100 * KIB, 1536),
-    # A compute unit: four times 512 vector registers of 64 lanes, eight waves each.
+    # A compute unit: four SIMDs with 512 vector registers of 64 lanes and at most eight waves.
     "gfx942": Limits(64 * KIB, 64 * KIB, 2048, 4 * 512 * 64, 16, 64, 8, 0),
 }
 DEFAULT = ("sm_80", "sm_90", "sm_100")
@@ -94,14 +105,26 @@ class Launch:
         return ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
 
     def digest(self, arch: str) -> str:
-        """Of all that decides over the binary."""
-        text = repr((self.source().hash(), self.options, arch, triton.__version__))
+        """A digest of all that determines the binary."""
+        text = repr((code(self.kernel), self.key(), arch, triton.__version__))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def code(function: JITFunction) -> str:
+    """The code of a function and of all it calls, with their constants: no comments, docstrings."""
+    [tree] = function.parse().body
+    if ast.get_docstring(tree) is not None:
+        del tree.body[0]
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    used = [function.__globals__[name] for name in sorted(names & function.__globals__.keys())]
+    used = [code(x) if isinstance(x, JITFunction) else x for x in used]
+    return repr([ast.unparse(tree), *(x for x in used if not isinstance(x, ModuleType))])
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes."""
+    """What a compiled kernel uses."""
 
     kernel: str
     case: str
@@ -142,7 +165,7 @@ def kernels() -> dict[str, JITFunction]:
 
 @contextmanager
 def recording(arch: str) -> Iterator[list[tuple[JITFunction, tuple[Any, ...]]]]:
-    """Launches are kept in the list that is yielded, with what Triton makes of their arguments."""
+    """Yields a list; launches are added to it, with what Triton derives from their arguments."""
     from triton.runtime.jit import create_function_from_signature
 
     backend = make_backend(target(arch))
@@ -163,7 +186,7 @@ def recording(arch: str) -> Iterator[list[tuple[JITFunction, tuple[Any, ...]]]]:
 
 
 def launches(arch: str, full: bool = False) -> list[Launch]:
-    """Every different launch that the cases make on `arch`."""
+    """Every distinct launch that the cases make on `arch`."""
     capability = int(arch.removeprefix("sm_").removeprefix("gfx"))
     found: dict[str, Launch] = {}
     for case in (case for cases in CASES for case in cases(capability)):
@@ -184,7 +207,7 @@ def target(arch: str) -> GPUTarget:
 
 
 class Binary(NamedTuple):
-    """What the compiler's output says."""
+    """What the compiler's output says about the kernel."""
 
     warps: int
     registers: int
@@ -242,7 +265,7 @@ def _amd_binary(asm: dict[str, Any]) -> Binary:
 
 
 def occupancy(limits: Limits, threads: int, registers: int, shared: int) -> int:
-    """Blocks that a multiprocessor holds."""
+    """How many blocks a multiprocessor holds, by registers, shared memory and threads."""
     warps = math.ceil(threads / limits.warp)
     registers_warp = math.ceil(registers / limits.granule) * limits.granule * limits.warp
     return min(
@@ -254,7 +277,7 @@ def occupancy(limits: Limits, threads: int, registers: int, shared: int) -> int:
 
 
 class Record:
-    """Usages by the digest of their launch, in a file of JSON lines; without a path, nothing."""
+    """Usages by the digest of their launch, in a file of JSON lines (none without a path)."""
 
     def __init__(self, path: Path | None):
         self.path = path
@@ -264,7 +287,7 @@ class Record:
         }
 
     def usage(self, launch: Launch, arch: str) -> Usage:
-        """From the file, or compiled and added to it."""
+        """The launch's usage from the file; if it is not there, compiled and added to it."""
         digest = launch.digest(arch)
         if digest in self.rows:
             held = self.rows[digest]
@@ -279,7 +302,7 @@ class Record:
         return usage
 
     def keep(self, swept: dict[str, list[Launch]]) -> None:
-        """Drops what no launch of a swept architecture has any more; the rest in their order."""
+        """Drops rows of swept architectures that no launch has any more; keeps launch order."""
         if self.path is None:
             return
         rows = [row for row in self.rows.values() if row["arch"] not in swept]
@@ -323,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kernel", nargs="+", help="these kernels alone")
     parser.add_argument("--full", action="store_true", help="every combination of options")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="what is compiled is kept here")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="keep and reuse results here")
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")

@@ -1,4 +1,4 @@
-"""What `oisd_kernels.audit` is told to compile: the call of a launcher with "meta" tensors."""
+"""A case of `oisd_kernels.audit`: a call of a launcher with "meta" tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a launcher; `full` leaves it out of the sweep unless that was asked for."""
+    """One call of a launcher; with `full`, only in the full sweep."""
 
     name: str
     launch: Callable[[], object]
@@ -19,4 +19,5 @@ class Case:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without storage."""
     return torch.empty(shape, dtype=dtype, device="meta")

@@ -1,20 +1,22 @@
-"""Row kernels of a chunk: one program a row, logits read in blocks of V, gradient written in place.
+"""Row kernels of a chunk: one program per row, reading logits in blocks of V.
 
     final_rows      one pass: logsumexp, entropy, likeliest token, log-probability of the label
-    student_rows    one pass for the student's logsumexp, one for the divergence and `<q, inner>`
-                    (`divergences`), one that overwrites the logits by their gradient. The
-                    forward KL needs no inner product and takes the last two at once.
-    final_gradient  one pass
+    final_gradient  one pass: factor * ([v is the label] - e^(z - logsumexp))
+    student_rows    one pass for the student's logsumexp, one for the divergence and <q, inner>, one
+                    for the gradient factor * q * (<q, inner> - inner), with the terms of
+                    `oisd_kernels.divergences`. The forward KL's gradient, factor * (q - p), needs
+                    no inner product, so one pass does the work of the last two.
 
-Sums are kept per lane of a block and added up as a tree at the end, so that their error does not
-grow with V. In half precision a row's gradient lies in the first half of its logits' memory: before
-a block is stored, all threads have read all logits up to it, and the store never reaches further.
+Gradients, to the logits before softcap and temperature, overwrite the logits. In half precision a
+row's gradient lies in the first half of its logits' memory: before a block is stored, all threads
+have read all logits up to it, and the store never reaches further. Sums are kept per lane of a
+block, [BLOCK], and added up as a tree at the end, so that their error does not grow with V.
 
 Letters: C final rows, R student rows, V vocabulary.
 """
 
 # pyright: reportGeneralTypeIssues=false
-# (it takes the unpacking of what a kernel's function returns for the unpacking of nothing)
+# (pyright believes that a jitted function returns None, which cannot be unpacked)
 
 import math
 from typing import Any
@@ -32,18 +34,12 @@ BLOCK, WARPS = 1024, 8
 
 @triton.jit
 def load_scores(
-    Z,
-    Bias,
-    v,
-    V,
-    stride,
-    TEMPERATURE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """Scores of entries `v` of the row at Z, -inf from V on, and the softcap's derivative.
+    Z, Bias, v, V, stride,
+    TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Scores of tokens v of the row at Z, -inf from V on, and the softcap's derivative; v's shape.
 
-    Up to `stride` the memory is ours; the mask reaches there, so that an odd V keeps wide loads.
+    The row's memory reaches up to `stride` and so does the mask: an odd V keeps wide loads.
     """
     in_v = v < V
     z = tl.load(Z + v, mask=v < stride, other=0.0)
@@ -51,9 +47,9 @@ def load_scores(
         z += tl.load(Bias + v, mask=in_v, other=0.0)
     slope = tl.full(z.shape, 1.0, z.dtype)
     if SOFTCAP is not None:
-        t = tanh(z / SOFTCAP)
-        z = SOFTCAP * t
-        slope = 1 - t * t
+        tanh_z = tanh(z / SOFTCAP)
+        z = SOFTCAP * tanh_z
+        slope = 1 - tanh_z * tanh_z
     if TEMPERATURE != 1.0:
         z = z / TEMPERATURE
     return tl.where(in_v, z, -float("inf")), slope
@@ -61,50 +57,50 @@ def load_scores(
 
 @triton.jit
 def row_statistics(
-    Z,
-    Bias,
-    V,
-    stride,
-    TEMPERATURE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    Z, Bias, V, stride,
+    TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """logsumexp, entropy, likeliest token and its log-probability, in one pass.
 
-    A NaN makes all of them NaN but the token, which is then the likeliest of the rest.
+    Each lane of [BLOCK] keeps the maximum, its token and two sums of its own, in an online softmax.
+    A NaN makes all results NaN but the token, which is then the likeliest of the rest.
     """
-    lanes = tl.arange(0, BLOCK)
+    o_v = tl.arange(0, BLOCK)
     dtype = Z.dtype.element_ty
-    largest = tl.full([BLOCK], -3.4028234663852886e38, dtype)
-    total = tl.zeros([BLOCK], dtype)  # sum of e^(z - largest)
-    moment = tl.zeros([BLOCK], dtype)  # sum of (z - largest) e^(z - largest)
-    place = tl.zeros([BLOCK], tl.int32)
+    lane_max = tl.full([BLOCK], -3.4028234663852886e38, dtype)
+    total = tl.zeros([BLOCK], dtype)  # sum of e^(z - lane_max)
+    moment = tl.zeros([BLOCK], dtype)  # sum of (z - lane_max) e^(z - lane_max)
+    argmax = tl.zeros([BLOCK], tl.int32)
     for start in range(0, V, BLOCK):
-        v = start + lanes
+        v = start + o_v
+        # [BLOCK]
         z, _ = load_scores(Z, Bias, v, V, stride, TEMPERATURE, SOFTCAP, HAS_BIAS)
         # The lowest finite number stands for -inf, whose differences would be NaN.
         z = tl.where(z < -3.4028234663852886e38, -3.4028234663852886e38, z)
-        gap = z - largest
-        e = tl.exp(-tl.abs(gap))
-        more = gap > 0
-        moment = tl.where(more, e * (moment - gap * total), moment + gap * e)
-        total = tl.where(more, total * e + 1, total + e)
-        place = tl.where(more, v, place)
-        largest = tl.where(more, z, largest)
-    top = tl.max(largest, 0)
-    top1 = tl.min(tl.where(largest == top, place, 2147483647), 0)
-    gap = largest - top
-    e = tl.exp(gap)
-    moment = tl.sum(e * (moment + gap * total), 0)
+        difference = z - lane_max
+        # One exponential serves both cases: it rescales the sums if z is a new maximum, and is
+        # z's own term if not.
+        e = tl.exp(-tl.abs(difference))
+        is_larger = difference > 0
+        # The moment uses the old total, so it is updated first.
+        moment = tl.where(is_larger, e * (moment - difference * total), moment + difference * e)
+        total = tl.where(is_larger, total * e + 1, total + e)
+        argmax = tl.where(is_larger, v, argmax)
+        lane_max = tl.where(is_larger, z, lane_max)
+    # The lanes' sums are brought to the row's maximum and added up.
+    row_max = tl.max(lane_max, 0)
+    top1 = tl.min(tl.where(lane_max == row_max, argmax, 2147483647), 0)
+    difference = lane_max - row_max
+    e = tl.exp(difference)
+    moment = tl.sum(e * (moment + difference * total), 0)
     total = tl.sum(e * total, 0)
     log_total = tl.log(total)
-    return top + log_total, log_total - moment / total, top1, -log_total
+    return row_max + log_total, log_total - moment / total, top1, -log_total
 
 
 @triton.jit
 def power_of_two(bound):
-    """The scale that brings `bound` just under 2^14, and its inverse."""
+    """The power of two, at most 2^100, that brings `bound` to [2^13, 2^14), and its inverse."""
     exponent = tl.floor(tl.log2(tl.where(bound > 0, bound, 1.0)))
     exponent = tl.minimum(tl.maximum(13 - exponent, -100.0), 100.0)
     return tl.exp2(exponent), tl.exp2(-exponent)
@@ -120,14 +116,10 @@ def final_rows_kernel(
     Top1,  # [C]
     LogProb,  # [C]
     TopLogProb,  # [C]
-    V,
-    stride_z,
-    TEMPERATURE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_LABELS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    V, stride_z,
+    TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_LABELS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     Z += row * stride_z
     logsumexp, entropy, top1, top_logprob = row_statistics(
@@ -139,7 +131,7 @@ def final_rows_kernel(
     tl.store(TopLogProb + row, top_logprob)
     if HAS_LABELS:
         label = tl.load(Labels + row)
-        # A label outside [0, V) reads nothing and gives -inf.
+        # A label outside [0, V) reads nothing and gives -inf. [1], since the loads take blocks.
         label = tl.where(label < 0, V, label) + tl.zeros([1], tl.int64)
         z, _ = load_scores(Z, Bias, label, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS)
         tl.store(LogProb + row + tl.zeros([1], tl.int64), z - logsumexp)
@@ -154,34 +146,32 @@ def final_gradient_kernel(
     LogSumExp,  # [C]
     LogProb,  # [C]
     Factor,  # [C]
-    Scale,  # [C]
-    V,
-    stride_z,
-    stride_d,
-    TEMPERATURE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    SCALED: tl.constexpr,
+    Scale,  # [C], with SCALED: what undoes the row's scale
+    V, stride_z, stride_d,
+    TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, SCALED: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     Z += row * stride_z
     dZ += row * stride_d
-    lanes = tl.arange(0, BLOCK)
+    o_v = tl.arange(0, BLOCK)
     logsumexp, label = tl.load(LogSumExp + row), tl.load(Labels + row)
     factor = tl.load(Factor + row) / TEMPERATURE
     if SCALED:
+        # |dz| <= |factor| (1 - e^logprob); the softcap only lowers it.
         bound = tl.abs(factor) * tl.maximum(1 - tl.exp(tl.load(LogProb + row)), 1e-7)
         scale, inverse = power_of_two(bound)
         tl.store(Scale + row, inverse)
         factor *= scale
     for start in range(0, V, BLOCK):
-        v = start + lanes
+        v = start + o_v
+        # [BLOCK], like all that follows
         z, slope = load_scores(Z, Bias, v, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS)
-        hit = tl.where(v == label, 1.0, 0.0)
-        d = factor * (hit - tl.exp(z - logsumexp)) * slope
+        one_hot = tl.where(v == label, 1.0, 0.0)
+        dz = factor * (one_hot - tl.exp(z - logsumexp)) * slope
+        # All threads have read the block before any overwrites it: dZ is in Z's memory.
         tl.debug_barrier()
-        tl.store(dZ + v, d.to(dZ.dtype.element_ty), mask=v < stride_z)
+        tl.store(dZ + v, dz.to(dZ.dtype.element_ty), mask=v < stride_z)
 
 
 @triton.jit
@@ -190,7 +180,7 @@ def student_rows_kernel(
     ZFinal,  # [C, V]
     dZ,  # [R, V], in the memory of Z
     Bias,  # [V]
-    Slot,  # [R], into C
+    Slot,  # [R]: the student row's final row
     Factor,  # [R]
     LogSumExp,  # [C]
     FinalTop1,  # [C]
@@ -199,28 +189,18 @@ def student_rows_kernel(
     Agreement,  # [R]
     Top1,  # [R]
     TopLogProb,  # [R]
-    Scale,  # [R]
-    V,
-    stride_z,
-    stride_f,
-    stride_d,
-    DIVERGENCE: tl.constexpr,
-    BETA: tl.constexpr,
-    LOG_BETA: tl.constexpr,
-    LOG_1M_BETA: tl.constexpr,
-    TEMPERATURE: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    SCALED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    Scale,  # [R], with SCALED: what undoes the row's scale
+    V, stride_z, stride_f, stride_d,
+    DIVERGENCE: tl.constexpr, BETA: tl.constexpr, LOG_BETA: tl.constexpr, LOG_1M_BETA: tl.constexpr,
+    TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    GRADIENT: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(Slot + row)
     Z += row * stride_z
     ZFinal += slot * stride_f
     dZ += row * stride_d
-    lanes = tl.arange(0, BLOCK)
+    o_v = tl.arange(0, BLOCK)
     lse_q, entropy, top1, lq_top = row_statistics(
         Z, Bias, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS, BLOCK
     )
@@ -230,53 +210,59 @@ def student_rows_kernel(
     tl.store(Top1 + row, top1)
     tl.store(TopLogProb + row, lq_top)
     factor = tl.load(Factor + row) / TEMPERATURE
-    one_pass: tl.constexpr = DIVERGENCE == "forward_kl" and GRADIENT
+    ONE_PASS: tl.constexpr = DIVERGENCE == "forward_kl" and GRADIENT
     if DIVERGENCE == "jsd":
         factor *= 1 - BETA
 
+    # Of each lane, [BLOCK]: the divergence, <q, inner>, and the largest |q * inner|
     loss = tl.zeros([BLOCK], lse_q.dtype)
-    mean = tl.zeros([BLOCK], lse_q.dtype)  # <q, inner>
-    bound = tl.zeros([BLOCK], lse_q.dtype)
-    if not one_pass:
+    q_inner = tl.zeros([BLOCK], lse_q.dtype)
+    q_inner_max = tl.zeros([BLOCK], lse_q.dtype)
+    if not ONE_PASS:
         for start in range(0, V, BLOCK):
-            v = start + lanes
+            v = start + o_v
             zq, _ = load_scores(Z, Bias, v, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS)
             zp, _ = load_scores(ZFinal, Bias, v, V, stride_f, TEMPERATURE, SOFTCAP, HAS_BIAS)
+            # [BLOCK], like the terms
             lp, lq = log_probability(zp, lse_p), log_probability(zq, lse_q)
             term, inner, q = terms(lp, lq, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA)
             loss += term
-            mean += q * inner
+            q_inner += q * inner
             if SCALED:
-                bound = tl.maximum(bound, tl.abs(q * inner))
-        centre = tl.sum(mean, 0)
+                q_inner_max = tl.maximum(q_inner_max, tl.abs(q * inner))
+        centre = tl.sum(q_inner, 0)
 
     if GRADIENT:
         if SCALED:
-            if one_pass:
-                place = top1_p.to(tl.int64) + tl.zeros([1], tl.int64)
-                top, top_slope = load_scores(
-                    ZFinal, Bias, place, V, stride_f, TEMPERATURE, SOFTCAP, HAS_BIAS
+            if ONE_PASS:
+                # |q - p| <= max(q, p), and both maxima are known.
+                v_top = top1_p.to(tl.int64) + tl.zeros([1], tl.int64)
+                top_score, top_slope = load_scores(
+                    ZFinal, Bias, v_top, V, stride_f, TEMPERATURE, SOFTCAP, HAS_BIAS
                 )
-                limit = tl.maximum(tl.exp(lq_top), tl.max(tl.exp(top - lse_p), 0))
+                dz_bound = tl.maximum(tl.exp(lq_top), tl.max(tl.exp(top_score - lse_p), 0))
             else:
-                limit = tl.max(bound, 0) + tl.exp(lq_top) * tl.abs(centre)
-            scale, inverse = power_of_two(limit * tl.abs(factor))
+                # |q (centre - inner)| <= max |q inner| + max q |centre|
+                dz_bound = tl.max(q_inner_max, 0) + tl.exp(lq_top) * tl.abs(centre)
+            scale, inverse = power_of_two(dz_bound * tl.abs(factor))
             tl.store(Scale + row, inverse)
             factor *= scale
         for start in range(0, V, BLOCK):
-            v = start + lanes
+            v = start + o_v
             zq, slope = load_scores(Z, Bias, v, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS)
             zp, _ = load_scores(ZFinal, Bias, v, V, stride_f, TEMPERATURE, SOFTCAP, HAS_BIAS)
+            # [BLOCK], like dz
             lp, lq = log_probability(zp, lse_p), log_probability(zq, lse_q)
             term, inner, q = terms(lp, lq, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA)
-            if one_pass:
+            if ONE_PASS:
                 loss += term
-                d = q - inner
+                dz = q - inner
             else:
-                d = -q * (inner - centre)
-            d = d * factor * slope
+                dz = -q * (inner - centre)
+            dz = dz * factor * slope
+            # All threads have read the block before any overwrites it: dZ is in Z's memory.
             tl.debug_barrier()
-            tl.store(dZ + v, d.to(dZ.dtype.element_ty), mask=v < stride_z)
+            tl.store(dZ + v, dz.to(dZ.dtype.element_ty), mask=v < stride_z)
     tl.store(Divergence + row, tl.sum(loss, 0))
 
 

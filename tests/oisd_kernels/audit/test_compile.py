@@ -1,8 +1,9 @@
-"""Every kernel, compiled for GPUs that are not here: no spills, tensor cores, memory that fits.
+"""Every kernel, compiled for GPUs you don't have: no spills, tensor cores, memory that fits.
 
 Compiled in processes of their own: the interpreter and the compiler cannot share one.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -114,6 +115,43 @@ def test_a_record_spares_what_it_holds(tmp_path, monkeypatch):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     kept = [first.digest("sm_100"), second.digest("sm_90"), first.digest("sm_90")]
     assert [row["digest"] for row in rows] == kept
+
+
+KERNEL = """
+import triton
+import triton.language as tl
+
+FACTOR = tl.constexpr(2)
+
+@triton.jit
+def scaled(x):
+    return x * FACTOR
+
+@triton.jit
+def a_kernel(X):
+    tl.store(X, scaled(tl.load(X)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("    return", '    """A docstring."""\n    # A comment.\n\n    return', True),
+        ("x * FACTOR", "x + FACTOR", False),
+        ("constexpr(2)", "constexpr(3)", False),
+        ("tl.load(X)", "tl.load(X + 1)", False),
+    ],
+)
+def test_the_record_knows_a_kernel_by_its_code(tmp_path, old, new, same):
+    codes = []
+    for name, text in (("before", KERNEL), ("after", KERNEL.replace(old, new))):
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        codes.append(audit.code(module.a_kernel))
+    assert (codes[0] == codes[1]) == same
 
 
 def test_an_elementwise_kernel_needs_no_tensor_core():
