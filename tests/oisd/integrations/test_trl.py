@@ -402,11 +402,11 @@ def test_a_quantised_unembedding_is_refused(tmp_path):
 @pytest.mark.parametrize("found", [None, "0.29.1", "1.15.2", "2.0.0"])
 def test_versions_that_are_refused(found):
     with pytest.raises(ImportError, match=r"needs trl >= 1.16, < 2.*pip install 'trl>=1.16,<2'"):
-        adapter.check_version(found)
+        adapter.VERSIONS.check(found)
 
 
 def test_contract_of_the_class():
-    adapter.check_version("1.16.0")
+    adapter.VERSIONS.check("1.16.0")
     assert adapter.moved() == []
 
 
