@@ -109,4 +109,4 @@ def test_the_recipe_is_the_whole_models_but_for_lora():
     settings = [x for x in file.read_text().splitlines() if " = " in x and not x.startswith("#")]
     for line in settings:
         stated = re.search(r"#.*(paper|BuPO|LoRA|ours|not stated)", line)
-        assert stated or line.startswith(("path", "output_dir")), line
+        assert stated or line.startswith(("base", "path", "output_dir")), line
