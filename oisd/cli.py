@@ -77,9 +77,9 @@ def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig
     config = tyro.cli(
         TrainConfig,
         prog=f"oisd {command} [RECIPE]",
-        description="Train with GRPO and internal self-distillation. The recipe, by default "
-        "arithmetic, gives the settings that the command line does not. --show prints all of them "
-        f"as TOML, for a recipe of your own, and does not {command}.",
+        description="Train with GRPO and internal self-distillation. The recipe (by default "
+        "arithmetic) gives the settings that the command line does not. --show prints all of them "
+        f"as TOML, to start your own recipe from, and does not {command}.",
         args=options,
         default=load_recipe(recipe_path(name or "arithmetic")),
         config=(tyro.conf.FlagConversionOff,),
@@ -95,7 +95,7 @@ def _named(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _parse_shown(arguments: Sequence[str], command: str) -> TrainConfig | None:
-    """The configuration; None if `--show` asked for it to be printed, which is then done."""
+    """The configuration; None if `--show` is given, which prints it instead."""
     config = parse_train([a for a in arguments if a != "--show"], command)
     if "--show" not in arguments:
         return config

@@ -14,8 +14,8 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-# Where the recipes are that come with oisd: in a wheel, and in a checkout.
-_RECIPES = Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes"
+# The folders of the recipes that come with oisd: in a checkout, and in a wheel, which goes first.
+_RECIPES = Path(__file__).parent.parent / "recipes", Path(__file__).parent / "recipes"
 
 
 class ConfigError(ValueError):
@@ -103,7 +103,7 @@ def _base_path(path: Path, base: Any) -> Path:
     if not base.endswith(".toml"):
         return _own_recipe(base, f"{path}: base {base!r} is not a recipe that comes with oisd")
     if not (path.parent / base).is_file():
-        beside = [file.name for file in path.parent.glob("*.toml") if file != path]
+        beside = [file.name for file in path.parent.glob("*.toml")]
         raise ConfigError(f"{path}: base {base!r} is not a file beside it{nearest(base, beside)}")
     return path.parent / base
 

@@ -12,5 +12,7 @@ if os.environ.get("VERL_ENGINE_VENDOR") == "oisd":
     try:
         import oisd.integrations.verl  # noqa: F401
     except Exception as error:
-        logging.getLogger(__name__).error("VERL_ENGINE_VENDOR=oisd, but no OISD: %s", error)
+        logging.getLogger(__name__).error(
+            "VERL_ENGINE_VENDOR=oisd, but its engine cannot be imported: %s", error
+        )
         raise

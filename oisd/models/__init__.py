@@ -12,6 +12,7 @@ K head dimension, N tokens that are not padding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -141,12 +142,8 @@ class Taps:
         """The student layers that can compute their alignment in their own backward."""
         if self._kernel == "separate" or not calls:
             return ()
-
-        def width(layer: int) -> float:
-            window = calls[layer].window
-            return float("inf") if window is None else window
-
-        narrow = [n for n in self.student_layers if width(n) <= width(self.num_layers)]
+        widths = {layer: call.window or math.inf for layer, call in calls.items()}
+        narrow = [n for n in self.student_layers if widths[n] <= widths[self.num_layers]]
         fusable = tuple(narrow) if takes_plans(self._layout, self._attending) else ()
         if self._kernel == "fused" and len(fusable) < len(self.student_layers):
             raise UnsupportedModelError(
@@ -157,12 +154,11 @@ class Taps:
         return fusable
 
     def _plan(self, arguments: Mapping[str, Any]) -> FusedPlan:
-        alignments: dict[int, AttentionAlignment | None] = {self.num_layers: None}
         if not self.enabled:
             return FusedPlan(self._kernel, {}, arguments)
-        for layer in self._fusable:
-            alignments[layer] = AttentionAlignment(self._divergence, self._beta)
-        self._current_plan = FusedPlan(self._kernel, alignments, arguments)
+        alignments = {n: AttentionAlignment(self._divergence, self._beta) for n in self._fusable}
+        teacher = {self.num_layers: None}
+        self._current_plan = FusedPlan(self._kernel, {**alignments, **teacher}, arguments)
         return self._current_plan
 
     def clear(self) -> None:

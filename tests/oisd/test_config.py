@@ -29,7 +29,7 @@ TABLES = typing.get_type_hints(TrainConfig)
 KEYS = [(table, f.name) for table, kind in TABLES.items() for f in dataclasses.fields(kind)]
 KEY_IDS = [f"{table}.{key}" for table, key in KEYS]
 
-# A value other than the default for every key, which a test below holds this to.
+# A value other than the default for every key; a test below checks that none is missing.
 OTHER: dict[str, dict[str, Any]] = {
     "model": {
         "path": "Qwen/Qwen3-4B",
@@ -140,7 +140,7 @@ OPTIONAL = [
 ]
 
 
-# Not beside an alignment, which the others have: tests/test_internal_policy.py.
+# These exclude an alignment, which the others have: see test_internal_policy.py.
 INTERNAL = {("grpo", "internal_layer"), ("grpo", "internal_steps")}
 
 
@@ -190,7 +190,7 @@ def test_a_key_outside_of_any_table_is_refused():
 
 
 def wrong_values(hint: Any) -> list[tuple[Any, str]]:
-    """Values that TOML can hold and that the type cannot, with what is asked for instead."""
+    """Values that TOML can hold and the type cannot, with what is wanted instead."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         choices = "one of " + ", ".join(repr(choice) for choice in arguments)

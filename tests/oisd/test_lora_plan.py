@@ -70,7 +70,7 @@ def test_the_plans_activations_are_a_bound(name, half):
         )  # fmt: skip
         model = adapters.attach(model, ModelConfig(lora_rank=rank), seed=0)
         adapters.round_frozen(model, torch.bfloat16 if half else torch.float32)
-        # Autocast's copies of the adapters are a part of the plan of their own.
+        # The plan counts autocast's copies of the adapters separately.
         matrices = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         found: dict[int, int] = {}

@@ -41,7 +41,7 @@ def test_rows_of_the_papers_table_1(name):
     assert config.oisd.student_layers == (LAYERS[model],)
     assert config.rollout.max_completion_tokens == (3072 if "octo" in name else 8192)
     assert (config.data.source, config.rollout.prompts_per_step) == ("deepmath-5k", 128)
-    # An arm differs from its model's OISD in the two weights, the folder and its policy loss alone.
+    # An arm differs from its model's OISD only in the two weights, the folder and its policy loss.
     found = differences(load_recipe(ROOT / "recipes" / f"{model}.toml"), config)
     allowed = {"oisd.think_weight", "oisd.attention_weight", "run.output_dir"}
     other = {"qwen3-4b-rloo": "rloo", "qwen3-4b-reinforce-plus-plus": "reinforce++"}
@@ -83,8 +83,7 @@ def octothinker(size: str, layer: int, batch: int) -> dict[str, dict[str, Any]]:
     }
 
 
-# What each recipe is, beside its folder: the settings in which it differs from qwen3-4b, or from
-# the model's own recipe.
+# What each recipe is: its base here, and the settings, apart from the folder, that differ from it.
 FROM: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "arithmetic-grpo": ("arithmetic", {"oisd": GRPO}),
     "qwen3-4b-grpo": ("qwen3-4b", {"oisd": GRPO}),
@@ -112,7 +111,7 @@ FROM: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "octothinker-8b", {"oisd": GRPO, "grpo": {"internal_layer": 31, "internal_steps": 30}}
     ),
 }  # fmt: skip
-# The two that have no base, beside the defaults.
+# The two that have no base: what differs from the defaults.
 WHOLE: dict[str, dict[str, dict[str, Any]]] = {
     "arithmetic": {
         "data": {"source": "arithmetic:digits=2", "max_prompt_tokens": 16},
