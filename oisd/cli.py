@@ -7,17 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from oisd.config import (
-    ConfigError,
-    EvalRun,
-    LookRun,
-    TrainConfig,
-    from_tables,
-    load_recipe,
-    to_tables,
-)
+from oisd.config import ConfigError, TrainConfig, from_tables, load_recipe, to_tables
 from oisd.schema import recipe_path
 
 _USAGE = """\
@@ -73,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig:
     """The configuration of a recipe, or of recipes/arithmetic.toml, with overrides."""
+    import tyro  # `oisd --help` need not wait for it
+
     name, options = _named(arguments)
     config = tyro.cli(
         TrainConfig,
@@ -138,6 +130,8 @@ def _plan(arguments: Sequence[str]) -> int:
 
 def _parse_model(arguments: Sequence[str], command: str, kind: Any, text: str) -> tuple[str, Any]:
     """The model, and the settings of a command as a dataclass `kind`."""
+    import tyro
+
     model, options = _named(arguments)
     if not model and not {"-h", "--help"} & set(options):
         raise ConfigError(f"oisd {command}: MODEL is missing: a checkpoint folder or Hub id")
@@ -145,6 +139,8 @@ def _parse_model(arguments: Sequence[str], command: str, kind: Any, text: str) -
 
 
 def _eval(arguments: Sequence[str]) -> int:
+    from oisd.options import EvalRun
+
     text = "Avg@K and Pass@K with bootstrap intervals; run it again to resume where it stopped."
     model, config = _parse_model(arguments, "eval", EvalRun, text)
     from oisd.evaluate.run import benchmark_names, run
@@ -195,6 +191,8 @@ def _print_benchmarks(runs: dict[str, Any], folder: Path) -> None:
 
 
 def _lens(arguments: Sequence[str]) -> int:
+    from oisd.options import LookRun
+
     text = "The logit lens of every layer; prints the layer to align."
     model, config = _parse_model(arguments, "lens", LookRun, text)
     from oisd.lens.run import run_lens
@@ -218,6 +216,8 @@ def _lens(arguments: Sequence[str]) -> int:
 
 
 def _attention(arguments: Sequence[str]) -> int:
+    from oisd.options import LookRun
+
     text = "Overlap of every layer's attention with the final layer's."
     model, config = _parse_model(arguments, "attention", LookRun, text)
     from oisd.lens.run import run_attention

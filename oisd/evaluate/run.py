@@ -16,9 +16,10 @@ from typing import Any
 
 from rich.progress import Progress as Bar
 
-from oisd.config import ConfigError, EvalRun, ModelConfig
+from oisd.config import ConfigError, ModelConfig
 from oisd.data import PAPER_SYSTEM_PROMPT, Example, catalogue, encode_prompts, load_examples
 from oisd.evaluate import Evaluation, evaluate, in_order, read_all
+from oisd.options import EvalRun
 from oisd.plots import plot_pass_at_k
 from oisd.policy import Policy, load_policy
 from oisd.rewards import RewardFunction, load_reward

@@ -11,13 +11,14 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from oisd.config import ConfigError, LookRun, ModelConfig
+from oisd.config import ConfigError, ModelConfig
 from oisd.data import encode_prompts, load_examples, render_prompt
 from oisd.lens import LayerLens, Lens, LensSummary, summarise
 from oisd.lens.attention import AttentionOverlap, LayerAttention
 from oisd.lens.page import write_page
 from oisd.lens.plots import Picture, plot_attention, plot_compare, plot_layers, plot_lens
 from oisd.models import UnsupportedModelError
+from oisd.options import LookRun
 from oisd.policy import Policy, load_policy
 from oisd.schema import option, require, require_device
 
