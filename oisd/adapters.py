@@ -1,19 +1,19 @@
-"""LoRA through PEFT: adapters beside a model's frozen linear layers, made, saved and read.
+"""LoRA through PEFT: adapters beside a model's frozen linear layers, created, saved and loaded.
 
     y = W x + lora_alpha / r * B A x        A [r, in] random, B [out, r] zero at first
 
 Only A and B are trained, in float32 (Hu et al. 2021). The default lora_alpha = 32 at every rank and
 adapters on all layers follow Schulman et al., "LoRA Without Regret" (2025).
 
-What is frozen needs no float32 master copy. Under bf16 autocast W is kept in bf16: the rounding
-that autocast would do again in each forward, for it caches copies of trained weights alone. The
-numbers are the same to the bit, at 2 bytes a parameter instead of 4 and a copy. Embeddings (with
-the head, where the two are tied) and norms stay float32, as autocast leaves them.
+Frozen weights need no float32 master copy. Under bf16 autocast W is kept in bf16, because autocast
+caches copies of trained weights only and would round W again in each forward. The numbers are
+identical bit for bit, at 2 bytes a parameter instead of 4 and a copy. Embeddings (and a head tied
+to them) and norms stay float32, as under autocast.
 
-Adapters are not merged while they are trained: W + B A would be rounded, so that rollouts were of
-another model than the update's, and a resumed run of another than the one that was killed.
+Adapters are not merged during training: W + B A would be rounded, so that rollouts would come from
+a different model than the update's, and a resumed run would differ from the one that was killed.
 
-peft is imported where an adapter is asked for or found, and nowhere else in the trainer.
+peft is imported only where an adapter is asked for or found.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether a loaded model has adapters, in PEFT's wrapper or put there by transformers."""
+    """Whether a loaded model has adapters, in PEFT's wrapper or added by transformers."""
     return hasattr(model, "peft_config")
 
 
 def base_path(folder: Path) -> str:
-    """The base model that an adapter's folder names. Raises ConfigError where it names none."""
+    """The base model that an adapter's folder names. Raises ConfigError if it names none."""
     try:
         base = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError) as error:
@@ -57,9 +57,9 @@ def base_path(folder: Path) -> str:
 def attach(model: Any, config: ModelConfig, *, seed: int) -> Any:
     """`model` in PEFT's wrapper with new adapters; everything else is frozen.
 
-    seed: of A; the global random state is neither used nor changed.
-    Raises ConfigError where `config.lora_targets` names what is not a linear layer of the model, or
-    its head, and where peft is not installed.
+    seed: for A; the global random state is neither used nor changed.
+    Raises ConfigError if `config.lora_targets` names the head or anything that is not a linear
+    layer of the model, and if peft is not installed.
     """
     peft = _peft()
     every = config.lora_targets == ("all-linear",)
@@ -82,9 +82,9 @@ def attach(model: Any, config: ModelConfig, *, seed: int) -> Any:
 
 
 def load(model: Any, folder: Path, *, trainable: bool) -> Any:
-    """`model` in PEFT's wrapper with the adapters of a folder, float32.
+    """`model` in PEFT's wrapper with the adapters of a folder, in float32.
 
-    Raises ConfigError where they do not fit the model, and where peft is not installed.
+    Raises ConfigError if they do not fit the model, and if peft is not installed.
     """
     peft = _peft()
     try:
@@ -96,13 +96,13 @@ def load(model: Any, folder: Path, *, trainable: bool) -> Any:
 
 
 def save(model: Any, folder: Path) -> None:
-    """Write the adapters alone, as safetensors in PEFT's format."""
-    # Else PEFT asks the Hub, at each checkpoint, how large the base model's vocabulary is.
+    """Write only the adapters, as safetensors in PEFT's format."""
+    # Otherwise PEFT asks the Hub at each checkpoint for the size of the base model's vocabulary.
     model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
 
 
 def round_frozen(model: Any, dtype: torch.dtype) -> None:
-    """Keep frozen linear layers, of adapters that are not trained too, in the forward's dtype."""
+    """Cast frozen linear layers, untrained adapters included, to the forward's dtype."""
     embedding = model.get_input_embeddings().weight
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight is not embedding:
@@ -112,7 +112,7 @@ def round_frozen(model: Any, dtype: torch.dtype) -> None:
 
 @contextmanager
 def disabled(model: Any) -> Iterator[None]:
-    """The model as it was before its adapters: the reference of a KL term, without a copy.
+    """Context in which the model is as before its adapters: a KL term's reference without a copy.
 
     In eval mode, as a frozen copy would be.
     """
@@ -127,7 +127,7 @@ def disabled(model: Any) -> Iterator[None]:
 
 
 def refuse_blank(config: TrainConfig) -> None:
-    """Raise ConfigError for adapters beside weights that have learnt nothing, or are to."""
+    """Raise ConfigError for adapters on a blank model, or together with a warm-up."""
     if config.model.lora_rank and (config.model.path == "arithmetic" or config.warmup.steps):
         raise ConfigError(
             "model.lora_rank must be 0 with a blank model or a warm-up, got "
@@ -137,7 +137,7 @@ def refuse_blank(config: TrainConfig) -> None:
 
 
 def refuse_others(model: nn.Module, config: ModelConfig) -> None:
-    """Raise ConfigError for a model to be trained that came with adapters of another run."""
+    """Raise ConfigError for a model to be trained that has the adapters of another run."""
     if is_adapted(model) and not config.lora_rank:
         raise ConfigError(
             f"model.path {config.path!r} is an adapter, which is not trained on: merge it into its "
@@ -146,13 +146,13 @@ def refuse_others(model: nn.Module, config: ModelConfig) -> None:
 
 
 def trained_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters that are trained: what a checkpoint holds, but for the optimizer."""
+    """Bytes of the trained parameters: what a checkpoint holds, apart from the optimizer."""
     trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     return sum(p.numel() * p.element_size() for p in trained)
 
 
 def _require_linear_layers(model: Any, targets: tuple[str, ...]) -> None:
-    """Each name must be found, as PEFT finds it: at the end of a module's path."""
+    """Each name must be the end of a module's path, as PEFT looks for it."""
     modules = [(name, module) for name, module in model.named_modules() if name]
     head = model.get_output_embeddings()
     known = sorted({n.rsplit(".", 1)[-1] for n, m in modules if _is_linear(m) and m is not head})
@@ -160,8 +160,8 @@ def _require_linear_layers(model: Any, targets: tuple[str, ...]) -> None:
         found = [m for name, m in modules if f".{name}".endswith(f".{target}")]
         if any(module is head for module in found):
             raise ConfigError(
-                f"model.lora_targets must leave out the head, got {target!r}: the lens reads its "
-                "weight alone, an adapter it would not see"
+                f"model.lora_targets must leave out the head, got {target!r}: the lens reads only "
+                "its weight and would miss an adapter"
             )
         if not found or not all(_is_linear(module) for module in found):
             close = difflib.get_close_matches(target, known, n=1, cutoff=0.5)
@@ -173,7 +173,7 @@ def _require_linear_layers(model: Any, targets: tuple[str, ...]) -> None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    # GPT-2's layers are linear ones of another class.
+    # GPT-2's linear layers are of another class.
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

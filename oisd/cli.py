@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from oisd.config import ConfigError, TrainConfig, from_tables, load_recipe, to_tables
+from oisd.schema import recipe_path
 
 _USAGE = """\
-usage: oisd train [RECIPE.toml] [--table.key value ...]
-       oisd plan [RECIPE.toml] [--table.key value ...]
+usage: oisd train [RECIPE] [--show] [--table.key value ...]
+       oisd plan [RECIPE] [--show] [--table.key value ...]
        oisd eval MODEL [--benchmark NAME ...] [--option value ...]
        oisd compare FOLDER ... [--output-dir FOLDER]
        oisd lens MODEL --prompt TEXT | --data SOURCE [--option value ...]
@@ -27,12 +26,12 @@ compare    tables and pass@k curves of several such evaluations side by side
 lens       what each layer would say next: pictures, numbers, the layer to align, a web page
 attention  how far each layer's attention overlaps with the final layer's
 
-`oisd COMMAND --help` lists all settings.
+`oisd COMMAND --help` lists all settings. RECIPE is a name such as qwen3-4b, or a TOML file.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 failed, 2 asked for something impossible."""
+    """Entry point; returns the exit status: 0 done, 1 failed, 2 for an impossible request."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {
         "train": _train,
@@ -52,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"oisd: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("oisd: interrupted; the same command goes on from the last checkpoint",
-              file=sys.stderr)  # fmt: skip
+        message = "oisd: interrupted; run the same command again to resume from the last checkpoint"
+        print(message, file=sys.stderr)
         return 130
     except Exception as error:
         if not _is_explained(error):
@@ -62,42 +61,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def recipe_path(name: str) -> Path:
-    """A recipe that comes with the package, by its name, or a file by its path."""
-    if Path(name).is_file() or name.endswith(".toml"):
-        return Path(name)
-    package = Path(__file__).parent
-    for folder in (package / "recipes", package.parent / "recipes"):
-        if (folder / f"{name}.toml").is_file():
-            return folder / f"{name}.toml"
-    raise ConfigError(f"recipe {name!r} is neither a file nor one that comes with oisd")
-
-
 def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig:
     """The configuration of a recipe, or of recipes/arithmetic.toml, with overrides."""
-    arguments = list(arguments)
-    named = bool(arguments) and not arguments[0].startswith("-")
-    recipe = load_recipe(recipe_path(arguments.pop(0) if named else "arithmetic"))
+    import tyro  # `oisd --help` need not wait for it
+
+    name, options = _named(arguments)
     config = tyro.cli(
         TrainConfig,
-        prog=f"oisd {command} [RECIPE.toml]",
-        description="Train with GRPO and internal self-distillation. A recipe sets what is not "
-        "set here; without one it is recipes/arithmetic.toml.",
-        args=arguments,
-        default=recipe,
+        prog=f"oisd {command} [RECIPE]",
+        description="Train with GRPO and internal self-distillation. The recipe (by default "
+        "arithmetic) gives the settings that the command line does not. --show prints all of them "
+        f"as TOML, to start your own recipe from, and does not {command}.",
+        args=options,
+        default=load_recipe(recipe_path(name or "arithmetic")),
         config=(tyro.conf.FlagConversionOff,),
     )
     # The same checks as for a file: tyro knows the types, not what "none" or a list may be.
     return from_tables(to_tables(config), where="command line")
 
 
+def _named(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The first argument, unless it is an option, and the others."""
+    named = bool(arguments) and not arguments[0].startswith("-")
+    return (arguments[0], list(arguments[1:])) if named else ("", list(arguments))
+
+
+def _parse_shown(arguments: Sequence[str], command: str) -> TrainConfig | None:
+    """The configuration; None if `--show` is given, which prints it instead."""
+    config = parse_train([a for a in arguments if a != "--show"], command)
+    if "--show" not in arguments:
+        return config
+    import tomli_w
+
+    print(tomli_w.dumps(to_tables(config)), end="")
+    return None
+
+
 def _train(arguments: Sequence[str]) -> int:
-    config = parse_train(arguments)
+    config = _parse_shown(arguments, "train")
+    if config is None:
+        return 0
     from transformers.utils.logging import disable_progress_bar
 
-    from oisd.trainer import Trainer  # torch and transformers: seconds that --help need not wait
+    from oisd.trainer import Trainer  # torch and transformers: --help need not wait for them
 
-    disable_progress_bar()  # one for each checkpoint would tear ours apart
+    disable_progress_bar()  # one for each checkpoint would break up ours
     summary = Trainer(config).train()
     if summary:
         _print_table(f"oisd train: {config.run.output_dir}", _train_rows(summary))
@@ -105,7 +113,9 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _plan(arguments: Sequence[str]) -> int:
-    config = parse_train(arguments, "plan")
+    config = _parse_shown(arguments, "plan")
+    if config is None:
+        return 0
     from rich.console import Console
 
     from oisd.plan import check_layers, memory_plan, model_shape, rich_tables
@@ -118,22 +128,24 @@ def _plan(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _parse_model(arguments: Sequence[str], command: str, kind: Any, text: str) -> tuple[str, Any]:
+    """The model, and the settings of a command as a dataclass `kind`."""
+    import tyro
+
+    model, options = _named(arguments)
+    if not model and not {"-h", "--help"} & set(options):
+        raise ConfigError(f"oisd {command}: MODEL is missing: a checkpoint folder or Hub id")
+    return model, tyro.cli(kind, prog=f"oisd {command} MODEL", description=text, args=options)
+
+
 def _eval(arguments: Sequence[str]) -> int:
-    from oisd.evaluate.run import EvalRun, run
+    from oisd.options import EvalRun
 
-    named = bool(arguments) and not arguments[0].startswith("-")
-    if not named and not {"-h", "--help"} & set(arguments):
-        raise ConfigError("oisd eval: MODEL is missing: a checkpoint folder or Hub id")
-    model = arguments[0] if named else "MODEL"
-    config = tyro.cli(
-        EvalRun,
-        prog="oisd eval MODEL",
-        description="Avg@K and Pass@K with bootstrap intervals; goes on where it was stopped.",
-        args=list(arguments[1:] if named else arguments),
-    )
+    text = "Avg@K and Pass@K with bootstrap intervals; run it again to resume where it stopped."
+    model, config = _parse_model(arguments, "eval", EvalRun, text)
+    from oisd.evaluate.run import benchmark_names, run
+
     if "--benchmark" in arguments and not config.benchmark:
-        from oisd.evaluate.run import benchmark_names
-
         raise ConfigError(f"--benchmark: wanted any of {', '.join(benchmark_names())}, got none")
     summaries = run(model, config)
     if config.benchmark and summaries:
@@ -169,7 +181,7 @@ def _print_benchmarks(runs: dict[str, Any], folder: Path) -> None:
     from oisd.evaluate import table
 
     console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width to keep to
+    if not console.is_terminal:  # a file or a pipe has no width of its own
         console = Console(width=200)
     console.print(table.rich_table(runs))
     for line in table.notes(runs):
@@ -179,11 +191,12 @@ def _print_benchmarks(runs: dict[str, Any], folder: Path) -> None:
 
 
 def _lens(arguments: Sequence[str]) -> int:
+    from oisd.options import LookRun
+
+    text = "The logit lens of every layer; prints the layer to align."
+    model, config = _parse_model(arguments, "lens", LookRun, text)
     from oisd.lens.run import run_lens
 
-    model, config = _parse_look(
-        arguments, "lens", "The logit lens of every layer; prints the layer to align."
-    )
     report = run_lens(model, config)
     summary = next(iter(report["layers"].values()))
     layer = report["layer"]
@@ -203,11 +216,12 @@ def _lens(arguments: Sequence[str]) -> int:
 
 
 def _attention(arguments: Sequence[str]) -> int:
+    from oisd.options import LookRun
+
+    text = "Overlap of every layer's attention with the final layer's."
+    model, config = _parse_model(arguments, "attention", LookRun, text)
     from oisd.lens.run import run_attention
 
-    model, config = _parse_look(
-        arguments, "attention", "Overlap of every layer's attention with the final layer's."
-    )
     report = run_attention(model, config)
     layer = report["layer"]
     rows = [
@@ -220,21 +234,6 @@ def _attention(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _parse_look(arguments: Sequence[str], command: str, description: str) -> tuple[str, Any]:
-    from oisd.lens.run import LookRun
-
-    named = bool(arguments) and not arguments[0].startswith("-")
-    if not named and not {"-h", "--help"} & set(arguments):
-        raise ConfigError(f"oisd {command}: MODEL is missing: a checkpoint folder or Hub id")
-    config = tyro.cli(
-        LookRun,
-        prog=f"oisd {command} MODEL",
-        description=description,
-        args=list(arguments[1:] if named else arguments),
-    )
-    return arguments[0] if named else "MODEL", config
-
-
 def _train_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("steps", str(summary["steps"]))]
     if "reward_first" in summary:
@@ -243,13 +242,8 @@ def _train_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("seconds per step", f"{summary['seconds_per_step']:.3f}"))
     if "eval_before" in summary:
         low, high = summary["eval_interval"]
-        rows.append(
-            (
-                "evaluation, before to after",
-                f"{summary['eval_before']:.3f} -> {summary['eval_after']:.3f} "
-                f"[{low:.3f}, {high:.3f}]",
-            )
-        )
+        change = f"{summary['eval_before']:.3f} -> {summary['eval_after']:.3f}"
+        rows.append(("evaluation, before to after", f"{change} [{low:.3f}, {high:.3f}]"))
     rows.append(("checkpoint", summary["checkpoint"]))
     if summary["plots"]:
         rows.append(("plots", str(Path(summary["plots"][0]).parent)))
@@ -280,7 +274,7 @@ def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def _is_explained(error: Exception) -> bool:
-    """Whether the message says all that a user needs, so that a traceback would be noise."""
+    """Whether the message tells the user enough, so that a traceback would be noise."""
     from oisd.data import DataError
     from oisd.models import UnsupportedModelError
     from oisd.rewards import RewardError

@@ -1,116 +1,128 @@
 """Typed configuration of a training run: TOML tables into frozen dataclasses.
 
 Standard library only, so that a recipe can be read and checked without importing torch. Each table
-of a recipe is one dataclass below; a key that no dataclass has is refused with the nearest one that
-exists. The values are checked here where they can be checked alone; what depends on the model
+of a recipe is one dataclass below; a key that no dataclass has is refused with the nearest known
+one. A value that is valid or not on its own is checked here; what depends on the model
 (`student_layers` against its depth, say) is checked when the model is loaded.
 """
 
 from __future__ import annotations
 
-import tomllib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from oisd.schema import ConfigError, nearest, of_table, require_device
-from oisd.schema import fields as _fields
-from oisd.schema import require as _require
+from oisd.schema import (
+    ConfigError,
+    above_0,
+    at_least,
+    fields,
+    merged,
+    nearest,
+    of_table,
+    recipe_chain,
+    require,
+    require_device,
+)
+from oisd.schema import differences as differences
+from oisd.schema import to_tables as to_tables
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The policy: where its weights come from and in which precision it runs."""
+    """The policy: where its weights come from and the precision it runs in."""
 
     path: str = "arithmetic"
     """Hub id or folder of a causal LM, or "arithmetic" for the built-in tiny Qwen3."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the forward and backward passes; the parameters stay float32 either way."""
+    """Precision of the forward and backward passes; trained parameters are float32 either way."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (non-reentrant)."""
     attn_implementation: str = "sdpa"
-    """Attention of the layers, as transformers names it: "sdpa" or "eager"."""
+    """Attention implementation, as transformers names it: "sdpa" or "eager"."""
     trust_remote_code: bool = False
-    """Run Python code that a model repository ships. Off unless asked for."""
+    """Run Python code from the model's repository. Off by default."""
     lora_rank: int = 0
-    """Rank r of LoRA adapters, the only weights trained then; 0 to train the model itself."""
+    """Rank r of LoRA adapters, which are then the only trained weights; 0 trains the model."""
     lora_alpha: float = 32.0
-    """An adapter adds lora_alpha / r * B A to its layer's weight. The same at every rank."""
+    """An adapter adds lora_alpha / r * B A to its layer's weight. Keep it when you change r."""
     lora_dropout: float = 0.0
-    """Of what enters an adapter. Rollouts are without it, so that it widens the ratios."""
+    """Dropout on an adapter's input. Rollouts run without it, so that it widens the ratios."""
     lora_targets: tuple[str, ...] = ("all-linear",)
-    """Names of the linear layers with adapters ("q_proj", ...), or all but the head."""
+    """Names of the linear layers that get adapters ("q_proj", ...), or all except the head."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         targets = list(self.lora_targets)
-        _require(self.lora_rank >= 0, "model.lora_rank", "at least 0", self.lora_rank)
-        _require(self.lora_alpha > 0, "model.lora_alpha", "above 0", self.lora_alpha)
-        _require(0 <= self.lora_dropout < 1, "model.lora_dropout", "in [0, 1)", self.lora_dropout)
+        at_least(0, self, "model.lora_rank")
+        above_0(self, "model.lora_alpha")
+        require(0 <= self.lora_dropout < 1, "model.lora_dropout", "in [0, 1)", self.lora_dropout)
         wanted = 'names of layers, each once, or "all-linear" alone'
         named = bool(targets) and all(targets) and len(set(targets)) == len(targets)
         named = named and (len(targets) == 1 or "all-linear" not in targets)
-        _require(named, "model.lora_targets", wanted, targets)
-        wanted = "without the head (the lens reads its weight alone, an adapter it would not see)"
+        require(named, "model.lora_targets", wanted, targets)
+        wanted = "without the head (the lens reads only its weight and would miss an adapter)"
         head = any(target.split(".")[-1] in ("lm_head", "embed_out") for target in targets)
-        _require(not head, "model.lora_targets", wanted, targets)
+        require(not head, "model.lora_targets", wanted, targets)
 
 
 @dataclass(frozen=True)
 class WarmupConfig:
-    """Supervised steps before reinforcement learning; for the arithmetic task's blank model."""
+    """Supervised steps before reinforcement learning, for the arithmetic task's untrained model."""
 
     steps: int = 0
-    """At most so many; 0 for no warm-up."""
+    """Maximum number of steps; 0 for no warm-up."""
     stop_at: float | None = None
-    """Stop when the model gives the right answers this probability, on average."""
+    """Stop when the model gives the correct answers this probability, on average."""
     batch_size: int = 64
     learning_rate: float = 3e-3
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 0, "warmup.steps", "at least 0", self.steps)
-        _require(
-            self.stop_at is None or 0 < self.stop_at < 1,
-            "warmup.stop_at",
-            "in (0, 1)",
-            self.stop_at,
-        )
-        _require(self.batch_size > 0, "warmup.batch_size", "at least 1", self.batch_size)
-        _require(self.learning_rate > 0, "warmup.learning_rate", "above 0", self.learning_rate)
+        at_least(0, self, "warmup.steps")
+        stop = self.stop_at
+        require(stop is None or 0 < stop < 1, "warmup.stop_at", "in (0, 1)", stop)
+        at_least(1, self, "warmup.batch_size")
+        above_0(self, "warmup.learning_rate")
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Problems with verifiable answers, and how a prompt is made of one."""
+class ProblemsConfig:
+    """Which rows of a data source are read, and which of their columns."""
 
-    source: str = "arithmetic"
-    """"deepmath-5k", "deepmath", "dapo", "gsm8k", "math", or "name:path" for a copy of one of them
-    here; JSONL, JSON or Parquet file, `datasets` folder, Hub id, or "arithmetic:digits=2"."""
+    source: str | None = None
     split: str = "train"
     subset: str | None = None
     """Configuration name on the Hub ("main" for GSM8K)."""
     prompt_field: str | None = None
-    """By default the named set's, otherwise "question"; `answer_field` alike, "answer"."""
+    """Column of the problem; by default a named set's own, otherwise "question"."""
     answer_field: str | None = None
+    """Column of the answer; by default a named set's own, otherwise "answer"."""
     answer_pattern: str | None = None
     """Regular expression whose one group is the answer within the answer field, or "boxed"."""
     limit: int | None = None
     """Take this many rows, drawn with `run.seed`."""
+
+    def selection(self) -> dict[str, Any]:
+        """The arguments of `oisd.data.load_examples` after the source, except its seed."""
+        return {f.name: getattr(self, f.name) for f in fields(ProblemsConfig)[1:]}
+
+
+@dataclass(frozen=True)
+class DataConfig(ProblemsConfig):
+    """Problems with verifiable answers, and how a prompt is built from one."""
+
+    source: str = "arithmetic"
+    """"deepmath-5k", "deepmath", "dapo", "gsm8k", "math", "name:path" for a local copy of one, a
+    JSONL, JSON or Parquet file, a `datasets` folder, a Hub id, or "arithmetic:digits=2"."""
     system_prompt: str | None = None
     chat_template: bool | None = None
-    """Apply the tokenizer's chat template; by default when it has one."""
+    """Apply the tokenizer's chat template; by default if it has one."""
     max_prompt_tokens: int = 1024
     overlong_prompts: Literal["error", "drop"] = "error"
 
     def __post_init__(self) -> None:
-        _require(self.limit is None or self.limit > 0, "data.limit", "at least 1", self.limit)
-        _require(
-            self.max_prompt_tokens > 0,
-            "data.max_prompt_tokens",
-            "at least 1",
-            self.max_prompt_tokens,
-        )
+        at_least(1, self, "data.limit", "data.max_prompt_tokens")
 
 
 @dataclass(frozen=True)
@@ -125,29 +137,21 @@ class RolloutConfig:
     batch_size: int = 256
     """Completions generated at once, on each process."""
     engine: Literal["generate", "continuous", "auto"] = "generate"
-    """transformers' `generate`, its continuous batching, or the one of the two that is faster in a
-    trial before the first step (engine.json in the run's folder). They sample alike but for the
-    last digits, so that "auto" gives up that a seed fixes a new run, though not its resumption."""
+    """transformers' `generate`, its continuous batching, or the faster of the two in a trial before
+    the first step (engine.json in the run folder). Their samples differ only by rounding; but with
+    "auto" a seed no longer reproduces a new run, although a resumed run still continues exactly."""
     trial_tokens: int = 256
     """Longest completion in the trial of "auto", at most `max_completion_tokens`."""
 
     def __post_init__(self) -> None:
-        names = ("prompts_per_step", "max_completion_tokens", "batch_size", "trial_tokens")
-        for name in names:
-            _require(getattr(self, name) > 0, f"rollout.{name}", "at least 1", getattr(self, name))
-        _require(
-            self.completions_per_prompt > 1,
-            "rollout.completions_per_prompt",
-            "at least 2 (advantages compare the completions of a prompt)",
-            self.completions_per_prompt,
-        )
-        _require(
-            self.temperature > 0,
-            "rollout.temperature",
-            "above 0 (greedy rollouts have no advantages)",
-            self.temperature,
-        )
-        _require(0 < self.top_p <= 1, "rollout.top_p", "in (0, 1]", self.top_p)
+        at_least(1, self, "rollout.prompts_per_step", "rollout.max_completion_tokens")
+        at_least(1, self, "rollout.batch_size", "rollout.trial_tokens")
+        count = self.completions_per_prompt
+        wanted = "at least 2 (advantages compare the completions of a prompt)"
+        require(count > 1, "rollout.completions_per_prompt", wanted, count)
+        wanted = "above 0 (greedy rollouts have no advantages)"
+        require(self.temperature > 0, "rollout.temperature", wanted, self.temperature)
+        require(0 < self.top_p <= 1, "rollout.top_p", "in (0, 1]", self.top_p)
 
 
 @dataclass(frozen=True)
@@ -157,10 +161,10 @@ class RewardConfig:
     function: str = "math"
     """"math" (last \\boxed{} by math-verify), "boxed_string", "exact", or "module:function"."""
     timeout: float = 5.0
-    """Seconds a grade may take; for "module:function", a whole batch."""
+    """Seconds that grading one answer may take; for "module:function", a whole batch."""
 
     def __post_init__(self) -> None:
-        _require(self.timeout > 0, "reward.timeout", "above 0 seconds", self.timeout)
+        require(self.timeout > 0, "reward.timeout", "above 0 seconds", self.timeout)
 
 
 # For rollouts by another engine; the paper has no such weight.
@@ -172,52 +176,45 @@ class GRPOConfig:
     """The policy loss of the final layer (GRPO and its usual variants)."""
 
     advantage: Literal["grpo", "rloo", "reinforce++"] = "grpo"
-    """A completion's reward against those of its group (GRPO), against the others' of its group
-    (RLOO), or against those of all tokens of the batch (Reinforce++)."""
+    """Compare a completion's reward with those of its group (GRPO), of the others in its group
+    (RLOO), or of all tokens in the batch (Reinforce++)."""
     aggregation: Literal["token-mean", "sequence-mean", "dr-grpo"] = "token-mean"
     clip_low: float = 0.2
     clip_high: float = 0.2
     dual_clip: float | None = 10.0
-    """Bound on ratio for negative advantages, above 1; none for no bound."""
+    """Bound on the ratio where the advantage is negative, above 1; "none" for no bound."""
     scale_by_std: bool = True
-    """Divide a group's advantages by its standard deviation (Dr. GRPO does not); "grpo" alone."""
+    """With "grpo", divide a group's advantages by their standard deviation; Dr. GRPO does not."""
     kl_coef: float = 0.0
     """Weight of the k3 estimate of KL(policy || initial policy)."""
     tis_cap: float | Literal["auto"] | None = "auto"
-    """Cap of the truncated importance weight min(policy / sampler, cap) of each token, in this loss
-    and in the alignment's; none for no such weight. "auto": 2 for rollouts by continuous batching,
+    """Cap of each token's truncated importance weight min(policy / sampler, cap), in this loss and
+    in the alignment's; "none" for no such weight. "auto": 2 for rollouts by continuous batching,
     none for `generate`, which runs the same forward as the update."""
     minibatches: int = 1
     """Optimizer steps per rollout batch."""
     internal_layer: int | None = None
-    """BuPO (arXiv 2512.19673): for the first `internal_steps` steps the loss is that of the policy
-    of this layer, softmax(W h_l) without the final norm. The model samples as ever, and tokens have
-    no importance weight; layers above get no gradient. Not beside an alignment or `kl_coef`."""
+    """BuPO (arXiv 2512.19673): for the first `internal_steps` steps, the loss is that of this
+    layer's policy, softmax(W h_l) without the final norm. The final layer still samples, tokens
+    have no importance weight, layers above get no gradient. Excludes alignment and `kl_coef`."""
     internal_steps: int = 0
     skip_zero_advantage: bool = True
-    """Leave completions of advantage 0 out of the update; their gradient is 0 without a KL term."""
+    """Leave completions of advantage 0 out of the update; without KL their gradient is 0."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.clip_low < 1, "grpo.clip_low", "in [0, 1)", self.clip_low)
-        _require(self.clip_high >= 0, "grpo.clip_high", "at least 0", self.clip_high)
-        _require(
-            self.dual_clip is None or self.dual_clip > 1,
-            "grpo.dual_clip",
-            "above 1",
-            self.dual_clip,
-        )
-        _require(self.kl_coef >= 0, "grpo.kl_coef", "at least 0", self.kl_coef)
+        require(0 <= self.clip_low < 1, "grpo.clip_low", "in [0, 1)", self.clip_low)
+        at_least(0, self, "grpo.clip_high", "grpo.kl_coef", "grpo.internal_steps")
+        clip = self.dual_clip
+        require(clip is None or clip > 1, "grpo.dual_clip", "above 1", clip)
         cap = self.tis_cap
         known = cap is None or cap == "auto" or (not isinstance(cap, str) and cap > 0)
-        _require(known, "grpo.tis_cap", 'above 0, "auto" or "none"', cap)
-        _require(self.minibatches > 0, "grpo.minibatches", "at least 1", self.minibatches)
+        require(known, "grpo.tis_cap", 'above 0, "auto" or "none"', cap)
+        at_least(1, self, "grpo.minibatches", "grpo.internal_layer")
         layer, steps = self.internal_layer, self.internal_steps
-        _require(layer is None or layer > 0, "grpo.internal_layer", "at least 1", layer)
-        _require(steps >= 0, "grpo.internal_steps", "at least 0", steps)
         together = "given together with grpo.internal_layer"
-        _require((layer is None) == (steps == 0), "grpo.internal_steps", together, steps)
+        require((layer is None) == (steps == 0), "grpo.internal_steps", together, steps)
         alone = "0 with grpo.internal_layer: the reference model has no such policy"
-        _require(layer is None or self.kl_coef == 0, "grpo.kl_coef", alone, self.kl_coef)
+        require(layer is None or self.kl_coef == 0, "grpo.kl_coef", alone, self.kl_coef)
 
     def importance_cap(self, engine: str) -> float | None:
         """`tis_cap` for rollouts by that engine."""
@@ -228,7 +225,7 @@ class GRPOConfig:
 
 @dataclass(frozen=True)
 class AlignmentConfig:
-    """The internal self-distillation: an intermediate layer learns from the final one."""
+    """Internal self-distillation: an intermediate layer learns from the final one."""
 
     student_layers: tuple[int, ...] = (6,)
     """Layers that learn, counted from 1 (`hidden_states[l]` of transformers)."""
@@ -237,7 +234,7 @@ class AlignmentConfig:
     attention_weight: float = 0.1
     """Weight of the attention divergence (lambda_attn of eq. 11); 0 turns it off."""
     advantage_clip: float | None = None
-    """Clip the signed advantage to [-c, c]; the paper states no c, so none by default."""
+    """Clip the signed advantage to [-c, c]; the paper states no c, so by default it is not."""
     lens_temperature: float = 1.0
     lens_norm: Literal["final", "none"] = "final"
     """Norm of the logit lens: the model's own final norm (OISD) or none (BuPO)."""
@@ -245,52 +242,34 @@ class AlignmentConfig:
     beta: float = 0.5
     """The teacher's share of the mixture in the Jensen-Shannon divergence."""
     attention_kernel: Literal["auto", "fused", "separate", "reference"] = "auto"
-    """How the attention loss is computed: in the student layers' own attention ("fused"), beside it
-    ("separate"), with whole maps in memory ("reference"). "auto" fuses on a GPU where a layer
-    allows it, and is "separate" elsewhere and with sampled keys."""
+    """Where the attention loss is computed: in the student layers' own attention ("fused"), beside
+    it ("separate"), or from whole attention maps in memory ("reference"). "auto" fuses on a GPU
+    where a layer allows it; elsewhere, and with sampled keys, it is "separate"."""
     attention_steps: int | None = None
     """Decoding steps per rollout in the attention loss, drawn at random; all by default."""
     key_window: int | None = None
-    """With `key_stride`: nearest keys in the attention loss; all keys by default."""
+    """With `key_stride`: the nearest keys, in the attention loss; all keys by default."""
     key_stride: int | None = None
-    """With `key_window`: every how many positions a farther key is taken."""
+    """With `key_window`: take every n-th position of the keys farther away."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "student_layers", tuple(self.student_layers))
-        layers = self.student_layers
-        _require(
-            all(layer >= 1 for layer in layers),
-            "oisd.student_layers",
-            "layers counted from 1",
-            list(layers),
-        )
-        _require(
-            len(set(layers)) == len(layers), "oisd.student_layers", "distinct layers", list(layers)
-        )
-        if self.think_weight or self.attention_weight:
-            _require(len(layers) > 0, "oisd.student_layers", "at least one layer", list(layers))
-        for name in ("think_weight", "attention_weight"):
-            _require(getattr(self, name) >= 0, f"oisd.{name}", "at least 0", getattr(self, name))
-        for name in ("advantage_clip", "lens_temperature"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, f"oisd.{name}", "above 0", value)
+        layers, key = list(self.student_layers), "oisd.student_layers"
+        require(all(layer >= 1 for layer in layers), key, "layers counted from 1", layers)
+        require(len(set(layers)) == len(layers), key, "distinct layers", layers)
+        require(bool(layers) or not self.active, key, "at least one layer", layers)
+        at_least(0, self, "oisd.think_weight", "oisd.attention_weight")
+        above_0(self, "oisd.advantage_clip", "oisd.lens_temperature")
         wanted = 'in (0, 1); for a pure KL use divergence = "forward_kl" or "reverse_kl"'
-        _require(0 < self.beta < 1, "oisd.beta", wanted, self.beta)
-        _require(
-            (self.key_window is None) == (self.key_stride is None),
-            "oisd.key_window and oisd.key_stride",
-            "given together",
-            (self.key_window, self.key_stride),
-        )
-        _require(
-            self.attention_kernel != "fused" or self.key_window is None,
-            "oisd.attention_kernel",
-            "another than 'fused' with sampled keys (oisd.key_window)",
-            self.attention_kernel,
-        )
-        for name in ("attention_steps", "key_window", "key_stride"):
-            value = getattr(self, name)
-            _require(value is None or value > 0, f"oisd.{name}", "at least 1", value)
+        require(0 < self.beta < 1, "oisd.beta", wanted, self.beta)
+        sampled = self.key_window, self.key_stride
+        together = (self.key_window is None) == (self.key_stride is None)
+        require(together, "oisd.key_window and oisd.key_stride", "given together", sampled)
+        kernel = self.attention_kernel
+        wanted = '"auto", "separate" or "reference" with sampled keys (oisd.key_window)'
+        fits = kernel != "fused" or self.key_window is None
+        require(fits, "oisd.attention_kernel", wanted, kernel)
+        at_least(1, self, "oisd.attention_steps", "oisd.key_window", "oisd.key_stride")
 
     @property
     def active(self) -> bool:
@@ -312,75 +291,60 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        _require(self.learning_rate > 0, "optimizer.learning_rate", "above 0", self.learning_rate)
-        _require(
-            len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-            "optimizer.betas",
-            "two numbers in [0, 1)",
-            list(self.betas),
-        )
-        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", "at least 0", self.warmup_steps)
-        _require(self.eps > 0, "optimizer.eps", "above 0", self.eps)
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", "at least 0", self.weight_decay)
-        _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", "above 0", self.max_grad_norm)
+        pair = len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas)
+        require(pair, "optimizer.betas", "two numbers in [0, 1)", list(self.betas))
+        above_0(self, "optimizer.learning_rate", "optimizer.eps", "optimizer.max_grad_norm")
+        at_least(0, self, "optimizer.warmup_steps", "optimizer.weight_decay")
 
 
 @dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(ProblemsConfig):
     """Evaluation during and after training."""
 
     source: str | None = None
-    """Problems to evaluate on, as `data.source`; none for no evaluation."""
+    """Problems to evaluate on, as in `data.source`; "none" for no evaluation."""
     split: str = "test"
-    subset: str | None = None
-    prompt_field: str | None = None
-    answer_field: str | None = None
-    answer_pattern: str | None = None
-    limit: int | None = None
     samples: int = 16
     """Completions per problem: n of Pass@K, K of Avg@K."""
     temperature: float = 1.0
     top_p: float = 1.0
     every: int = 0
-    """Evaluate every so many steps, besides before the first and after the last; 0 for not."""
+    """Evaluate every n steps as well as before the first and after the last; 0 for those only."""
 
     def __post_init__(self) -> None:
-        _require(self.limit is None or self.limit > 0, "eval.limit", "at least 1", self.limit)
-        _require(self.samples > 0, "eval.samples", "at least 1", self.samples)
-        _require(self.temperature >= 0, "eval.temperature", "at least 0", self.temperature)
-        _require(0 < self.top_p <= 1, "eval.top_p", "in (0, 1]", self.top_p)
-        _require(self.every >= 0, "eval.every", "at least 0", self.every)
+        at_least(1, self, "eval.limit", "eval.samples")
+        at_least(0, self, "eval.temperature", "eval.every")
+        require(0 < self.top_p <= 1, "eval.top_p", "in (0, 1]", self.top_p)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Length, place and bookkeeping of the run."""
+    """Length, folder and bookkeeping of the run."""
 
     output_dir: str = "runs/oisd"
     steps: int = 300
     seed: int = 0
     tokens_per_microbatch: int = 16384
-    """Padded tokens of one forward and backward pass, on each process."""
+    """Tokens of one forward and backward pass, padding included, on each process."""
     save_every: int = 50
     keep_checkpoints: int = 2
     completions_every: int = 10
-    """Every how many steps a table of sampled completions is written."""
+    """Write a table of sampled completions every n steps."""
     grad_norm_every: int = 0
-    """Every how many steps each loss's own gradient norm is measured; 0 for never."""
+    """Measure the gradient norm of each loss on its own every n steps; 0 for never."""
     device: str = "auto"
     threads: int | None = None
-    """CPU threads of torch; torch's own choice by default."""
+    """CPU threads of torch; by default torch's own choice."""
     restart: bool = False
-    """Begin anew in a folder that holds a run, deleting it."""
+    """Start over in a folder that holds a run, and delete that run."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "save_every", "completions_every", "grad_norm_every"):
-            _require(getattr(self, name) >= 0, f"run.{name}", "at least 0", getattr(self, name))
-        for name in ("tokens_per_microbatch", "keep_checkpoints"):
-            _require(getattr(self, name) > 0, f"run.{name}", "at least 1", getattr(self, name))
+        at_least(0, self, "run.steps", "run.save_every", "run.completions_every")
+        at_least(0, self, "run.grad_norm_every")
+        at_least(1, self, "run.tokens_per_microbatch", "run.keep_checkpoints")
         require_device("run.device", self.device)
-        _require(0 <= self.seed < 2**63, "run.seed", "in [0, 2^63)", self.seed)
-        _require(self.threads is None or self.threads > 0, "run.threads", "above 0", self.threads)
+        require(0 <= self.seed < 2**63, "run.seed", "in [0, 2^63)", self.seed)
+        above_0(self, "run.threads")
 
 
 @dataclass(frozen=True)
@@ -399,38 +363,33 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        _require(
-            self.rollout.prompts_per_step >= self.grpo.minibatches,
-            "grpo.minibatches",
-            f"at most rollout.prompts_per_step ({self.rollout.prompts_per_step})",
-            self.grpo.minibatches,
-        )
-        _require(
-            self.grpo.internal_layer is None or not self.oisd.active,
-            "grpo.internal_layer",
-            '"none" beside an alignment; set oisd.think_weight and oisd.attention_weight to 0',
-            self.grpo.internal_layer,
-        )
+        prompts, parts = self.rollout.prompts_per_step, self.grpo.minibatches
+        wanted = f"at most rollout.prompts_per_step ({prompts})"
+        require(prompts >= parts, "grpo.minibatches", wanted, parts)
+        layer = self.grpo.internal_layer
+        wanted = '"none" beside an alignment; set oisd.think_weight and oisd.attention_weight to 0'
+        require(layer is None or not self.oisd.active, "grpo.internal_layer", wanted, layer)
 
 
 def load_recipe(path: str | Path) -> TrainConfig:
-    """Read a TOML recipe.
+    """Read a TOML recipe, on top of the one that its `base` names, if it has one.
 
-    Raises ConfigError for a file that is missing or is not TOML, for an unknown table or key (names
-    the nearest known one), and for a value of the wrong type or out of its range.
+    base: a recipe that comes with oisd ("qwen3-4b"), or a TOML file by its path from this file's
+        folder ("mine.toml"), which may have a base itself.
+    Raises ConfigError for a file that is missing or is not TOML, for an unknown table, key or base
+    (names the nearest known one), for bases in a circle, and for a value of the wrong type or out
+    of its range.
     """
-    try:
-        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not valid TOML: {error}") from error
-    return from_tables(tables, where=str(path))
+    config, tables = TrainConfig(), {}
+    for file, own in recipe_chain(Path(path)):  # from the last base on: each names its own mistakes
+        tables = merged(tables, own)
+        config = from_tables(tables, where=str(file))
+    return config
 
 
 def from_tables(tables: dict[str, Any], where: str = "configuration") -> TrainConfig:
-    """Build a TrainConfig of nested dictionaries, refusing unknown keys and wrong types."""
-    sections = {f.name: typing.get_type_hints(TrainConfig)[f.name] for f in _fields(TrainConfig)}
+    """Build a TrainConfig from nested dictionaries; refuses unknown keys and wrong types."""
+    sections = typing.get_type_hints(TrainConfig)
     built = {}
     for name, table in tables.items():
         if name not in sections:
@@ -439,35 +398,3 @@ def from_tables(tables: dict[str, Any], where: str = "configuration") -> TrainCo
             raise ConfigError(f"{where}: {name} must be a table, got {table!r}")
         built[name] = of_table(sections[name], name, table, where)
     return TrainConfig(**built)
-
-
-def to_tables(config: TrainConfig) -> dict[str, dict[str, Any]]:
-    """Nested dictionaries ready for TOML, which has no null: a value of None is left out.
-
-    Nothing is lost, since every field that may be None and is not by default would be: such a
-    field is written as "none" and read back as None.
-    """
-    tables: dict[str, dict[str, Any]] = {}
-    for section in _fields(config):
-        values = getattr(config, section.name)
-        table = {}
-        for f in _fields(values):
-            value = getattr(values, f.name)
-            if value is None and f.default is not None:
-                value = "none"
-            if value is not None:
-                table[f.name] = list(value) if isinstance(value, tuple) else value
-        tables[section.name] = table
-    return tables
-
-
-def differences(a: TrainConfig, b: TrainConfig) -> list[str]:
-    """The settings in which two configurations differ, as "table.key: a != b"."""
-    found = []
-    for section in _fields(a):
-        left, right = getattr(a, section.name), getattr(b, section.name)
-        for f in _fields(left):
-            x, y = getattr(left, f.name), getattr(right, f.name)
-            if x != y:
-                found.append(f"{section.name}.{f.name}: {x!r} != {y!r}")
-    return found

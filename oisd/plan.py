@@ -1,12 +1,12 @@
-"""The memory that a run needs, from shapes alone: `oisd plan`.
+"""The memory that a run needs, computed from shapes alone: `oisd plan`.
 
 Letters: P parameters, L layers, D width, F feed-forward width, H query and J key heads of K
 dimensions, V vocabulary, S student layers; N padded tokens of a micro-batch, T the longest row, C
 completions sampled at once. All bytes are for one process of `oisd train`, which holds the whole
-model; the sharded figures are for a trainer that splits parameters, gradients and optimizer (FSDP2,
-through an adapter) and samples elsewhere.
+model. The sharded figures are for a trainer that splits parameters, gradients and optimizer state
+(FSDP2, through an adapter) and samples elsewhere.
 
-    parameters 4 P   gradients 4 P   AdamW 8 P   bf16 copies 2 P (autocast makes and keeps them)
+    parameters 4 P   gradients 4 P   AdamW 8 P   bf16 copies 2 P (kept by autocast)
     activations   [26 D + 8 F + 4 (H+J) K + 4 H (+ 6 (H+J) K with norms of q and k)] N a layer
                   under bf16 autocast, [24 D + 16 F + 8 (H+J) K + 4 H (+ 8 (H+J) K)] N in float32;
                   with checkpointing 4 D N a layer and one layer in full
@@ -15,19 +15,19 @@ through an adapter) and samples elsewhere.
     head, ours    a workspace, hidden states' gradients 4 (S+1) D N, the unembedding's 4 V D
     maps, eager   [H, T, T] float32 maps of N / T rows: 5, 4 for each further student layer, and 1
     maps, kernels gradients 4 (H+J) K S N and four statistics a row, 16 H S N
-    cache         8 J K a layer and token, C rows of the longest length: keys and values are float32
-                  in `generate`'s cache also under autocast, where parameters are; 4 J K in that of
-                  continuous batching, whose rows are rounded up to blocks (at most 512 tokens more)
-    sampling      24 C V: an upper bound of scores, their copies in `generate` and log-probs
+    cache         8 J K a layer and token, C rows of the longest length: keys and values in
+                  `generate`'s cache are float32, as the parameters are, even under autocast; 4 J K
+                  in continuous batching's, whose rows fill whole blocks (up to 512 tokens more)
+    sampling      24 C V: an upper bound for scores, their copies in `generate`, and log-probs
 
-With LoRA, A parameters of adapters: gradients 4 A, AdamW 8 A, copies 2 A (and 2 V D of a head that
-is the embedding too); parameters 4 (P + A), or, under bf16 autocast, 2 a parameter of the frozen
-linear layers and 4 of the others. The unembedding has no gradient. Each adapter keeps its r numbers
-a token, and frozen norms keep less than is counted here: up to a quarter of a layer's activations.
+With LoRA, A parameters in adapters: gradients 4 A, AdamW 8 A, copies 2 A (and 2 V D for a head tied
+to the embedding); parameters 4 (P + A), or, under bf16 autocast, 2 for each parameter of the frozen
+linear layers and 4 for the others. The unembedding has no gradient. Each adapter keeps its r
+numbers a token. Frozen norms keep up to a quarter of a layer's activations less than counted here.
 
-The coefficients of the activations, the eager maps and the cache are measured, by tests, as what
-autograd keeps for tiny models and for plain PyTorch losses. What is not counted: fragmentation, the
-CUDA context, communication buffers; `USABLE` leaves room for them.
+Tests measure the coefficients of the activations, the eager maps and the cache: they are what
+autograd keeps for tiny models and for plain PyTorch losses. Fragmentation, the CUDA context and
+communication buffers are not counted; `USABLE` leaves room for them.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from oisd.config import ConfigError, TrainConfig
 from oisd_kernels.lens.chunked.chunks import DEFAULT_BYTES
 
 GIB = 1 << 30
-USABLE = 0.92  # share of a card that is planned with
+USABLE = 0.92  # share of a card that a plan may fill
 CARDS = {"24 GB": 24, "40 GB (A100)": 40, "48 GB (L40S)": 45, "80 GB (A100, H100)": 80,
          "141 GB (H200)": 140, "180 GB (B200)": 179}  # fmt: skip
 SHARDS = (2, 4, 8)
@@ -67,7 +67,7 @@ class Shape:
     qk_norm: bool = False
     qkv_bias: bool = False
     further: int = 0
-    """Parameters that the formulas here leave out: norms of other kinds, a bias."""
+    """Parameters that these formulas leave out: norms of other kinds, a bias."""
     source: str = "its configuration"
 
     @property
@@ -76,17 +76,8 @@ class Shape:
         return (self.heads + self.key_heads) * self.head_dim
 
     @property
-    def layer_parameters(self) -> int:
-        """Parameters of one layer."""
-        queries, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
-        attention = self.width * (2 * queries + 2 * keys)
-        norms = 2 * self.width + (2 * self.head_dim if self.qk_norm else 0)
-        bias = queries + 2 * keys if self.qkv_bias else 0
-        return attention + bias + 3 * self.width * self.feed_forward + norms
-
-    @property
     def linear_layers(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of a layer's projections, by the names that most models give them."""
+        """Inputs and outputs of a layer's projections, under their usual names."""
         d, f = self.width, self.feed_forward
         queries, keys = self.heads * self.head_dim, self.key_heads * self.head_dim
         return {
@@ -95,23 +86,34 @@ class Shape:
         }  # fmt: skip
 
     @property
-    def linear_parameters(self) -> int:
-        """Parameters of all linear layers that are not the embedding too."""
+    def projection_parameters(self) -> int:
+        """Parameters of one layer's projections."""
         weights = sum(rows * columns for rows, columns in self.linear_layers.values())
         bias = (self.heads + 2 * self.key_heads) * self.head_dim if self.qkv_bias else 0
+        return weights + bias
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer."""
+        norms = 2 * self.width + (2 * self.head_dim if self.qk_norm else 0)
+        return self.projection_parameters + norms
+
+    @property
+    def linear_parameters(self) -> int:
+        """Parameters of all linear layers, without a head that is tied to the embedding."""
         head = 0 if self.tied else self.vocabulary * self.width
-        return self.layers * (weights + bias) + head
+        return self.layers * self.projection_parameters + head
 
     @property
     def parameters(self) -> int:
-        """P, all of them."""
+        """P, all parameters."""
         matrices = 1 if self.tied else 2
         embeddings = matrices * self.vocabulary * self.width
         return embeddings + self.layers * self.layer_parameters + self.width + self.further
 
 
-# The models of the recipes, from the config.json of each repository on the Hub. OctoThinker's are
-# those of the Llama 3.2 3B and Llama 3.1 8B that it was trained from.
+# The models of the recipes, from the config.json of each repository on the Hub. OctoThinker's sizes
+# are those of Llama 3.2 3B and Llama 3.1 8B, from which it was trained.
 _QWEN, _LLAMA = "config.json on the Hub", "config.json of its Llama base"
 SHAPES = {
     "Qwen/Qwen3-4B": Shape(36, 2560, 9728, 32, 8, 128, 151936, True, True, source=_QWEN),
@@ -126,9 +128,9 @@ SHAPES = {
 
 
 def model_shape(path: str) -> Shape:
-    """The shape of a model: from its configuration, where that is here, or from the table above.
+    """The shape of a model, from its configuration if that is on this machine, or from `SHAPES`.
 
-    path: folder or Hub id, or "arithmetic". Nothing is downloaded. Raises ConfigError.
+    path: folder, Hub id, or "arithmetic". Downloads nothing. Raises ConfigError.
     """
     if path == "arithmetic":
         from oisd.data.sums import arithmetic_model
@@ -152,8 +154,8 @@ def model_shape(path: str) -> Shape:
 def shape_of(config: Any, source: str = "its configuration") -> Shape:
     """The shape that a transformers configuration describes.
 
-    Its parameters are those of the model built without memory. Raises ConfigError where they are
-    not within 1 % of a decoder's with gated feed-forward blocks, such as a mixture of experts.
+    Counts the parameters of the model, built without memory. Raises ConfigError if the count is not
+    within 1 % of a decoder with gated feed-forward blocks, for a mixture of experts, say.
     """
     shape = _formula(config, source)
     from transformers import AutoModelForCausalLM
@@ -193,7 +195,7 @@ def _formula(config: Any, source: str) -> Shape:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes by part, for one process. Parts of a phase add up; the phases do not."""
+    """Bytes by part, for one process. The parts of a phase add up; the phases do not."""
 
     shape: Shape
     tokens: int
@@ -201,32 +203,36 @@ class MemoryPlan:
     at_once: int
     checkpointing: bool
     trained: int
-    """Parameters that are: all, or those of the adapters."""
+    """Number of trained parameters: all, or only the adapters'."""
     resident: dict[str, int]
-    """Held from beginning to end."""
+    """Held from the beginning of the run to its end."""
     update: dict[str, int]
-    """Besides, at the height of a micro-batch, with what this library does."""
+    """In addition, at the peak of a micro-batch, with this library's operations."""
     eager: dict[str, int]
-    """What takes the place of the parts of `update` with the same names in eager PyTorch."""
+    """What eager PyTorch needs in place of the parts of `update` with the same names."""
     rollout: dict[str, int]
-    """Besides, while completions are sampled."""
+    """In addition, while completions are sampled."""
     other_checkpointing: int
-    """Activations were gradient checkpointing the other way."""
+    """Activations with gradient checkpointing turned the other way."""
+
+    @property
+    def held(self) -> int:
+        """Bytes of the resident parts."""
+        return sum(self.resident.values())
 
     @property
     def peak(self) -> int:
-        """Of the larger phase, for `oisd train`."""
-        held = sum(self.resident.values())
-        return held + max(sum(self.update.values()), sum(self.rollout.values()))
+        """Peak of `oisd train`, in the larger of its two phases."""
+        return self.held + max(sum(self.update.values()), sum(self.rollout.values()))
 
     @property
     def peak_eager(self) -> int:
-        """Of the update, were the losses written in eager PyTorch."""
-        return sum(self.resident.values()) + sum((self.update | self.eager).values())
+        """Peak of the update if the losses were written in eager PyTorch."""
+        return self.held + sum((self.update | self.eager).values())
 
     def sharded(self, shards: int) -> int:
-        """Of the update with parameters, gradients and optimizer split, two layers gathered."""
-        split = sum(self.resident.values()) + self.update["gradients"]
+        """Peak of the update: parameters, gradients, optimizer split, and two layers gathered."""
+        split = self.held + self.update["gradients"]
         gathered = (
             2 * 2 * self.shape.layer_parameters + 2 * self.shape.vocabulary * self.shape.width
         )
@@ -235,7 +241,7 @@ class MemoryPlan:
 
 
 def check_layers(config: TrainConfig, shape: Shape) -> None:
-    """Raise ConfigError for a layer that the model has not below its final one."""
+    """Raise ConfigError for a layer that is not one of the model's, below its final one."""
     for name, last in (
         ("oisd.student_layers", max(config.oisd.student_layers, default=0)),
         ("grpo.internal_layer", config.grpo.internal_layer or 0),
@@ -255,7 +261,7 @@ def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
     trained = adapters or p
     half = config.model.dtype == "bfloat16"
     longest = config.data.max_prompt_tokens + config.rollout.max_completion_tokens
-    # A row that is longer than the budget makes a micro-batch of its own.
+    # A row that is longer than the budget is a micro-batch of its own.
     tokens = max(config.run.tokens_per_microbatch, longest)
     layer = layer_activations(shape, half) * tokens
     layer += (2 if half else 4) * config.model.lora_rank * len(targets) * tokens
@@ -299,10 +305,7 @@ def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
         at_once=at_once,
         checkpointing=on,
         trained=trained,
-        resident={
-            "parameters": 4 * p - 2 * rounded + 4 * adapters,
-            "AdamW": 8 * trained,
-        },
+        resident={"parameters": 4 * p - 2 * rounded + 4 * adapters, "AdamW": 8 * trained},
         update=update,
         eager=eager,
         rollout={
@@ -332,7 +335,7 @@ def lora_targets(config: TrainConfig, shape: Shape) -> dict[str, tuple[int, int]
 
 
 def layer_activations(shape: Shape, half: bool) -> int:
-    """Bytes a token that autograd keeps of one layer: `half` under bf16 autocast, else float32."""
+    """Bytes per token that autograd keeps of one layer; half: bf16 autocast, else float32."""
     wide = (26 if half else 24) * shape.width + (8 if half else 16) * shape.feed_forward
     heads = (4 if half else 8) * shape.projections + 4 * shape.heads
     norms = (6 if half else 8) * shape.projections if shape.qk_norm else 0
@@ -343,7 +346,7 @@ def layer_activations(shape: Shape, half: bool) -> int:
 
 
 def rich_tables(plan: MemoryPlan) -> Iterator[Table | Text]:
-    """The plan for a terminal: by part, by card, and what it assumes."""
+    """The plan for a terminal: by part, by card, and its assumptions."""
     table = Table(title="Memory of one process, GiB")
     table.add_column("part")
     table.add_column("phase")
@@ -356,12 +359,12 @@ def rich_tables(plan: MemoryPlan) -> Iterator[Table | Text]:
     for name, size in plan.rollout.items():
         table.add_row(name, "rollout", _gib(size), "")
     table.add_section()
-    update = plan.peak_eager - sum((plan.update | plan.eager).values())
-    table.add_row("peak", "update", _gib(update + sum(plan.update.values())), _gib(plan.peak_eager))
-    table.add_row("peak", "rollout", _gib(update + sum(plan.rollout.values())), "")
+    update, rollout = sum(plan.update.values()), sum(plan.rollout.values())
+    table.add_row("peak", "update", _gib(plan.held + update), _gib(plan.peak_eager))
+    table.add_row("peak", "rollout", _gib(plan.held + rollout), "")
     yield table
 
-    cards = Table(title=f"Does it fit? ({USABLE:.0%} of a card is planned with)")
+    cards = Table(title=f"Does it fit? (in {USABLE:.0%} of a card)")
     cards.add_column("card")
     cards.add_column("oisd train\n(whole model each)", justify="right")
     for shards in SHARDS:
@@ -376,7 +379,7 @@ def rich_tables(plan: MemoryPlan) -> Iterator[Table | Text]:
 
 
 def assumptions(plan: MemoryPlan) -> list[str]:
-    """What the figures rest on, a line each."""
+    """What the figures assume, one line each."""
     shape = plan.shape
     other = "without" if plan.checkpointing else "with"
     kept = "float32"
@@ -385,15 +388,14 @@ def assumptions(plan: MemoryPlan) -> list[str]:
     lines = [
         f"{shape.parameters:,} parameters ({shape.source}), {kept} as in `oisd train`.",
         f"Micro-batches of {plan.tokens:,} padded tokens, rows of {plan.longest:,}; "
-        f"{plan.at_once:,} completions sampled at once (rollout.batch_size), all of the full "
-        f"length.",
+        f"{plan.at_once:,} completions sampled at once (rollout.batch_size), all of full length.",
         f"Activations {other} gradient checkpointing: {_gib(plan.other_checkpointing)} GiB.",
-        "Fused attention (SDPA) in the layers. Not counted: fragmentation, CUDA context, buffers "
-        "of communication.",
+        "Fused attention (SDPA) in the layers. Not counted: fragmentation, the CUDA context, "
+        "communication buffers.",
     ]
     maps = plan.update["attention maps"]
     if maps and maps == plan.eager["attention maps"]:
-        lines.append('attention_kernel = "reference": the attention loss makes the eager maps.')
+        lines.append('attention_kernel = "reference": the attention loss needs the eager maps.')
     return lines
 
 

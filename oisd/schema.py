@@ -1,6 +1,6 @@
-"""TOML tables into dataclasses: what is unknown or of another type is refused by name.
+"""TOML files and tables into dataclasses, and back; errors name the unknown key or wrong type.
 
-Standard library only, as `oisd.config` is.
+Standard library only, like `oisd.config`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,17 @@ import dataclasses
 import difflib
 import math
 import re
+import tomllib
 import typing
+from pathlib import Path
 from typing import Any, Literal
+
+# The folders of the recipes that come with oisd: in a checkout, and in a wheel, which goes first.
+_RECIPES = Path(__file__).parent.parent / "recipes", Path(__file__).parent / "recipes"
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run: names the key, what was wanted and what came."""
+    """A configuration that cannot be run: names the key, what was wanted and what was given."""
 
 
 def require(ok: bool, key: str, wanted: str, got: object) -> None:
@@ -23,34 +28,109 @@ def require(ok: bool, key: str, wanted: str, got: object) -> None:
         raise ConfigError(f"{key} must be {wanted}, got {got!r}")
 
 
+def at_least(least: int, config: Any, *keys: str) -> None:
+    """Raise ConfigError for a field of `config` below `least`; keys: "table.field"; None passes."""
+    for key in keys:
+        value = getattr(config, key.split(".")[1])
+        require(value is None or value >= least, key, f"at least {least}", value)
+
+
+def above_0(config: Any, *keys: str) -> None:
+    """Raise ConfigError for a field of `config` that is 0 or less, as `at_least`."""
+    for key in keys:
+        value = getattr(config, key.split(".")[1])
+        require(value is None or value > 0, key, "above 0", value)
+
+
 def option(name: str) -> str:
-    """The command line's option for a field."""
+    """The command-line option for a field."""
     return "--" + name.replace("_", "-")
 
 
 def require_device(key: str, name: str) -> None:
-    """Raise ConfigError for the name of a device that nothing here runs on."""
+    """Raise ConfigError unless `name` is that of a device supported here."""
     known = bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?", name))
     require(known, key, '"auto", "cpu", "cuda" or "cuda:N"', name)
 
 
 def fields(thing: Any) -> tuple[dataclasses.Field[Any], ...]:
-    """Those of a dataclass or of one of its objects."""
+    """The fields of a dataclass or of an instance of one."""
     return dataclasses.fields(thing)
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """The end of a message about an unknown name: the known one it resembles, or all of them."""
+    """How a message about an unknown name ends: with the known name nearest to it, or with all."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(sorted(known))}"
 
 
+def recipe_path(name: str) -> Path:
+    """A recipe that comes with oisd, by its name, or a file by its path. Raises ConfigError."""
+    if Path(name).is_file() or name.endswith(".toml"):
+        return Path(name)
+    return _own_recipe(name, f"recipe {name!r} is neither a file nor one that comes with oisd")
+
+
+def _own_recipe(name: str, problem: str) -> Path:
+    known = {file.stem: file for folder in _RECIPES for file in folder.glob("*.toml")}
+    if name not in known:
+        raise ConfigError(problem + nearest(name, known))
+    return known[name]
+
+
+def recipe_chain(path: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """A recipe and the ones it is based on, with their own tables; the last base comes first.
+
+    Raises ConfigError for a file that is missing or is not TOML, for an unknown base, and for bases
+    in a circle.
+    """
+    chain: dict[Path, tuple[Path, dict[str, Any]]] = {}
+    while path.resolve() not in chain:
+        tables = _read_toml(path)
+        chain[path.resolve()] = path, tables
+        if "base" not in tables:
+            return list(chain.values())[::-1]
+        path = _base_path(path, tables.pop("base"))
+    files = [*(file.name for file, _ in chain.values()), path.name]
+    raise ConfigError(f"{files[0]}: base must not lead in a circle, got {' -> '.join(files)}")
+
+
+def _base_path(path: Path, base: Any) -> Path:
+    """The file of the recipe that `base` names in the recipe at `path`."""
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base must be the name of a recipe, got {base!r}")
+    if not base.endswith(".toml"):
+        return _own_recipe(base, f"{path}: base {base!r} is not a recipe that comes with oisd")
+    if not (path.parent / base).is_file():
+        beside = [file.name for file in path.parent.glob("*.toml")]
+        raise ConfigError(f"{path}: base {base!r} is not a file beside it{nearest(base, beside)}")
+    return path.parent / base
+
+
+def merged(below: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
+    """The tables of a base with those of a recipe over them, key by key."""
+    over = {
+        name: below[name] | table if name in below and isinstance(table, dict) else table
+        for name, table in tables.items()
+    }
+    return below | over
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not valid TOML: {error}") from error
+
+
 def of_table(kind: type, name: str, table: dict[str, Any], where: str) -> Any:
-    """A dataclass `kind` of a table's keys and values.
+    """A dataclass `kind` from a table's keys and values.
 
     name, where: of the table and of the file, for messages. Raises ConfigError for a key that the
-    class has not, and for a value of the wrong type or out of its range.
+    class does not have, and for a value of the wrong type or out of its range.
     """
     hints = typing.get_type_hints(kind)
     values = {}
@@ -95,3 +175,33 @@ def _convert(value: Any, hint: Any) -> Any:
             {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[hint]
         )
     return value
+
+
+def to_tables(config: Any) -> dict[str, dict[str, Any]]:
+    """Nested dictionaries ready for TOML, which has no null: a value of None is left out.
+
+    Where None is not the default, it is written as "none", which is read back as None.
+    """
+    tables: dict[str, dict[str, Any]] = {}
+    for section in fields(config):
+        table = tables[section.name] = {}
+        values = getattr(config, section.name)
+        for f in fields(values):
+            value = getattr(values, f.name)
+            if value is None and f.default is not None:
+                value = "none"
+            if value is not None:
+                table[f.name] = list(value) if isinstance(value, tuple) else value
+    return tables
+
+
+def differences(a: Any, b: Any) -> list[str]:
+    """The settings in which two configurations differ, as "table.key: a != b"."""
+    found = []
+    for section in fields(a):
+        left, right = getattr(a, section.name), getattr(b, section.name)
+        for f in fields(left):
+            x, y = getattr(left, f.name), getattr(right, f.name)
+            if x != y:
+                found.append(f"{section.name}.{f.name}: {x!r} != {y!r}")
+    return found

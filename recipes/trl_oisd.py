@@ -1,4 +1,4 @@
-"""OISD by TRL, on problems with verifiable answers.
+"""OISD with TRL, on problems with verifiable answers.
 
     accelerate launch --config_file fsdp2.yaml recipes/trl_oisd.py \\
         --model_name_or_path Qwen/Qwen3-4B --dataset_name zwhe99/DeepMath-103K \\
@@ -33,14 +33,14 @@ class Arguments(ScriptArguments):
     prompt_field: str = field(default="question", metadata={"help": "Column of the problem."})
     answer_field: str = field(default="answer", metadata={"help": "Column of its answer."})
     answer_pattern: str | None = field(
-        default=None, metadata={"help": "Regular expression with one group, within the answer."}
+        default=None, metadata={"help": "Regular expression; its one group is the answer."}
     )
     limit: int | None = field(default=None, metadata={"help": "Take this many rows, at random."})
     system_prompt: str = field(
-        default=SYSTEM, metadata={"help": "Empty for none. Of conversations alone."}
+        default=SYSTEM, metadata={"help": "Empty for none. Used in conversations only."}
     )
     conversation: bool = field(
-        default=True, metadata={"help": "Use the chat template, and not the bare problem."}
+        default=True, metadata={"help": "Use the chat template instead of the bare problem."}
     )
     reward: str = field(
         default="math", metadata={"help": '"math", "exact", or "module:function" of your own.'}
@@ -75,7 +75,7 @@ def _prompt(example: Example, arguments: Arguments) -> Any:
 
 
 def graded(name: str) -> Callable[..., list[float]]:
-    """A reward of ours in TRL's form."""
+    """One of our rewards in TRL's form."""
     grade = load_reward(name)
 
     def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
@@ -86,7 +86,7 @@ def graded(name: str) -> Callable[..., list[float]]:
 
 
 def main() -> None:
-    """Train as the command line says, and save the model."""
+    """Train with the settings of the command line, and save the model."""
     parser = TrlParser((Arguments, OISDConfig, ModelConfig))  # pyright: ignore
     arguments, config, model = parser.parse_args_and_config(fail_with_unknown_args=True)
     config.model_init_kwargs = {

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.progress import Progress as Bar
 
 from oisd.config import ConfigError, ModelConfig
 from oisd.data import PAPER_SYSTEM_PROMPT, Example, catalogue, encode_prompts, load_examples
 from oisd.evaluate import Evaluation, evaluate, in_order, read_all
+from oisd.options import EvalRun
 from oisd.plots import plot_pass_at_k
 from oisd.policy import Policy, load_policy
 from oisd.rewards import RewardFunction, load_reward
@@ -30,62 +31,6 @@ SECOND_GRADER = {"math": "boxed_string", "math_verify": "boxed_string", "boxed_s
 
 # One process may have all the long completions: the others wait for it, rather than give up.
 PATIENCE = timedelta(days=2)
-
-
-@dataclass(frozen=True)
-class EvalRun:
-    """Settings of an evaluation; the defaults are the paper's protocol."""
-
-    benchmark: tuple[str, ...] = ()
-    """Any of amc23, math500, aime24, aime25, gsm8k, math, each as it is on the Hub, or as
-    name:folder from a copy here. They take the place of --data."""
-    data: str = "arithmetic"
-    """JSONL, JSON or Parquet file, `datasets` folder, Hub id, or "arithmetic:digits=2"."""
-    split: str = "test"
-    subset: str | None = None
-    """Configuration name on the Hub ("main" for GSM8K)."""
-    prompt_field: str | None = None
-    """By default the benchmark's, otherwise "question"; --answer-field alike, "answer"."""
-    answer_field: str | None = None
-    answer_pattern: str | None = None
-    """Regular expression whose one group is the answer within the answer field, or "boxed"."""
-    limit: int | None = None
-    """Evaluate on so many problems, drawn with `seed`."""
-    system_prompt: str | None = None
-    """By default the paper's for benchmarks ("" for none), none for --data."""
-    chat_template: bool | None = None
-    max_prompt_tokens: int = 1024
-    reward: str = "math"
-    """"math" (last \\boxed{} by math-verify), "boxed_string", "exact", or "module:function"."""
-    timeout: float = 5.0
-    """Seconds a grade may take."""
-    samples: int | None = None
-    """Completions per problem, K of Avg@K and n of Pass@K; by default the benchmark's own, 16 or
-    32. The paper's Pass@K takes 300."""
-    max_completion_tokens: int = 8192
-    """The paper's setup: 8192 for Qwen3, 3072 for OctoThinker."""
-    temperature: float = 1.0
-    top_p: float = 1.0
-    batch_size: int = 256
-    """Completions generated at once."""
-    engine: Literal["generate", "continuous"] = "generate"
-    """transformers' `generate` or its continuous batching."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attn_implementation: str = "sdpa"
-    trust_remote_code: bool = False
-    device: str = "auto"
-    threads: int | None = None
-    seed: int = 0
-    output_dir: str | None = None
-    """Folder of the dump, the summary and the plot, or of one such folder for each benchmark; by
-    default under runs/eval."""
-
-    # Which settings may differ when an evaluation goes on: they do not change a result.
-    _free: tuple[str, ...] = field(
-        default=("benchmark", "timeout", "batch_size", "device", "threads", "output_dir"),
-        init=False,
-        repr=False,
-    )
 
 
 @dataclass(frozen=True)

@@ -2,5 +2,6 @@
 
     from oisd.integrations.trl import OISDConfig, OISDTrainer
 
-Nothing is imported here, so that `import oisd` needs none of them, and they need not live together.
+Nothing is imported here, so that `import oisd` needs none of them, and they need not be installed
+together.
 """

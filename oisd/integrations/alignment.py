@@ -1,4 +1,4 @@
-"""The terms of OISD for rollouts in the layout of the big trainers, after a tapped forward.
+"""OISD's terms for rollouts in the layout of TRL, after a tapped forward.
 
 Prompts are padded on the left, completions on the right, and parameters may be sharded. Both terms
 are means over a rollout's tokens, then over the rollouts (eq. 7, 10 and 11).
@@ -9,6 +9,7 @@ V vocabulary, S student layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -41,10 +42,10 @@ def alignment_losses(
     operand: torch.dtype | None = None,
     noise: torch.Generator,
 ) -> tuple[dict[str, Tensor], Metrics]:
-    """The terms that `align` gives a weight, "think" and "attention", unweighted; their metrics.
+    """The terms that have a weight in `align`, "think" and "attention", unweighted; their metrics.
 
-    To be called within the tapped model's forward where parameters are sharded. The terms of B
-    rollouts are means over these.
+    Call it within the tapped model's forward if parameters are sharded. The terms are means over
+    the B rollouts.
 
     taps: open, with the captures of the forward of `rollouts`.
     operand: dtype of the operands of the matmuls against the unembedding; None: that of its weight.
@@ -63,8 +64,19 @@ def alignment_losses(
     return found, metrics
 
 
+def reduced_means(metrics: Metrics, reduce: Callable[[Tensor], Any]) -> dict[str, float]:
+    """The means over all processes, in one reduction; those over nothing are left out everywhere.
+
+    reduce: sums a tensor [metrics, 2] over the processes.
+    """
+    names = sorted(metrics)
+    pairs = [torch.stack([metrics[name].total, metrics[name].count]).float() for name in names]
+    sums = reduce(torch.stack(pairs)).tolist()
+    return {n: total / count for n, (total, count) in zip(names, sums, strict=True) if count}
+
+
 def _whole(parameter: Tensor | None) -> Tensor | None:
-    """The parameter without gradient, gathered where FSDP2 has it in shards."""
+    """The parameter without gradient, gathered if FSDP2 has sharded it."""
     if parameter is None:
         return None
     parameter = parameter.detach()
@@ -72,10 +84,9 @@ def _whole(parameter: Tensor | None) -> Tensor | None:
 
 
 def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
-    """Within it, parameters that ZeRO-3 has in parts are whole; others are left alone.
+    """Context in which parameters that ZeRO-3 has partitioned are whole; others are untouched.
 
-    One that is whole already (tied to embeddings that are in use, say) must not be let go of at the
-    end.
+    One that is whole already (tied to embeddings in use, say) must not be released at the end.
     """
     partitioned: Any = {id(p): p for p in parameters if p is not None and is_partitioned(p)}
     if not partitioned:
@@ -118,13 +129,13 @@ def _think(
 def _attention(
     taps: Taps, rollouts: Rollouts, align: AlignmentConfig, noise: torch.Generator
 ) -> tuple[Tensor, Metrics]:
-    """Attention alignment, packed, for prompts are padded on the left."""
+    """Attention alignment, packed because prompts are padded on the left."""
     steps = rollouts.predicts
     if align.attention_steps is not None:
         uniform = torch.rand(steps.shape, generator=noise, device=steps.device)
         steps = losses.sampled_steps(steps, uniform, align.attention_steps)
     token_weight = losses.token_weights(steps, "sequence-mean")
-    # Rollouts of advantage 0 are left out as a whole.
+    # Whole rollouts of advantage 0 are left out.
     live = (rollouts.advantages != 0).any(dim=1, keepdim=True)
     keep = rollouts.attention_mask.bool() & live
     position = keep.cumsum(1) - 1

@@ -23,105 +23,80 @@ import inspect
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, get_args
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import ProcessorMixin
 
 from oisd.config import AlignmentConfig, ConfigError
-from oisd.integrations.alignment import Rollouts, alignment_losses, gathered
+from oisd.integrations.alignment import Rollouts, alignment_losses, gathered, reduced_means
+from oisd.integrations.versions import Versions
 from oisd.losses import Mean, Metrics, add_metrics
 from oisd.models import Taps
 
-OLDEST, TOO_NEW = "1.16", "2"
-REMEDY = f"pip install 'trl>={OLDEST},<{TOO_NEW}'"
-
-
-def check_version(found: str | None) -> None:
-    """Raises ImportError, with the remedy, unless this is a version of TRL that will do."""
-    got = "it is not installed" if found is None else f"got {found}"
-    if found is None or not Version(OLDEST) <= Version(found) < Version(TOO_NEW):
-        raise ImportError(
-            f"oisd.integrations.trl: needs trl >= {OLDEST}, < {TOO_NEW}, {got}; {REMEDY}"
-        )
-
-
-def _installed() -> str | None:
-    try:
-        return version("trl")
-    except PackageNotFoundError:
-        return None
-
-
-check_version(_installed())
+VERSIONS = Versions("trl", "1.16", "2")
+VERSIONS.check(VERSIONS.installed)
 
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402  # pyright: ignore
 
 LensNorm = Literal["final", "none"]
 Divergence = Literal["jsd", "forward_kl", "reverse_kl"]
-_DEFAULT = AlignmentConfig()
+
+
+def _option(name: str, text: str) -> Any:
+    """A field with the default that AlignmentConfig gives `name`, and its help."""
+    default: Any = getattr(AlignmentConfig(), name)
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class OISDConfig(GRPOConfig):
     """TRL's GRPOConfig and the options of OISD, named as in `oisd.config.AlignmentConfig`.
 
-    The one other name is `jsd_beta` for its `beta`, which in TRL is the coefficient of the KL term.
-    There is no `attention_kernel`: the divergence is always computed beside the attention, because
-    a fused backward would have to run within the taps, and TRL's runs after the forward is left.
+    Only its `beta` has another name, `jsd_beta`: TRL's `beta` is the coefficient of the KL term.
+    There is no `attention_kernel`: the divergence is always computed beside the attention. A fused
+    backward would have to run while the taps are open, but TRL's runs after the forward is over.
     Raises ValueError for values out of range.
     """
 
-    student_layers: list[int] = field(
-        default_factory=lambda: list(_DEFAULT.student_layers),
-        metadata={"help": "Layers that learn from the final one, counted from 1."},
+    student_layers: list[int] = _option(
+        "student_layers", "Layers that learn from the final one, counted from 1."
     )
-    think_weight: float = field(
-        default=_DEFAULT.think_weight,
-        metadata={"help": "Weight of the logit-lens divergence (eq. 7); 0 turns it off."},
+    think_weight: float = _option(
+        "think_weight", "Weight of the logit-lens divergence (eq. 7); 0 turns it off."
     )
-    attention_weight: float = field(
-        default=_DEFAULT.attention_weight,
-        metadata={"help": "Weight of the attention divergence (eq. 10); 0 turns it off."},
+    attention_weight: float = _option(
+        "attention_weight", "Weight of the attention divergence (eq. 10); 0 turns it off."
     )
-    advantage_clip: float | None = field(
-        default=_DEFAULT.advantage_clip,
-        metadata={"help": "Clip the signed advantage to [-c, c] in both; not clipped by default."},
+    advantage_clip: float | None = _option(
+        "advantage_clip", "Clip the signed advantage to [-c, c] in both terms; off by default."
     )
-    lens_temperature: float = field(
-        default=_DEFAULT.lens_temperature,
-        metadata={"help": "Divides the logits of student and teacher in the logit lens."},
+    lens_temperature: float = _option(
+        "lens_temperature", "Divides the logits of student and teacher in the logit lens."
     )
-    lens_norm: LensNorm = field(
-        default=_DEFAULT.lens_norm,
-        metadata={"help": "Norm of the logit lens: the model's final norm (OISD) or none (BuPO)."},
+    lens_norm: LensNorm = _option(
+        "lens_norm", "Norm of the logit lens: the model's final norm (OISD) or none (BuPO)."
     )
-    divergence: Divergence = field(
-        default=_DEFAULT.divergence,
-        metadata={"help": "KL directions are forward = KL(teacher || student), and reverse."},
+    divergence: Divergence = _option(
+        "divergence", "JSD, forward KL(teacher || student), or reverse KL(student || teacher)."
     )
-    jsd_beta: float = field(
-        default=_DEFAULT.beta,
-        metadata={
-            "help": "The teacher's share of the mixture in the Jensen-Shannon divergence, in (0, "
-            "1). Not TRL's `beta`, the weight of the KL term."
-        },
+    jsd_beta: float = _option(
+        "beta",
+        "The teacher's share of the mixture in the Jensen-Shannon divergence, in (0, 1). Not TRL's "
+        "`beta`, the weight of the KL term.",
     )
-    attention_steps: int | None = field(
-        default=_DEFAULT.attention_steps,
-        metadata={"help": "Decoding steps per completion in the attention loss; all by default."},
+    attention_steps: int | None = _option(
+        "attention_steps", "Decoding steps per completion in the attention loss; all by default."
     )
-    key_window: int | None = field(
-        default=_DEFAULT.key_window,
-        metadata={"help": "With key_stride: nearest keys in the attention loss; all by default."},
+    key_window: int | None = _option(
+        "key_window", "With key_stride: nearest keys in the attention loss; all by default."
     )
-    key_stride: int | None = field(
-        default=_DEFAULT.key_stride,
-        metadata={"help": "With key_window: every how many positions a farther key is taken."},
+    key_stride: int | None = _option(
+        "key_stride", "With key_window: take every n-th position of the keys farther away."
     )
 
     def __post_init__(self) -> None:
@@ -161,23 +136,21 @@ def moved() -> list[str]:
     return wrong
 
 
-if moved():
-    raise ImportError(
-        f"oisd.integrations.trl: trl {_installed()} has moved what it relies on: "
-        f"{'; '.join(moved())}; {REMEDY}, in its oldest version"
-    )
+VERSIONS.refuse(moved())
 
 
 def rollouts_of(inputs: Mapping[str, Any]) -> Rollouts:
     """The rollouts in the inputs of TRL's `compute_loss`.
 
-    Raises RuntimeError if these have other names than expected, ValueError if there are images.
+    Raises RuntimeError if one is missing, ValueError if there are images.
     """
     try:
         prompt, completion = inputs["prompt_mask"], inputs["completion_mask"]
         advantages = inputs["advantages"]
     except KeyError as error:
-        raise RuntimeError(f"OISDTrainer: TRL's inputs have no {error}; {REMEDY}") from error
+        raise RuntimeError(
+            f"OISDTrainer: TRL's inputs have no {error}; {VERSIONS.remedy}"
+        ) from error
     if "pixel_values" in inputs:
         raise ValueError("OISDTrainer: images are not supported, got pixel_values in the batch")
     counts = (completion * inputs.get("tool_mask", 1)).bool()
@@ -185,7 +158,7 @@ def rollouts_of(inputs: Mapping[str, Any]) -> Rollouts:
     before = torch.zeros_like(prompt[:, 1:], dtype=torch.bool)
     predicts = torch.cat([before, counts, torch.zeros_like(counts[:, :1])], dim=1)
     signed = torch.zeros_like(predicts, dtype=torch.float32)
-    # Subclasses of GRPOTrainer may have one a token.
+    # Subclasses of GRPOTrainer may have one per token.
     signed[:, prompt.shape[1] - 1 : -1] = (
         advantages[:, None] if advantages.dim() == 1 else advantages
     )
@@ -209,12 +182,12 @@ class OISDTrainer(GRPOTrainer):
     loss/grpo, loss/think, loss/attention (before their weights), js/think_pos, js/think_neg,
     js/attention_pos, js/attention_neg, entropy/student, entropy/teacher, agreement/top1.
 
-    Raises ValueError for what OISD cannot do: processors of images, reentrant checkpointing, FSDP
+    Raises ValueError for what OISD cannot do: image processors, reentrant checkpointing, FSDP
     version 1, context parallelism, a quantised unembedding or one with an adapter, and
     models that `oisd.Taps` does not understand.
     """
 
-    # Of the model card.
+    # For the model card.
     _tag_names = ["trl", "grpo", "oisd"]
     _name = "OISD"
     _paper = {
@@ -260,14 +233,14 @@ class OISDTrainer(GRPOTrainer):
             self._refuse()
             self._base = _base(self.model)
             self._align_in_forward(self._base)
-            if not self.is_fsdp_enabled:  # else not all processes may have the weights yet
-                # Before DeepSpeed's hooks are there: it would take the order of the probe's modules
-                # for the training forward's, and prefetch by it.
+            if not self.is_fsdp_enabled:  # under FSDP some processes may not have the weights yet
+                # Before DeepSpeed adds its hooks: it would take the probe's order of modules for
+                # that of the training forward, and prefetch by it.
                 with gathered(*self.model.parameters()):
                     self._make_taps()
 
     def _refuse(self) -> None:
-        """Raises ValueError for a set-up in which the terms would be wrong, or were never tried."""
+        """Raises ValueError for a set-up that makes the terms wrong, or that was never tested."""
         checkpointing: Any = self.args.gradient_checkpointing_kwargs or {}
         parallel = getattr(self.args, "parallelism_config", None)
         head = _base(self.model).get_output_embeddings()
@@ -304,7 +277,7 @@ class OISDTrainer(GRPOTrainer):
     def _align_in_forward(self, base: Any) -> None:
         """Let the model's forward compute the terms when `compute_loss` has asked for them.
 
-        A hook would not do: PEFT calls `forward` itself. TRL puts its own forward in the same way.
+        A hook would not run: PEFT calls `forward` itself. TRL replaces `forward` in the same way.
         """
         inner = base.forward
 
@@ -338,8 +311,8 @@ class OISDTrainer(GRPOTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         asked = _Asked(rollouts_of(inputs))
         if isinstance(self._base, FSDPModule):
-            # Its forward is FSDP's outermost, within which it must not be called again. Inside a
-            # wrapper of PEFT it may, and must be, for the wrapper gathers the final norm.
+            # Its forward is FSDP's outermost, which must not run within itself. Inside PEFT's
+            # wrapper it may and must, because the wrapper gathers the final norm.
             self._make_taps()
         self._asked = asked
         try:
@@ -348,9 +321,10 @@ class OISDTrainer(GRPOTrainer):
             self._asked = None
         if asked.losses is None or asked.metrics is None:
             raise RuntimeError(
-                f"OISDTrainer: trl {_installed()} did not call the model's forward; {REMEDY}"
+                f"OISDTrainer: trl {VERSIONS.installed} did not call the model's forward; "
+                f"{VERSIONS.remedy}"
             )
-        # TRL's micro-batches have equally many rollouts, so the mean over a step is this one's.
+        # TRL's micro-batches hold equally many rollouts, so a step's mean is the mean of theirs.
         steps = self.current_gradient_accumulation_steps
         one = torch.ones((), device=loss.device)
         metrics = asked.metrics | {"loss/grpo": Mean(loss.detach(), one / steps)}
@@ -370,17 +344,13 @@ class OISDTrainer(GRPOTrainer):
         return torch.get_autocast_dtype(device)
 
     def _log_metrics(self) -> None:
-        """Give TRL the means over an optimizer step; one reduction and one wait for the device."""
-        names = sorted(self._open_metrics)
-        pairs = [(self._open_metrics[n].total, self._open_metrics[n].count) for n in names]
-        local = torch.stack([torch.stack(pair).float() for pair in pairs])
-        sums: Any = self.accelerator.reduce(local, reduction="sum")
-        for name, (total, count) in zip(names, sums.tolist(), strict=True):
-            if count:
-                self._metrics["train"][name].append(total / count)
+        """Give TRL the means over an optimizer step; waits for the device once."""
+        reduce = functools.partial(self.accelerator.reduce, reduction="sum")
+        for name, mean in reduced_means(self._open_metrics, reduce).items():
+            self._metrics["train"][name].append(mean)
         self._open_metrics = {}
 
 
 def _base(model: Any) -> Any:
-    """The transformers model inside PEFT's, which is where TRL puts its forward too."""
+    """The transformers model inside PEFT's wrapper, where TRL replaces `forward` too."""
     return model.get_base_model() if hasattr(model, "peft_config") else model

@@ -13,12 +13,12 @@ Two things turn it on:
 Both terms are means over a response's tokens, then over the responses of the mini-batch (verl's
 "seq-mean-token-mean"), whatever the actor's own `loss_agg_mode` is. `agg_loss` is linear in the
 losses of the tokens, so its gradient is the weight of each: verl's division by the mini-batch and
-its factor for data parallelism are taken over as they stand.
+its factor for data parallelism apply unchanged.
 
 The terms are computed right before the unembedding runs, from what `oisd.Taps` captured: there
-FSDP2 has the unembedding and the final norm whole, in its compute dtype, and the logits do not take
-their memory yet. The advantages are known by then, so that tokens of advantage 0 are dropped before
-any arithmetic. verl's loss function is wrapped to add the result: one backward for all.
+FSDP2 has the unembedding and the final norm whole, in its compute dtype, and the logits are not in
+memory yet. The advantages are known by then, so that tokens of advantage 0 are dropped before any
+arithmetic. verl's loss function is wrapped to add the result, so that one backward serves all.
 
 Letters: B responses, R tokens of the longest, T positions, N positions of all sequences in a row,
 D width, S student layers.
@@ -32,16 +32,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NamedTuple
 
 import torch
-from packaging.version import Version
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from oisd import losses
 from oisd.config import AlignmentConfig, from_tables
+from oisd.integrations.alignment import reduced_means
+from oisd.integrations.versions import Versions
 from oisd.losses import Metrics, add_metrics
 from oisd.models import Taps
 from oisd.models.layout import unwrap
@@ -49,27 +49,8 @@ from oisd.models.layout import unwrap
 VENDOR = "oisd"
 AGGREGATION = "seq-mean-token-mean"
 TARGET = "oisd.integrations.verl.OISDEngineConfig"
-OLDEST, TOO_NEW = "0.9.1", "0.10"
-REMEDY = f"pip install 'verl>={OLDEST},<{TOO_NEW}'"
-
-
-def check_version(found: str | None) -> None:
-    """Raises ImportError, with the remedy, unless this is a version of verl that will do."""
-    got = "it is not installed" if found is None else f"got {found}"
-    if found is None or not Version(OLDEST) <= Version(found) < Version(TOO_NEW):
-        raise ImportError(
-            f"oisd.integrations.verl: needs verl >= {OLDEST}, < {TOO_NEW}, {got}; {REMEDY}"
-        )
-
-
-def _installed() -> str | None:
-    try:
-        return version("verl")
-    except PackageNotFoundError:
-        return None
-
-
-check_version(_installed())
+VERSIONS = Versions("verl", "0.9.1", "0.10")
+VERSIONS.check(VERSIONS.installed)
 
 from verl.trainer.ppo.core_algos import agg_loss  # noqa: E402  # pyright: ignore
 from verl.utils import tensordict_utils as tu  # noqa: E402  # pyright: ignore
@@ -105,11 +86,7 @@ def moved() -> list[str]:
     return wrong
 
 
-if moved():
-    raise ImportError(
-        f"oisd.integrations.verl: verl {_installed()} has moved what it relies on: "
-        f"{'; '.join(moved())}; {REMEDY}, in its oldest version"
-    )
+VERSIONS.refuse(moved())
 
 
 @dataclass
@@ -140,7 +117,7 @@ class OISDEngineConfig(FSDPEngineConfig):
 
 
 def _refuse(model_config: Any, engine_config: Any) -> None:
-    """Raises ValueError for a set-up in which the terms would be wrong, or were never tried."""
+    """Raises ValueError for a set-up that makes the terms wrong, or that was never tested."""
     hf_config = model_config.hf_config
     modal = [name for name in ("vision_config", "audio_config") if getattr(hf_config, name, None)]
     sequence_parallel = engine_config.ulysses_sequence_parallel_size
@@ -304,8 +281,8 @@ class _Asked:
 class OISDEngine(FSDPEngineWithLMHead):
     """verl's FSDP engine of language models; where it trains, with the losses of OISD.
 
-    An engine that only runs forward, as the reference model's, is verl's own. Beside verl's metrics
-    come loss/think, loss/attention (before their weights), js/think_pos, js/think_neg,
+    An engine that only runs forward, like the reference model's, is verl's own. verl's metrics are
+    joined by loss/think, loss/attention (before their weights), js/think_pos, js/think_neg,
     js/attention_pos, js/attention_neg, entropy/student, entropy/teacher, agreement/top1: means over
     the mini-batch on all processes, under "actor/" in verl's logs.
 
@@ -340,7 +317,7 @@ class OISDEngine(FSDPEngineWithLMHead):
                 self._taps = self._make_taps()
 
     def _make_taps(self) -> Taps:
-        """The taps; that runs the model on four tokens, on all processes, sharded as it is."""
+        """The taps; this runs the model on four tokens, on all processes, sharded as it is."""
         base, align = unwrap(self.module), self._align
 
         def make() -> Taps:
@@ -353,7 +330,7 @@ class OISDEngine(FSDPEngineWithLMHead):
 
         if base is self.module:
             return make()
-        # PEFT's wrapper is FSDP2's root: only while it runs is the final norm whole.
+        # PEFT's wrapper is FSDP2's root: the final norm is whole only while it runs.
         made: list[Taps] = []
 
         def once(*_: Any) -> None:
@@ -445,13 +422,10 @@ class OISDEngine(FSDPEngineWithLMHead):
         return loss, metrics
 
     def _reduced_metrics(self) -> dict[str, list[float]]:
-        """The means so far, over all processes; those over nothing are left out everywhere."""
-        names = sorted(self._metrics)
-        pairs = [(self._metrics[name].total, self._metrics[name].count) for name in names]
-        sums = torch.stack([torch.stack(pair).float() for pair in pairs])
-        torch.distributed.all_reduce(sums, group=self.get_data_parallel_group())
-        return {
-            name: [total / count]
-            for name, (total, count) in zip(names, sums.tolist(), strict=True)
-            if count
-        }
+        """The means so far, over all processes."""
+
+        def reduce(sums: Tensor) -> Tensor:
+            torch.distributed.all_reduce(sums, group=self.get_data_parallel_group())
+            return sums
+
+        return {name: [mean] for name, mean in reduced_means(self._metrics, reduce).items()}

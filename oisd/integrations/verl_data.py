@@ -1,9 +1,9 @@
-"""Problems of a recipe, and the reward for them, as verl takes them; needs no verl itself.
+"""Problems of a recipe and their reward in the form that verl takes; does not need verl itself.
 
     python -m oisd.integrations.verl_data recipes/qwen3-4b.toml data/qwen3-4b
 
-writes train.parquet and, if the recipe evaluates, test.parquet: the rows that `oisd train` itself
-would take. `compute_score` is verl's `reward.custom_reward_function` for them.
+writes train.parquet and, if the recipe evaluates, test.parquet: the rows that `oisd train` would
+take itself. `compute_score` is verl's `reward.custom_reward_function` for them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from oisd.config import DataConfig, EvalConfig, TrainConfig, load_recipe
+from oisd.config import ProblemsConfig, TrainConfig, load_recipe
 from oisd.data import Example, Message, load_examples
 from oisd.rewards import MathReward
 
@@ -24,23 +24,14 @@ _grading = threading.Lock()
 
 
 def write_data(config: TrainConfig, folder: str | Path) -> list[Path]:
-    """Write the problems of `config.data` and `config.eval` to Parquet files; their paths."""
-    parts: dict[str, DataConfig | EvalConfig] = {"train": config.data}
+    """Write the problems of `config.data` and `config.eval` to Parquet files; return the paths."""
+    parts: dict[str, ProblemsConfig] = {"train": config.data}
     if config.eval.source is not None:
         parts["test"] = config.eval
     written = []
     for name, part in parts.items():
         assert part.source is not None
-        examples = load_examples(
-            part.source,
-            split=part.split,
-            subset=part.subset,
-            prompt_field=part.prompt_field,
-            answer_field=part.answer_field,
-            answer_pattern=part.answer_pattern,
-            limit=part.limit,
-            seed=config.run.seed,
-        )
+        examples = load_examples(part.source, **part.selection(), seed=config.run.seed)
         path = Path(folder) / f"{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [_row(example, part.source, config.data.system_prompt) for example in examples]
@@ -64,7 +55,7 @@ def _row(example: Example, source: str, system_prompt: str | None) -> dict[str, 
 
 @lru_cache(maxsize=1)
 def _grader() -> MathReward:
-    # verl grades in processes of its own (reward.num_workers), each of which gets one worker.
+    # verl grades in its own processes (reward.num_workers), each of which gets one worker.
     return MathReward(workers=1)
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -19,46 +18,9 @@ from oisd.lens.attention import AttentionOverlap, LayerAttention
 from oisd.lens.page import write_page
 from oisd.lens.plots import Picture, plot_attention, plot_compare, plot_layers, plot_lens
 from oisd.models import UnsupportedModelError
+from oisd.options import LookRun
 from oisd.policy import Policy, load_policy
 from oisd.schema import option, require, require_device
-
-
-@dataclass(frozen=True)
-class LookRun:
-    """What is looked at: texts of your own (`--prompt`), or the problems of a data source."""
-
-    prompt: tuple[str, ...] = ()
-    """Texts; with a chat template each is a user's message."""
-    data: str | None = None
-    """A data set's name, a file, a `datasets` folder or a Hub id, as `oisd train` takes them."""
-    split: str = "test"
-    subset: str | None = None
-    prompt_field: str | None = None
-    answer_field: str | None = None
-    limit: int = 32
-    """Look at so many problems, drawn with `seed`."""
-    system_prompt: str | None = None
-    chat_template: bool | None = None
-    """Apply the tokenizer's chat template; by default when it has one."""
-    max_prompt_tokens: int = 1024
-    completion_tokens: int = 0
-    """Let the (first) model go on with each text for so many tokens, and look at them too."""
-    layer: int | None = None
-    """The student layer of the attention pictures; by default the boundary layer."""
-    compare: str | None = None
-    """A second checkpoint, read on the very same tokens."""
-    picture_tokens: int = 24
-    """The pictures show so many tokens, the last of the first text."""
-    divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"
-    lens_norm: Literal["final", "none"] = "final"
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    attn_implementation: str = "sdpa"
-    trust_remote_code: bool = False
-    device: str = "auto"
-    threads: int | None = None
-    seed: int = 0
-    output_dir: str | None = None
-    """Folder of the pictures; by default under runs/lens."""
 
 
 def run_lens(model: str, config: LookRun) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Taps on any Hugging Face causal language model: hidden states, queries and keys.
 
-Knows no architecture by name: `oisd.models.layout` finds the parts. Layers are counted from 1, so
-that layer l is Hugging Face's `hidden_states[l]`; layer L is the teacher.
+No architecture is known by name: `oisd.models.layout` finds the parts. Layers are counted from 1,
+so that layer l is Hugging Face's `hidden_states[l]`; layer L is the teacher.
 
 Under non-reentrant gradient checkpointing a layer runs twice, and the first run has the graph.
 Captures are taken only while the decoder's forward runs; recomputation happens outside it.
@@ -12,6 +12,7 @@ K head dimension, N tokens that are not padding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -58,14 +59,14 @@ class AttentionPair(NamedTuple):
     scale_teacher: float
     softcap: float | None
     window: int | None  # the smaller of the two layers' windows; keys i-w < j <= i
-    # Of a student layer that ran `flash_attention`: its loss puts the gradient into that layer's
-    # attention. Padding is honoured, so that the rest of the pair is to stay dense.
+    # Where the student layer ran `flash_attention`: the loss's gradient is computed in that layer's
+    # backward. It handles padding itself, so the rest of the pair must stay dense.
     alignment: AttentionAlignment | None = None
-    lse_teacher: Tensor | None = None  # [H, B*T], where it is known over the same keys
+    lse_teacher: Tensor | None = None  # [H, B*T], if it is known over the same keys
 
 
 class Taps:
-    """Context manager that keeps what OISD needs of each forward of a causal language model.
+    """Context manager that keeps what OISD needs from each forward of a causal language model.
 
         taps = Taps(model, student_layers=[6])
         with taps:
@@ -77,18 +78,18 @@ class Taps:
     leaving the context drops them. `enabled = False` pauses capturing, for generation say. The
     backward may run inside the context or after it.
 
-    model: a transformers causal language model, also inside a wrapper of PEFT, DDP, torch.compile.
+    model: a transformers causal language model, or a wrapper of one: PEFT, DDP, torch.compile.
     student_layers: numbers in 1..L-1, without repeats; may be empty.
-    attention: whether to keep queries and keys; the outputs of the model do not change by it.
-    lens_norm: whether the final norm comes before the unembedding ("final": the logit lens) or
-        nothing does ("none": BuPO).
+    attention: whether to keep queries and keys; this does not change the model's outputs.
+    lens_norm: "final" applies the final norm before the unembedding (the logit lens), "none" does
+        not (BuPO).
     freeze_norm: whether the student branch gives the final norm's own parameters no gradient.
     attention_kernel: "separate" leaves the attention to the model. "fused": the student layers and
         the last one run `oisd_kernels.flash_attention`, and each pair of `attention()` has an
-        alignment, whose loss costs no pass of its own in the backward; "auto" does so on a GPU, and
-        is "separate" for a layer that cannot (dropout, a window wider than the last layer's, a mask
-        that is not padding, a head dimension over 256), for which "fused" raises. With gradient
-        checkpointing the backward of a fused forward has to run inside the context.
+        alignment, whose loss needs no backward pass of its own. "auto" does so on a GPU, and is
+        "separate" for a layer that cannot (dropout, a window wider than the last layer's, a mask
+        that is not padding, a head dimension over 256), where "fused" raises. With gradient
+        checkpointing, the backward of a fused forward must run inside the context.
     divergence, beta: of the alignments.
 
     Raises ValueError on arguments out of range, UnsupportedModelError on a model whose layout or
@@ -138,15 +139,11 @@ class Taps:
         self.clear()
 
     def _choose_fusable(self, calls: dict[int, AttentionCall]) -> tuple[int, ...]:
-        """The student layers whose alignment can be in their own backward."""
+        """The student layers that can compute their alignment in their own backward."""
         if self._kernel == "separate" or not calls:
             return ()
-
-        def width(layer: int) -> float:
-            window = calls[layer].window
-            return float("inf") if window is None else window
-
-        narrow = [n for n in self.student_layers if width(n) <= width(self.num_layers)]
+        widths = {layer: call.window or math.inf for layer, call in calls.items()}
+        narrow = [n for n in self.student_layers if widths[n] <= widths[self.num_layers]]
         fusable = tuple(narrow) if takes_plans(self._layout, self._attending) else ()
         if self._kernel == "fused" and len(fusable) < len(self.student_layers):
             raise UnsupportedModelError(
@@ -157,19 +154,18 @@ class Taps:
         return fusable
 
     def _plan(self, arguments: Mapping[str, Any]) -> FusedPlan:
-        alignments: dict[int, AttentionAlignment | None] = {self.num_layers: None}
         if not self.enabled:
             return FusedPlan(self._kernel, {}, arguments)
-        for layer in self._fusable:
-            alignments[layer] = AttentionAlignment(self._divergence, self._beta)
-        self._current_plan = FusedPlan(self._kernel, alignments, arguments)
+        alignments = {n: AttentionAlignment(self._divergence, self._beta) for n in self._fusable}
+        teacher = {self.num_layers: None}
+        self._current_plan = FusedPlan(self._kernel, {**alignments, **teacher}, arguments)
         return self._current_plan
 
     def clear(self) -> None:
         """Drops the captures."""
         self._current_plan: FusedPlan | None = None
         self._hidden: dict[int, Tensor] = {}  # layer L's is the one after the final norm
-        self._norm_parameters: dict[str, Tensor] | None = None  # of ZeRO-3, which has them in parts
+        self._norm_parameters: dict[str, Tensor] | None = None  # kept where ZeRO-3 splits them
         self._calls: dict[int, AttentionCall] = {}
 
     def __enter__(self) -> Taps:
@@ -181,7 +177,7 @@ class Taps:
             stack.callback(decoder.register_forward_hook(self._end, always_call=True).remove)
             stack.callback(norm.register_forward_hook(self._keep_hidden(self.num_layers)).remove)
             if any(is_partitioned(p) for p in norm.parameters()):
-                # Before DeepSpeed's own hook, which lets go of them.
+                # Before DeepSpeed's own hook, which releases them.
                 keep_norm = norm.register_forward_hook(self._keep_norm, prepend=True)
                 stack.callback(keep_norm.remove)
             for layer in self.student_layers:
@@ -249,7 +245,7 @@ class Taps:
     def unembedding(self) -> Unembedding:
         """The head, with its gradient: maps the hidden states given here to the model's logits.
 
-        Raises UnsupportedModelError if the head has got an adapter.
+        Raises UnsupportedModelError if the head has an adapter.
         """
         weight, bias = head_parameters(self._layout.model)
         return Unembedding(
@@ -300,12 +296,12 @@ class Taps:
             return torch.func.functional_call(norm, kept, (hidden,))
 
     def attention(self) -> list[AttentionPair]:
-        """The student layers' queries and keys beside the last layer's, one pair a student layer.
+        """The student layers' queries and keys with the last layer's, one pair per student layer.
 
-        Padding is still in, see pack_padded. Where the layers' windows differ, both distributions
-        are to be taken over the smaller one.
-        Raises RuntimeError before a forward, with attention=False, and where there are more keys
-        than queries because the forward continued a KV cache.
+        Padding is still included, see pack_padded. Where the layers' windows differ, take both
+        distributions over the smaller one.
+        Raises RuntimeError before a forward, with attention=False, and if there are more keys than
+        queries because the forward continued a KV cache.
         """
         self._require_captures()
         if not self._attention:
@@ -365,7 +361,7 @@ def pack_padded(attention_mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 def unpack_padded(attention_mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Undoes `pack_padded`: [N, ...] -> [B, T, ...], 0 where the mask is, with graph.
 
-    attention_mask: [B, T], the one that was packed by.
+    attention_mask: [B, T], the one used for packing.
     Raises ValueError on shapes that do not agree. Synchronises with the device once.
     """
     rows = (attention_mask != 0).flatten().nonzero().squeeze(-1)

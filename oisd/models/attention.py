@@ -1,19 +1,18 @@
-"""Where attention modules hand their queries and keys to transformers, and what is done there.
+"""Where attention modules pass their queries and keys to transformers, and what happens there.
 
 A tapped module sees its config through a proxy whose attention implementation is "oisd". That
-function hands the call on to the implementation that the config itself names, or computes it with
-`flash_attention` where the forward's `FusedPlan` says so, and records it. The config is not
-touched: masks are built as always, other layers, and models that share the config, do not notice,
-and any implementation can be behind it, also FlashAttention's, which looks up its name in the
-config.
+function passes the call on to the implementation that the config itself names, or computes it with
+`flash_attention` where the forward's `FusedPlan` says so, and records it. The config itself does
+not change: masks are built as usual, other layers and models that share the config are unaffected,
+and any implementation works, even FlashAttention's, which looks up its name in the config.
 
 `attn_implementation="oisd"` for a whole model is `flash_attention` in every layer. Its mask
-function turns padding and packed sequences into offsets, so that neither needs a mask; what no
-offsets can say (a cache, a mask of the user's own) goes to SDPA, or to eager attention where the
-scores have a softcap.
+function turns padding and packed sequences into offsets, so that neither needs a mask; what offsets
+cannot express (a cache, the user's own mask) goes to SDPA, or to eager attention if the scores have
+a softcap.
 
-The plan travels as an argument of the decoder's forward: layers that checkpointing runs again get
-the one of their own forward.
+The plan is an argument of the decoder's forward, so that layers which checkpointing runs again get
+the plan of their own forward.
 
 B batch, T positions, H query heads, J key heads, K head dimension.
 """
@@ -40,11 +39,11 @@ PLAN = "oisd_plan"  # the argument's name
 
 
 class UnsupportedModelError(ValueError):
-    """A model whose layout Taps does not understand; says what was not found or what differed."""
+    """A model that Taps does not understand; the message says what was missing or different."""
 
 
 class AttentionCall(NamedTuple):
-    """What one attention module handed to the attention interface, and what came back."""
+    """What one attention module passed to the attention interface, and what it got back."""
 
     implementation: str
     q: Tensor  # [B, H, T, K]
@@ -60,10 +59,10 @@ class AttentionCall(NamedTuple):
 
 
 class FusedPlan:
-    """Which layers of one forward run `flash_attention`, with what alignments, over what offsets.
+    """Which layers of one forward run `flash_attention`, with which alignments and offsets.
 
-    wanted: "fused" raises where it cannot be; "auto" does so on a GPU alone, and leaves a layer to
-        the model's own attention where it cannot be.
+    wanted: "fused" raises if a layer cannot be fused; "auto" fuses on a GPU only, and leaves a
+        layer that cannot be fused to the model's own attention.
     alignments: of the student layers; None for the teacher.
     """
 
@@ -86,7 +85,7 @@ class FusedPlan:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """out [B, T, H, K], lse [H, B*T], and q, k as they were used; None leaves it to the model.
 
-        Raises UnsupportedModelError where it has to be fused and cannot be.
+        Raises UnsupportedModelError if the layer must be fused and cannot be.
         """
         if layer not in self.alignments or q.shape[2] != k.shape[2]:
             return None  # a cache: generation
@@ -118,7 +117,7 @@ def _obstacle(options: Mapping[str, Any]) -> str:
 
 
 def as_attended(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In the dtype in which autocast runs attention."""
+    """q, k and v in the dtype in which autocast runs attention."""
     kind = q.device.type
     if not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
         return q, k, v
@@ -149,11 +148,11 @@ def _flash(
     return rearrange(out, "(b t) h k -> b t h k", b=batch), lse
 
 
-# Padding and packing as offsets into the flattened [B * T] tokens
+# ---- padding and packing as offsets into the flattened [B * T] tokens -------------------------
 
 
 def offsets_of_forward(arguments: Mapping[str, Any]) -> Tensor | None:
-    """From a decoder's arguments: [sequences + 1] int32, None for B whole rows.
+    """Offsets from a decoder's arguments: [sequences + 1] int32, or None for B whole rows.
 
     Padding becomes a sequence of its own. Raises UnsupportedModelError on a mask that is not one of
     padding, and on positions of more than two dimensions.
@@ -168,7 +167,7 @@ def offsets_of_forward(arguments: Mapping[str, Any]) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         raise UnsupportedModelError("attention_mask is not one of padding, [B, T]")
     real = mask != 0
-    if real.device.type != "cpu":  # no number is asked for: each row has before, tokens, after
+    if real.device.type != "cpu":  # without a synchronisation: each row has before, tokens, after
         length = real.shape[1]
         place = torch.arange(length, device=real.device)
         first = torch.where(real, place, length).amin(1)
@@ -185,9 +184,9 @@ def offsets_of_forward(arguments: Mapping[str, Any]) -> Tensor | None:
 
 
 def _offsets_of_positions(positions: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
-    """As transformers reads them: a sequence begins where positions do not go on; asks the device.
+    """As transformers reads them without a cache: a sequence begins where positions do not go on.
 
-    It does so only without a cache.
+    Synchronises with the device.
     """
     begins = F.pad(positions.diff(dim=1) != 1, (1, 0), value=True)
     if not begins[:, 1:].any():
@@ -207,7 +206,7 @@ def _has_holes(real: Tensor) -> bool:
 
 
 def _offsets(begins: Tensor) -> Tensor:
-    """Offsets of the sequences that begin where `begins` [B, T] is true; asks the device."""
+    """Offsets of the sequences that begin where `begins` [B, T] is true; synchronises."""
     starts = begins.flatten().nonzero().flatten()
     return F.pad(starts, (0, 1), value=begins.numel()).int()
 
@@ -225,7 +224,7 @@ def offsets_mask(
 ) -> Tensor | None:
     """transformers' mask of the implementation "oisd": offsets, None for whole rows, or [B,1,T,T].
 
-    The last where queries continue a cache, and for masks that offsets cannot describe.
+    It is a whole mask if queries continue a cache, and if offsets cannot describe it.
     """
 
     def full() -> Tensor | None:
@@ -257,11 +256,11 @@ def offsets_mask(
 AttentionMaskInterface.register(IMPLEMENTATION, offsets_mask)
 
 
-# The attention function
+# ---- the attention function ------------------------------------------------------------------
 
 
 class _TappedConfig:
-    """An attention module's config, but for its attention implementation, which is ours."""
+    """An attention module's config, except that its attention implementation is ours."""
 
     _attn_implementation = IMPLEMENTATION
 
@@ -269,7 +268,7 @@ class _TappedConfig:
         self.original, self.layer, self.record = original, layer, record
 
     def __getattr__(self, name: str) -> Any:
-        if name == "original" or name.startswith("__"):  # not yet there while being copied
+        if name == "original" or name.startswith("__"):  # not set yet while being copied
             raise AttributeError(name)
         return getattr(self.original, name)
 
@@ -277,24 +276,14 @@ class _TappedConfig:
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function "oisd": of tapped modules, and of whole models."""
-    plan = kwargs.pop(PLAN, None)
-    if not isinstance(module.config, _TappedConfig):
-        return _model_attention(module, query, key, value, attention_mask, kwargs)
-    return _tapped_attention(module, query, key, value, attention_mask, plan, kwargs)
+    """The attention function "oisd".
 
-
-def _tapped_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    plan: FusedPlan | None,
-    kwargs: dict[str, Any],
-) -> tuple[Tensor, Tensor | None]:
-    """What the plan or the config asks for, and a record of it."""
+    In a tapped module: what the plan or the original config asks for, and a record of it.
+    """
+    plan: FusedPlan | None = kwargs.pop(PLAN, None)
     proxy = module.config
+    if not isinstance(proxy, _TappedConfig):
+        return _model_attention(module, query, key, value, attention_mask, kwargs)
     implementation = proxy.original._attn_implementation or "eager"
     fused = None if plan is None else plan.attend(proxy.layer, query, key, value, kwargs)
     lse = weights = None
@@ -329,7 +318,7 @@ def _model_attention(
     attention_mask: Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """Of a model whose own implementation is "oisd"; `attention_mask` is from `offsets_mask`."""
+    """In a model whose own implementation is "oisd"; `attention_mask` is from `offsets_mask`."""
     obstacle = _obstacle(kwargs)
     if obstacle:
         raise UnsupportedModelError(
@@ -343,7 +332,7 @@ def _model_attention(
         return _flash(q, k, v, kwargs, attention_mask, None)[0], None
     if kwargs.get("softcap") is None:
         attend = _attention_function(module, "sdpa")
-    else:  # which SDPA would drop; eager adds its mask
+    else:  # SDPA would ignore the softcap; eager attention adds its mask to the scores
         attend = _attention_function(module, "eager")
         if attention_mask is not None and attention_mask.dtype == torch.bool:
             lowest = torch.finfo(query.dtype).min

@@ -5,7 +5,7 @@
   `last_hidden_state @ weight.T + bias`; what the model does to logits afterwards (scale, softcap)
   is read from its answer to a known ramp put in place of the head's output. A model that does
   anything else is refused.
-* Queries and keys are taken in `oisd.models.attention`.
+* `oisd.models.attention` takes the queries and keys.
 
 B batch, T positions, D width, V vocabulary, H query heads, J key heads, K head dimension.
 """
@@ -25,12 +25,14 @@ from transformers import PreTrainedModel
 
 from oisd.models.attention import PLAN, AttentionCall, FusedPlan, UnsupportedModelError, tapped
 
-# Where configs keep the factor of the logits; whether it multiplies or divides, the probe tells.
+# Where configs keep the factor of the logits; the probe tells whether it multiplies or divides.
 _SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 _SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap")
 
 
 class Layout(NamedTuple):
+    """The parts of a model from its layers to its logits, and what it does to the logits."""
+
     model: Any
     decoder: Any
     layers: nn.ModuleList
@@ -59,13 +61,13 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO-3 has the parameter in parts: whole only while its module runs."""
+    """Whether ZeRO-3 has partitioned the parameter, so that it is whole only in its module."""
     return hasattr(parameter, "ds_id")
 
 
 @contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
-    """Calls of the module and its children run their forward alone."""
+    """Context in which the module and its children run without their hooks."""
     names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
     kept = [(m, name, getattr(m, name)) for m in module.modules() for name in names]
     try:
@@ -78,7 +80,7 @@ def without_hooks(module: nn.Module) -> Iterator[None]:
 
 
 def _is_packed(weight: Tensor) -> bool:
-    """Whether the entries are codes: bitsandbytes may store those of 4 bits in a float dtype."""
+    """Whether the entries are codes: bitsandbytes may store 4-bit ones in a float dtype."""
     coded = getattr(weight, "quant_state", None) is not None
     return coded or weight.dim() != 2 or not weight.is_floating_point()
 
@@ -86,7 +88,7 @@ def _is_packed(weight: Tensor) -> bool:
 def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
     """The head's weight [V, D] and bias.
 
-    Refuses an adapter, whose share `weight` does not hold, and codes in the place of numbers.
+    Raises UnsupportedModelError for an adapter, which `weight` leaves out, and a quantised weight.
     """
     head = model.get_output_embeddings()
     # PEFT's modules_to_save trains a copy of the whole head; `weight` is then the active copy's.
@@ -134,13 +136,13 @@ class _Seen(NamedTuple):
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout: neither the result nor the random state may depend on a probe.
+    """Eval mode without side effects: a probe must change neither results nor the random state.
 
-    Nor may autocast keep the weights that a probe casts: they have no graph, and the caller's own
-    forward would go on with them.
+    Autocast must not cache the weights that a probe casts: they have no graph, and the caller's own
+    forward would use them.
 
-    Nor may bitsandbytes' layers see it: on some CPUs they lay their codes out anew in the first
-    forward of evaluation, and pass no gradient on from then. They have no dropout.
+    bitsandbytes' layers stay in training mode (they have no dropout): on some CPUs they rearrange
+    their codes in the first forward in eval mode, and pass on no gradient from then on.
     """
     training = {module: module.training for module in model.modules()}
     cached = torch.is_autocast_cache_enabled()
@@ -163,7 +165,7 @@ def _probe_ids(model: Any) -> Tensor:
 
 @torch.no_grad()
 def _probe(model: Any) -> dict[nn.Module, _Seen]:
-    """What each watched module got and gave in one forward of four tokens.
+    """What each watched module took and returned in one forward of four tokens.
 
     Watched are the decoder, its children, its layers and the head. The head's `input` is what its
     output should be; the model's own `output` is its logits for a ramp in place of the head's.
@@ -176,7 +178,7 @@ def _probe(model: Any) -> dict[nn.Module, _Seen]:
         if module is not head:
             seen[module] = _Seen(given if isinstance(given, Tensor) else torch.empty(0), out)
         elif decoder in seen:
-            # Here and not later: under FSDP2 the weight is whole only while its module runs.
+            # Not later: under FSDP2 the weight is whole only while its module runs.
             weight, bias = head_parameters(model)
             final = seen[decoder].output.to(weight.dtype)
             seen[head] = _Seen(F.linear(final, weight, bias), out)
@@ -186,7 +188,7 @@ def _probe(model: Any) -> dict[nn.Module, _Seen]:
     layers = [m for child in decoder.children() if isinstance(child, nn.ModuleList) for m in child]
     with _eval_mode(model), ExitStack() as stack:
         for module in {decoder, *decoder.children(), *layers, head}:
-            # Before FSDP2's own hook, which lets go of the weights of a head that it wraps.
+            # Before FSDP2's own hook, which releases the weights of a head that it wraps.
             hook = module.register_forward_hook(watch, with_kwargs=True, prepend=module is head)
             stack.callback(hook.remove)
         seen[model] = _Seen(ids, model(input_ids=ids, use_cache=False, return_dict=True).logits)
@@ -244,7 +246,7 @@ def find_layout(model: Any) -> Layout:
 
 
 def refuse_variants(layer: int, call: AttentionCall) -> None:
-    """Raises if the call is not a softmax over the keys alone, as its arguments describe it."""
+    """Raises UnsupportedModelError unless the call is a softmax over the keys alone."""
     if call.sinks:
         raise UnsupportedModelError(
             f"Taps: layer {layer} attends to a learned sink beside its keys; use attention=False"
@@ -265,7 +267,7 @@ def _is_causal_softmax(call: AttentionCall) -> bool:
     distance = distance[:, None] - distance
     keep = (distance >= 0) & (distance < (call.window or len(distance)))
     out = (scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v).transpose(1, 2)
-    # Eager attention rounds its scores, be it to TF32, which shifts them by up to eps * |score|.
+    # Eager attention rounds its scores, at least to TF32, which shifts them by up to eps * |score|.
     eps = max(torch.finfo(call.out.dtype).eps, 2**-11)
     return _close(call.out, out, slack=min(2 * eps * float(scores.abs().max()), 8.0))
 
@@ -273,7 +275,7 @@ def _is_causal_softmax(call: AttentionCall) -> bool:
 def check_attention(layout: Layout, layers: Sequence[int]) -> dict[int, AttentionCall]:
     """A call of each of these layers, the teacher first.
 
-    Raises unless each attends by one causal softmax.
+    Raises UnsupportedModelError unless each layer's attention is one causal softmax.
     """
     model = layout.model
     calls: dict[int, list[AttentionCall]] = {layer: [] for layer in layers}
@@ -309,7 +311,7 @@ def check_attention(layout: Layout, layers: Sequence[int]) -> dict[int, Attentio
 
 @contextmanager
 def planned(layout: Layout, make: Callable[[Mapping[str, Any]], FusedPlan]) -> Iterator[None]:
-    """Gives each forward of the decoder, and so its layers, a plan made from its arguments."""
+    """Context in which each forward of the decoder passes on a plan, made from its arguments."""
     signature = inspect.signature(layout.decoder.forward)
 
     def add(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -324,7 +326,7 @@ def planned(layout: Layout, make: Callable[[Mapping[str, Any]], FusedPlan]) -> I
 
 
 def takes_plans(layout: Layout, layers: Sequence[int]) -> bool:
-    """Whether what the decoder is given beside its arguments arrives at these layers' attention."""
+    """Whether an extra argument of the decoder reaches these layers' attention."""
     calls: list[AttentionCall] = []
     with torch.no_grad(), _eval_mode(layout.model), ExitStack() as stack:
         for layer in layers:
@@ -332,6 +334,6 @@ def takes_plans(layout: Layout, layers: Sequence[int]) -> bool:
         stack.enter_context(planned(layout, lambda _: FusedPlan("auto", {}, {})))
         try:
             layout.model(input_ids=_probe_ids(layout.model), use_cache=False)
-        except TypeError:  # an argument that it does not know
+        except TypeError:  # the decoder does not accept the argument
             return False
     return all(call.planned for call in calls)

@@ -2,17 +2,16 @@ r"""Rewards for rollouts: verifiable mathematics, strings, or the user's own fun
 
 A mathematics reward grades the last `\boxed{...}` of a completion against a gold answer:
 
-1. as strings, after taming the LaTeX; words, choice letters and plain integers stop here;
-2. else with math-verify, both sides wrapped in `\boxed{}`, in a pool of worker processes.
+1. as strings, after normalising the LaTeX; words, choice letters and plain integers stop here;
+2. otherwise with math-verify, both sides wrapped in `\boxed{}`, in a pool of worker processes.
 
-The reward `boxed_string` compares the same last box as strings alone, see `oisd.rewards.answers`.
+The reward `boxed_string` compares the same box as strings only, see `oisd.rewards.answers`.
 
 Processes, not threads, because sympy can spend hours on `9^{9^{9}}`: a worker that overruns its
-deadline is killed, the answer earns 0.0 and is counted. Workers are spawned, never forked (torch's
-threads do not survive a fork), and import neither torch nor the caller's main module; so this file
-imports only the standard library and pebble.
+deadline is killed, and the answer earns 0.0 and is counted. Workers import neither torch nor the
+caller's main module; so this file imports only the standard library and pebble.
 
-Left out on purpose: partial credit and format rewards. Write those as a function of your own and
+Partial credit and format rewards are left out on purpose. Write your own function for them and
 name it `module:function`, see `load_reward`.
 """
 
@@ -35,13 +34,13 @@ from pebble import ProcessExpired
 from oisd.rewards.answers import INTEGER, WORD, clean, compare_strings, key, last_boxed, same_string
 from oisd.rewards.workers import Workers, WorkersError
 
-MAX_BOX_CHARACTERS = 2000  # a box as long as this earns 0.0 unread: no answer is, sympy is slow
-MATH_WORKER_BYTES = 4 << 30  # address space of a grading worker, which idles at 0.1 GiB
-IMPORT_TIMEOUT_S = 60.0  # for the user's module, which may well import torch
+MAX_BOX_CHARACTERS = 2000  # a box this long earns 0.0 unread: no answer is, and sympy is slow
+MATH_WORKER_BYTES = 4 << 30  # address space of a grading worker; an idle one uses 0.1 GiB
+IMPORT_TIMEOUT_S = 60.0  # for the user's module, which may import torch
 
 
 class RewardError(RuntimeError):
-    """A reward function failed; `index` is that of its first offending value, if there is one."""
+    """A reward function failed; `index` is that of the first wrong value, if there is one."""
 
     def __init__(self, function: str, problem: str, index: int | None = None) -> None:
         super().__init__(f"reward {function}: {problem}")
@@ -77,11 +76,11 @@ def _verify(answer: str, gold: str, timeout_s: float) -> bool | None:
     """Verdict of math-verify; None: the gold answer parses to nothing."""
     from math_verify import verify
 
-    if hasattr(signal, "setitimer"):  # ends the worker should the parent not live to kill it
+    if hasattr(signal, "setitimer"):  # ends the worker if its parent has died
         signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 10)
     wanted = _parse(gold)
     verdict = verify(wanted, _parse(answer), timeout_seconds=None) if wanted else None
-    # To a question for the per cent, "12.5\\%" and "12.5" are the same answer.
+    # If the question asks for a percentage, "12.5\\%" and "12.5" are the same answer.
     if verdict is False and "%" not in gold and (bare := answer.rstrip("\\% ")) != answer:
         verdict = verify(wanted, _parse(bare), timeout_seconds=None)
     if hasattr(signal, "setitimer"):
@@ -101,7 +100,7 @@ def _why(error: BaseException) -> str:
 
 
 def _find_user(name: str) -> tuple[Any, str | None]:
-    """The user's function and what is wrong with its name; SystemExit must not end a worker."""
+    """The user's function, and what is wrong with it; SystemExit must not end a worker."""
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -120,7 +119,7 @@ def _check_user(name: str) -> str | None:
 def _call_user(
     name: str, completions: list[str], answers: list[str]
 ) -> tuple[list[float], str | None, int | None]:
-    """Rewards, problem, index of the first offending value."""
+    """Rewards, problem, index of the first wrong value."""
     try:
         values = _find_user(name)[0](completions, answers)
         if isinstance(values, str | bytes | Mapping | Set) or not hasattr(values, "__len__"):
@@ -175,13 +174,13 @@ class RewardFunction:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Stop the workers, if any; may be called twice, and a later call starts new ones."""
+        """Stop the workers, if any; may be called twice. Grading again starts new ones."""
 
 
 class MathReward(RewardFunction):
     """Grades the last box of each completion, see `math_reward`.
 
-    timeout_s: seconds for one grade, > 0; wall clock, so allow for a busy machine.
+    timeout_s: seconds to grade one answer, > 0; wall clock, so allow for a busy machine.
     workers: processes, >= 1; by default half of the cores, from 2 to 8.
     """
 
@@ -302,7 +301,7 @@ class UserReward(RewardFunction):
 
     def __call__(self, completions: list[str], answers: list[str]) -> list[float]:
         _check_batch(self.name, completions, answers)
-        # Instant, but in the replacement of a dead worker: imports have a deadline of their own.
+        # Instant, except in the replacement of a dead worker: imports have their own deadline.
         if problem := self._run(_check_user, IMPORT_TIMEOUT_S, self.name):
             raise RewardError(self.name, problem)
         batch = self.name, list(completions), list(answers)
@@ -335,7 +334,8 @@ def math_reward(completions: list[str], answers: list[str]) -> list[float]:
     answers: one gold answer each, without `\boxed{}`; one that cannot be parsed warns, see
         `check_answers`.
 
-    Grades in a shared pool of workers, 5 s an answer; `MathReward` to choose, or to count timeouts.
+    Grades in a shared pool of workers, 5 s per answer; use `MathReward` to choose, or to count
+    timeouts.
     Raises ValueError for lists of different lengths and for anything but strings in them.
     """
     return _shared_math()(completions, answers)
@@ -344,8 +344,8 @@ def math_reward(completions: list[str], answers: list[str]) -> list[float]:
 def check_answers(answers: list[str]) -> list[str]:
     """One line for each distinct gold answer that does not grade as equal to itself.
 
-    answers: gold answers, as for `math_reward`. Those that math-verify cannot parse reward the same
-    string at most, and else 0.0 without a sound: look at the list before training.
+    answers: gold answers, as for `math_reward`. If math-verify cannot parse one, only the same
+    string earns a reward, and everything else silently earns 0.0: read the list before training.
     """
     return _shared_math().check_answers(answers)
 
@@ -353,8 +353,8 @@ def check_answers(answers: list[str]) -> list[str]:
 def boxed_string_reward(completions: list[str], answers: list[str]) -> list[float]:
     r"""1.0 where the last `\boxed{}` has the same normal form as the gold answer, else 0.0.
 
-    Stricter than `math_reward` (0.25 is not 1/4), never slow, and the kind of grading that many
-    published numbers come from; the rules are those of `oisd.rewards.answers.normal_form`.
+    Stricter than `math_reward` (0.25 is not 1/4), never slow, and the way many published results
+    are graded; the rules are those of `oisd.rewards.answers.normal_form`.
 
     Raises ValueError for lists of different lengths and for anything but strings in them.
     """
@@ -367,7 +367,7 @@ def boxed_string_reward(completions: list[str], answers: list[str]) -> list[floa
 
 
 def exact_reward(completions: list[str], answers: list[str]) -> list[float]:
-    """1.0 where the completion equals the answer but for white space around it, else 0.0.
+    """1.0 where the completion equals the answer, apart from surrounding white space, else 0.0.
 
     Raises ValueError for lists of different lengths and for anything but strings in them.
     """
@@ -379,13 +379,13 @@ def load_reward(name: str, timeout_s: float = 5.0) -> RewardFunction:
     """The reward function of this name: `(completions, answers) -> one float each`.
 
     name: "math" (or "math_verify"), "boxed_string", "exact", or "module:function" of your own,
-        importable from the current directory; it runs in one worker process of its own and must
-        return one finite number a completion.
-    timeout_s: seconds, > 0: for "math" per answer, which then earns 0.0; for a function of your own
-        per batch (the import of its module, up to 60 s, does not count).
+        importable from the current directory; it runs in its own worker process and must return
+        one finite number per completion.
+    timeout_s: seconds, > 0: for "math" per answer, which then earns 0.0; for your own function per
+        batch (importing its module, up to 60 s, does not count).
 
-    Raises ValueError for a name that leads to no function. Calls of your own function raise
-    `RewardError` if it raises, takes too long, or returns anything else than asked for.
+    Raises ValueError if there is no such function. Calls of your own function raise `RewardError`
+    if it raises, takes too long, or returns anything else.
     """
     if not 0 < timeout_s < math.inf:
         raise ValueError(f"load_reward: timeout_s must be positive and finite, got {timeout_s}")

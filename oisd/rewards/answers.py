@@ -1,6 +1,6 @@
-r"""Answers as strings: the last box, spellings made alike, and the grader that needs no parser.
+r"""Answers as strings: the last box, unified spellings, and the grader that needs no parser.
 
-Two ways to compare strings live here, and they answer to different masters.
+Two rewards compare strings here, each in its own way.
 
 `compare_strings` is the first half of the `math` reward. It decides only what needs no mathematics
 (words, choice letters, integers, the same spelling) and leaves the rest to a parser.
@@ -8,11 +8,11 @@ Two ways to compare strings live here, and they answer to different masters.
 `same_string` is the whole of the `boxed_string` reward, in the manner of the MATH data set
 (Hendrycks et al., arXiv 2103.03874), which BuPO and, through it, the OISD paper grade with. It
 normalises both sides and compares: `\frac12` is `\frac{1}{2}`, but 0.25 is not 1/4, nor is
-`x+1` equal to `1+x`. So it errs to the strict side, never takes long, and its numbers can be
-compared with papers that use the like. Written anew from the description of those rules; published
-scripts differ among themselves in small ways.
+`x+1` equal to `1+x`. So it errs on the strict side, is always fast, and its results can be compared
+with papers that grade this way. It is written from the description of those rules; published
+scripts differ in small ways.
 
-Standard library only: this is imported by the graders' worker processes.
+Standard library only, because the graders' worker processes import it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def last_boxed(text: str) -> str | None:
 _MINUS_SIGNS = dict.fromkeys(map(ord, "\u2212\u2013\u2014\ufe63\uff0d"), "-")
 _INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\xad"))
 _FULL_WIDTH = {0xFEE0 + code: chr(code) for code in range(0x21, 0x7F)}
-# The signs that people type where LaTeX has a command; a space ends the command.
+# Signs that people type instead of a LaTeX command; a space ends the command.
 _SYMBOLS = {
     ord(symbol): f"{latex} " if latex[-1].isalpha() else latex
     for symbol, latex in {
@@ -88,7 +88,7 @@ INTEGER = re.compile(r"[-+]?\d+")
 
 
 def clean(text: str) -> str:
-    """Spell an answer the way that math-verify and the comparison of strings both understand."""
+    """Spell an answer so that both math-verify and the comparison of strings understand it."""
     text = text.translate(_TYPED).replace("\\$", "").replace("$", "").replace("\\!", "")
     text = _DELIMITER_SIZE.sub("", text).replace("{,}", ",")
     for spelling, wanted in _RENAMED:
@@ -113,7 +113,7 @@ def _as_fraction(repeating: re.Match[str]) -> str:
 
 
 def key(cleaned: str) -> str:
-    """Equal for answers spelt alike: without wrappers and spaces, words in lower case."""
+    """The same for answers spelt alike: without wrappers and spaces, words in lower case."""
     key = _SPACE.sub(" ", _WRAPPER.sub(r"\1", cleaned))
     key = _SPACE_TO_DROP.sub("", " ".join(key.split())).rstrip(".")
     if choice := re.fullmatch(r"\(([A-Z])\)", key):
@@ -122,13 +122,13 @@ def key(cleaned: str) -> str:
 
 
 def compare_strings(answer: str, gold: str) -> bool | None:
-    """Verdict on two cleaned answers, or None where only mathematics can tell."""
+    """Verdict on two cleaned answers, or None if only mathematics can tell."""
     a, g = key(answer), key(gold)
     if not a or a == g:
         return bool(a)
     if WORD.fullmatch(a) or WORD.fullmatch(g):
         return False
-    # math-verify takes the elements of either for the other's.
+    # math-verify takes a set and a tuple of the same elements for equal.
     if any(_SET.fullmatch(x) and _TUPLE.fullmatch(y) for x, y in ((a, g), (g, a))):
         return False
     return int(a) == int(g) if INTEGER.fullmatch(a) and INTEGER.fullmatch(g) else None
@@ -154,7 +154,7 @@ def same_string(answer: str, gold: str) -> bool:
 
 
 def normal_form(answer: str) -> str:
-    r"""One spelling for answers that differ in LaTeX alone.
+    r"""One spelling for answers that differ only in their LaTeX.
 
     Drops line breaks, spacing and size commands, dollar and per cent signs, degrees, a unit at the
     end (`\text{ cm}`, with its space) and the name in `x = 5`; writes fractions, also `1/2` and a

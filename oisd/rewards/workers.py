@@ -1,7 +1,8 @@
 """A pool of worker processes with deadlines that kill.
 
 Workers are spawned, never forked (torch's threads do not survive a fork), and do not import the
-caller's main module. Standard library and pebble only, so that a worker starts fast.
+caller's main module. Only the standard library and pebble are imported, so that a worker starts
+fast.
 """
 
 import multiprocessing.context
@@ -48,7 +49,7 @@ def _stop(pool: ProcessPool) -> None:
 
 
 class WorkersError(RuntimeError):
-    """The workers could not do their work, for a reason that lies with none of the tasks."""
+    """The workers failed, and none of the tasks is the reason."""
 
 
 class Workers:
@@ -75,8 +76,8 @@ class Workers:
     ) -> list[Any]:
         """Result of `function(*task)` for each task, or its TimeoutError or ProcessExpired.
 
-        The pool as a whole breaks when a worker dies idle; the tasks that this lost run once more.
-        Raises WorkersError when it breaks again, or when `close` is called meanwhile.
+        The whole pool breaks if a worker dies idle; tasks lost in this way run once more. Raises
+        WorkersError if it breaks again, or if `close` is called meanwhile.
         """
         results: dict[int, Any] = {}
         for _ in range(2):
@@ -106,6 +107,6 @@ class Workers:
         raise WorkersError("its workers died twice, see their output above")
 
     def close(self) -> None:
-        """End the processes; another `run` starts new ones. Idempotent."""
+        """End the processes; may be called twice. Another `run` starts new ones."""
         if self._finalizer is not None:
             self._finalizer()  # once: a second call does nothing

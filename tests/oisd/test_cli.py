@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -32,15 +33,47 @@ def test_no_arguments_and_help(capsys):
     assert main(["trane"]) == 2
 
 
-def test_help_comes_without_torch():
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("train", ["--oisd.think-weight", "lambda_think", "--show"]),
+        ("plan", ["--rollout.batch-size", "--show"]),
+        ("eval", ["--benchmark", "--max-completion-tokens"]),
+        ("lens", ["--prompt", "--picture-tokens"]),
+        ("attention", ["--prompt", "--layer"]),
+    ],
+)
+def test_help_comes_without_torch(command, words):
     code = (
         "import sys\nfrom oisd.cli import main\n"
-        "try: main(['train', '--help'])\nexcept SystemExit: pass\n"
+        "try: main([sys.argv[1], '--help'])\nexcept SystemExit: pass\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    call = [sys.executable, "-c", code, command]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "--oisd.think-weight" in done.stdout and "lambda_think" in done.stdout
+    for word in words:
+        assert word in done.stdout
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_show_prints_a_recipe_that_reads_back_the_same(command, tmp_path, capsys):
+    given = ["qwen3-4b-bupo", "--grpo.dual-clip", "None", "--oisd.student-layers", "3", "5"]
+    assert main([command, *given, "--show"]) == 0
+    file = tmp_path / "whole.toml"
+    file.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert "base" not in tomllib.loads(file.read_text(encoding="utf-8"))
+    assert load_recipe(file) == parse_train(given) == parse_train([str(file)])
+    assert parse_train(given).oisd.student_layers == (3, 5)
+
+
+def test_show_trains_nothing(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main([*RUN, "--show", "--run.output-dir", str(folder)]) == 0
+    assert f'output_dir = "{folder}"' in capsys.readouterr().out
+    assert not folder.exists()
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--show", "--grpo.clip-low", "1.5"])
 
 
 def test_overrides_go_over_the_recipe():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import subprocess
 import sys
 import tomllib
@@ -30,7 +29,7 @@ TABLES = typing.get_type_hints(TrainConfig)
 KEYS = [(table, f.name) for table, kind in TABLES.items() for f in dataclasses.fields(kind)]
 KEY_IDS = [f"{table}.{key}" for table, key in KEYS]
 
-# A value other than the default for every key, which a test below holds this to.
+# A value other than the default for every key; a test below checks that none is missing.
 OTHER: dict[str, dict[str, Any]] = {
     "model": {
         "path": "Qwen/Qwen3-4B",
@@ -141,7 +140,7 @@ OPTIONAL = [
 ]
 
 
-# Not beside an alignment, which the others have: tests/test_internal_policy.py.
+# These exclude an alignment, which the others have: see test_internal_policy.py.
 INTERNAL = {("grpo", "internal_layer"), ("grpo", "internal_steps")}
 
 
@@ -191,7 +190,7 @@ def test_a_key_outside_of_any_table_is_refused():
 
 
 def wrong_values(hint: Any) -> list[tuple[Any, str]]:
-    """Values that TOML can hold and that the type cannot, with what is asked for instead."""
+    """Values that TOML can hold and the type cannot, with what is wanted instead."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         choices = "one of " + ", ".join(repr(choice) for choice in arguments)
@@ -358,57 +357,6 @@ def test_no_dual_clip_is_written_in_words():
 def test_differences_name_the_setting():
     config = TrainConfig(grpo=GRPOConfig(clip_high=0.28))
     assert differences(TrainConfig(), config) == ["grpo.clip_high: 0.2 != 0.28"]
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_load(recipe):
-    config = load_recipe(recipe)
-    assert config.run.output_dir != TrainConfig().run.output_dir
-
-
-PAPER = {
-    "qwen3-4b": (1.0, 0.1), "qwen3-4b-grpo": (0.0, 0.0), "qwen3-4b-think": (1.0, 0.0),
-    "qwen3-4b-attention": (0.0, 0.1), "qwen3-8b": (1.0, 0.1), "qwen3-8b-grpo": (0.0, 0.0),
-    "octothinker-3b": (1.0, 0.1), "octothinker-3b-grpo": (0.0, 0.0),
-    "octothinker-8b": (1.0, 0.1), "octothinker-8b-grpo": (0.0, 0.0),
-    "qwen3-4b-bupo": (0.0, 0.0), "qwen3-8b-bupo": (0.0, 0.0),
-    "octothinker-3b-bupo": (0.0, 0.0), "octothinker-8b-bupo": (0.0, 0.0),
-    "qwen3-4b-rloo": (0.0, 0.0), "qwen3-4b-reinforce-plus-plus": (0.0, 0.0),
-}  # fmt: skip
-LAYERS = {"qwen3-4b": 6, "qwen3-8b": 6, "octothinker-3b": 27, "octothinker-8b": 31}
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_rows_of_the_papers_table_1(name):
-    config = load_recipe(ROOT / "recipes" / f"{name}.toml")
-    assert (config.oisd.think_weight, config.oisd.attention_weight) == PAPER[name]
-    model = re.match(r"\w+-\d+b", name)[0]
-    assert config.oisd.student_layers == (LAYERS[model],)
-    assert config.rollout.max_completion_tokens == (3072 if "octo" in name else 8192)
-    assert (config.data.source, config.rollout.prompts_per_step) == ("deepmath-5k", 128)
-    # An arm differs from its model's OISD in the two weights, the folder and its policy loss alone.
-    found = differences(load_recipe(ROOT / "recipes" / f"{model}.toml"), config)
-    allowed = {"oisd.think_weight", "oisd.attention_weight", "run.output_dir"}
-    other = {"qwen3-4b-rloo": "rloo", "qwen3-4b-reinforce-plus-plus": "reinforce++"}
-    assert config.grpo.advantage == other.get(name, "grpo")
-    internal = (LAYERS[model], 30) if name.endswith("bupo") else (None, 0)
-    assert (config.grpo.internal_layer, config.grpo.internal_steps) == internal
-    allowed |= {"grpo.advantage", "grpo.internal_layer", "grpo.internal_steps"}
-    assert {d.split(":")[0] for d in found} <= allowed
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_recipes_say_where_each_setting_is_from(name):
-    lines = (ROOT / "recipes" / f"{name}.toml").read_text(encoding="utf-8").splitlines()
-    settings = [line for line in lines if " = " in line and not line.startswith(("#", "path"))]
-    assert len(settings) > 25
-    for line in settings:
-        stated = re.search(r"#.*(paper|BuPO|ours|not stated|GRPO: off)", line)
-        assert stated or line.startswith("output_dir"), line
-
-
-def test_there_is_a_recipe():
-    assert "arithmetic" in {path.stem for path in RECIPES}
 
 
 @pytest.mark.parametrize(

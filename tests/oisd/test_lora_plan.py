@@ -70,7 +70,7 @@ def test_the_plans_activations_are_a_bound(name, half):
         )  # fmt: skip
         model = adapters.attach(model, ModelConfig(lora_rank=rank), seed=0)
         adapters.round_frozen(model, torch.bfloat16 if half else torch.float32)
-        # Autocast's copies of the adapters are a part of the plan of their own.
+        # The plan counts autocast's copies of the adapters separately.
         matrices = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
         found: dict[int, int] = {}
@@ -109,4 +109,4 @@ def test_the_recipe_is_the_whole_models_but_for_lora():
     settings = [x for x in file.read_text().splitlines() if " = " in x and not x.startswith("#")]
     for line in settings:
         stated = re.search(r"#.*(paper|BuPO|LoRA|ours|not stated)", line)
-        assert stated or line.startswith(("path", "output_dir")), line
+        assert stated or line.startswith(("base", "path", "output_dir")), line

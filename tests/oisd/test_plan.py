@@ -103,7 +103,7 @@ def test_activations_of_a_layer(name, half):
             max_position_embeddings=512,
         )  # fmt: skip
         own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        # Copies of the weights in bf16 are a part of their own.
+        # Copies of the weights in bf16 are counted separately.
         copies = {tuple(p.shape) for p in model.parameters() if p.dim() == 2}
         ids = torch.randint(3, 100, (1, tokens))
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -136,7 +136,7 @@ def test_cache_of_keys_and_values(half):
 
 
 def eager_jsd(students: list[torch.Tensor], teacher: torch.Tensor) -> torch.Tensor:
-    """As anyone would write it: the eager figures stand for this."""
+    """As anyone would write it; the eager figures are for this."""
     lp = teacher.log_softmax(-1)
     p = lp.exp()
     total = teacher.new_zeros(())
@@ -174,7 +174,7 @@ def test_qwen3_4b_by_hand():
     hidden, unembedding = 2 * 4 * 2560 * 16384, 4 * 151936 * 2560
     assert plan.update["head"] == (5 << 28) + hidden + unembedding
     assert plan.update["attention maps"] == 16384 * (4 * 40 * 128 + 16 * 32)
-    # 9.3 GiB a map of logits, 10.1 GiB a map of attention: what the kernels are for.
+    # 9.3 GiB for a map of logits, 10.1 GiB for one of attention: what the kernels avoid.
     assert plan.eager["head"] == 7 * 4 * 16384 * 151936
     assert plan.eager["attention maps"] == 6 * 4 * 32 * 9216**2
     assert plan.rollout["key-value cache"] == 24 * 9216 * 36 * 8 * 128 * 8
@@ -197,7 +197,7 @@ def test_a_plain_grpo_run_needs_no_alignment():
     assert grpo.update["attention maps"] == grpo.eager["attention maps"] == 0
     assert oisd.update["head"] - grpo.update["head"] == 4 * 2560 * 16384
     assert grpo.eager["head"] == 2 * 4 * 16384 * 151936
-    # The promise of the method's kernels, in memory: 1.03 times GRPO's.
+    # The bar for a whole step: at most 1.03 times the memory of GRPO's.
     assert sum(oisd.update.values()) <= 1.03 * sum(grpo.update.values())
 
 

@@ -306,7 +306,7 @@ def test_a_head_trained_beside_an_adapter(tmp_path):
 
 
 def test_norms_in_float32_over_a_model_in_bf16(tmp_path):
-    """As QLoRA leaves a model, which runs under autocast alone."""
+    """As QLoRA leaves a model, which runs only under autocast."""
     inputs = micro_batch()
     found = []
     for dtype in ("bfloat16", "float32"):
@@ -402,11 +402,11 @@ def test_a_quantised_unembedding_is_refused(tmp_path):
 @pytest.mark.parametrize("found", [None, "0.29.1", "1.15.2", "2.0.0"])
 def test_versions_that_are_refused(found):
     with pytest.raises(ImportError, match=r"needs trl >= 1.16, < 2.*pip install 'trl>=1.16,<2'"):
-        adapter.check_version(found)
+        adapter.VERSIONS.check(found)
 
 
 def test_contract_of_the_class():
-    adapter.check_version("1.16.0")
+    adapter.VERSIONS.check("1.16.0")
     assert adapter.moved() == []
 
 
@@ -439,7 +439,7 @@ def test_contract_of_a_run(tmp_path, monkeypatch):
     trainer.train()
     keys = {"prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages"}
     assert len(seen) == 2 and all(found >= keys for found in seen)
-    assert len(forwards) == 2  # one a loss
+    assert len(forwards) == 2  # one per loss
     assert all(found >= {"input_ids", "attention_mask"} for found in forwards)
 
 

@@ -19,7 +19,7 @@ from tests.oisd.integrations.trl_runs import Run, difference, train
 HEAVY = dict(think_weight=3.0, attention_weight=3.0)
 OFF = dict(think_weight=0.0, attention_weight=0.0)
 LORA = dict(lora=["q_proj", "k_proj", "up_proj"])
-# One of the two processes has nothing but advantages of 0, and its share of the collectives.
+# One of the two processes has only advantages of 0, but still takes part in the collectives.
 EQUAL = dict(dull="47+85=", shuffle_dataset=False)
 DULL = HEAVY | EQUAL
 DEEPSPEED = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
@@ -78,7 +78,7 @@ def test_data_parallel(tmp_path):
 
 
 def test_fsdp2(tmp_path):
-    """accelerate shards on accelerators alone; `allow_fsdp_on_cpus` lifts that."""
+    """accelerate shards only on accelerators; `allow_fsdp_on_cpus` lifts that."""
     cases = [HEAVY, HEAVY | LORA, DULL]
     for case, found in zip(cases, on_two_processes(cases, tmp_path, FSDP2), strict=True):
         assert found.sharded
@@ -106,7 +106,7 @@ def test_fsdp2_in_all_its_forms(tmp_path):
 
 
 def zero(stage: int, **options: Any) -> dict[str, Any]:
-    """Settings of a run; small parameters, norms say, are in parts too unless `options` differ."""
+    """Settings of a run; small parameters (norms) are partitioned too unless `options` differ."""
     auto = "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
     given = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
     return {
@@ -121,7 +121,7 @@ def zero(stage: int, **options: Any) -> dict[str, Any]:
 
 
 def under_zero(case: dict[str, Any], stage: int, folder: Path, **options: Any) -> Run:
-    """A run in processes of its own: the second engine of one takes another step, OISD or not."""
+    """A run in its own processes: a second engine in one takes a different step, OISD or not."""
     (run,) = on_two_processes([case | zero(stage, **options)], folder, DEEPSPEED)
     assert run.sharded == (stage == 3)
     return run

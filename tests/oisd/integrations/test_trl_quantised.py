@@ -99,7 +99,7 @@ def test_taps_leave_the_codes_as_they_are(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("storage", [torch.uint8, torch.float32], ids=["bytes", "floats"])
 def test_a_quantised_unembedding_is_refused(tmp_path, storage):
-    """Codes may lie in a tensor of floats, whose dtype does not tell."""
+    """Codes may be stored in a float tensor, whose dtype does not show it."""
     model = quantised(str(tmp_path / "policy"), bnb_4bit_quant_storage=storage, **HEAD_TOO)
     assert isinstance(model.lm_head, bitsandbytes.nn.Linear4bit)
     with pytest.raises(UnsupportedModelError, match="must not be quantised, got Linear4bit"):

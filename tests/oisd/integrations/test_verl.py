@@ -116,7 +116,7 @@ def test_every_option_reaches_the_losses(checkpoints, variant, form):
 
 
 def test_options_change_the_gradient(checkpoints):
-    """Or the test above could not fail."""
+    """Otherwise the test above could not fail."""
     reference, _ = expected(checkpoints / "untied")
     changing = [options for options, _, _ in VARIANTS.values() if options]
     for options in changing:
@@ -193,7 +193,7 @@ def test_a_training_step_of_verls_worker(checkpoints, monkeypatch):
     names = "js/think_pos js/attention_pos entropy/student entropy/teacher agreement/top1"
     for name in [*names.split(), "loss/think", "loss/attention", "actor/pg_loss", "grad_norm"]:
         assert all(torch.isfinite(torch.tensor(metrics[name]))), name
-    assert len(metrics["js/think_pos"]) == 2  # a value a mini-batch
+    assert len(metrics["js/think_pos"]) == 2  # one value per mini-batch
     assert len(metrics["js/think_neg"]) == 1  # the second has no negative advantage
     assert 0 < metrics["js/think_pos"][0] < 0.7
 

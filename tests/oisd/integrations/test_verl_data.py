@@ -1,4 +1,4 @@
-"""Problems and rewards in verl's format; needs no verl."""
+"""Problems and rewards in verl's format; does not need verl."""
 
 from __future__ import annotations
 

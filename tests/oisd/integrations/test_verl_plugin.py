@@ -1,4 +1,4 @@
-"""What verl loads when it is imported; needs no verl."""
+"""What verl loads when it is imported; does not need verl."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def test_it_imports_nothing_unless_asked(monkeypatch):
     importlib.import_module(PLUGIN)
 
 
-def test_it_says_so_when_the_engine_cannot_be_had(monkeypatch, caplog):
+def test_it_says_so_when_the_engine_cannot_be_imported(monkeypatch, caplog):
     monkeypatch.setenv("VERL_ENGINE_VENDOR", "oisd")
     monkeypatch.delitem(sys.modules, PLUGIN, raising=False)
     monkeypatch.setitem(sys.modules, ENGINE, None)
     with pytest.raises(ImportError):
         importlib.import_module(PLUGIN)
-    assert "VERL_ENGINE_VENDOR=oisd, but no OISD" in caplog.text
+    assert "VERL_ENGINE_VENDOR=oisd, but its engine cannot be imported" in caplog.text

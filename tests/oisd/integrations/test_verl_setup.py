@@ -18,9 +18,9 @@ from oisd.integrations import verl_data
 from oisd.integrations.verl import (
     _PARAMETERS,
     TARGET,
+    VERSIONS,
     OISDEngine,
     OISDEngineConfig,
-    check_version,
     moved,
     responses_of,
 )
@@ -213,4 +213,4 @@ def test_what_it_relies_on_is_there(monkeypatch):
         assert any(f"{name} must take ['other'], got ['" in line for line in moved())
     for version in (None, "0.9.0", "0.10.0"):
         with pytest.raises(ImportError, match="pip install 'verl>=0.9.1,<0.10'"):
-            check_version(version)
+            VERSIONS.check(version)

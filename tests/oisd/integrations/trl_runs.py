@@ -38,7 +38,7 @@ GENERATIONS = 4
 
 @dataclass
 class Run:
-    """What came of it: TRL's log, and the weights before and after."""
+    """The result: TRL's log, and the weights before and after."""
 
     log: list[dict[str, float]]
     before: dict[str, Tensor]
@@ -140,7 +140,7 @@ def make(
 
 
 def weights(model: Any) -> dict[str, Tensor]:
-    """A copy of a model's parameters, whole also where FSDP2 or ZeRO-3 has parts."""
+    """A copy of a model's parameters, gathered if FSDP2 or ZeRO-3 has sharded them."""
     with gathered(*model.parameters()):
         return {
             name.replace("_checkpoint_wrapped_module.", ""): (
@@ -205,7 +205,7 @@ if __name__ == "__main__":
     if os.environ.get("RANK", "0") == "0":
         torch.save(runs, file)
     torch.distributed.barrier()
-    # All is said. Ending in order, a process aborted once in many runs (torch 2.13, "terminate
-    # called without an active exception").
+    # Leave without torch's teardown, in which a process aborted once in many runs (torch 2.13,
+    # "terminate called without an active exception").
     sys.stderr.flush()
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The attention loss of whole models: in the student's attention, beside it, and by maps."""
+"""The attention loss of whole models: in the student's attention, beside it, and from maps."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def loss_of(model, kernel: str, divergence: str = "jsd", factor: float = 1.0, **
         mask = inputs.get("attention_mask")
         real = torch.ones_like(token_weight) if mask is None else mask
         policy = (taps.final_hidden().cos() * real[..., None]).mean()
-        if kernel != "fused" and mask is not None:  # they know of no padding to the left
+        if kernel != "fused" and mask is not None:  # they do not handle padding on the left
             *packed, offsets = pack_padded(mask, *(x for pair in pairs for x in pair[:4]))
             pairs = [
                 pair._replace(**dict(zip(pair._fields[:4], packed[4 * i :], strict=False)))
@@ -105,7 +105,7 @@ def test_fused_is_separate_is_reference(name, checkpointing):
 
 
 def test_the_attention_loss_has_a_gradient_of_its_own():
-    """The tests above would pass without one otherwise."""
+    """Otherwise the tests above would pass without one."""
     model = model_of("qwen3")
     advantages, token_weight = weights()
     with Taps(model, STUDENTS, attention_kernel="fused") as taps:
@@ -205,7 +205,7 @@ def test_a_loss_of_its_own_and_then_all_of_them():
         zip(own, rest, strict=True), wanted[1].items(), strict=False
     ):
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
-        # The model's norms run in float32, so that gradients add up to its rounding alone.
+        # The model's norms run in float32, so gradients add up only to its rounding.
         together = sum(part for part in parts if part is not None)
         assert (together - gradient).norm() < 1e-5 * gradient.norm() + 1e-9, name
 
@@ -314,7 +314,7 @@ def test_objective_chooses(kernel, sampled, taps):
     assert objective.taps._kernel == taps
 
 
-# ---------------------------------------------------------------- a whole model of it
+# ---------------------------------------------------------------- in every layer of a model
 
 
 @architectures

@@ -260,7 +260,7 @@ def test_wrapper_with_module_attribute():
 
 
 def test_taps_made_within_autocast_leave_the_gradient_alone():
-    """Their probe runs without a graph; autocast must not keep the weights that it cast."""
+    """The probe runs without a graph, so autocast must not cache the weights that it casts."""
     gradients = []
     for taps_inside in (False, True):
         model = tiny_model("qwen3")

@@ -247,7 +247,7 @@ def test_teacher_is_detached():
 
 
 def test_a_norm_in_parts_is_used_as_it_was_in_the_forward():
-    """As under ZeRO-3, whose parameters are empty but while a hook has them whole for a forward."""
+    """As under ZeRO-3, whose parameters are empty unless a hook gathers them for a forward."""
     model = tiny_model("qwen3")
     norm = model.model.norm
     norm.weight.data.uniform_(0.5, 2.0)

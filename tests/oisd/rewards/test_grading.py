@@ -45,7 +45,7 @@ def wrong(rows: list[dict], rewards: list[float], grader: str) -> list[tuple]:
 
 def grade(reward, rows: list[dict]) -> list[float]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # golds that are no mathematics
+        warnings.simplefilter("ignore")  # gold answers that are not mathematics
         return reward([completion(row) for row in rows], [row["gold"] for row in rows])
 
 
