@@ -5,8 +5,6 @@ L = L_GRPO + think_weight * L_think + attention_weight * L_attn                 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,13 +28,27 @@ class Totals:
     tokens: int
 
 
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite; raised before an optimizer step is taken with it.
+
+    `found` says which, and `batch` holds the rows that had it.
+    """
+
+    def __init__(self, found: str, batch: Batch) -> None:
+        super().__init__(found)
+        self.found, self.batch = found, batch
+
+
 class Objective:
-    """Computes the losses that a configuration asks for. Use it within `tapped()`."""
+    """The losses that a configuration asks for.
+
+    The taps are open only where they are read: `logprobs` opens them itself; call the objective,
+    and run its backward, inside `with objective.taps`. Rollouts run outside and pay nothing.
+    """
 
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         self.policy = policy
         self.config = config
-        self.is_tapped = False
         self.sampled_by("generate")
         align, internal = config.oisd, config.grpo.internal_layer
         students = list(align.student_layers) if align.active else []
@@ -59,26 +71,6 @@ class Objective:
     def sampled_by(self, engine: str) -> None:
         """Correct what that engine sampled, where `grpo.tis_cap` asks for it."""
         self.grpo = replace(self.config.grpo, tis_cap=self.config.grpo.importance_cap(engine))
-
-    @contextmanager
-    def tapped(self) -> Iterator[Objective]:
-        """Tap the model; without the taps' cost inside `untapped`, as for rollouts."""
-        with self.taps:
-            self.is_tapped = True
-            try:
-                yield self
-            finally:
-                self.is_tapped = False
-
-    @contextmanager
-    def untapped(self) -> Iterator[None]:
-        """Run the model for something else than the losses."""
-        self.taps.clear()
-        self.taps.enabled = False
-        try:
-            yield
-        finally:
-            self.taps.enabled = True
 
     def _forward(self, batch: Batch) -> None:
         with self.policy.autocast():
@@ -110,24 +102,29 @@ class Objective:
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, step: int | None = None) -> Tensor:
-        """[B, T] log-probs of the completions under the policy as it is now.
+        """[B, T] log-probs of the completions as the weights are now; 0 where nothing is predicted.
 
-        step: of the policy that this step trains, which may be an internal one; by default of the
-            model's own.
+        step: for the policy that this training step trains, which may be an internal layer's; by
+            default the model's own.
         """
-        rows = batch.predicting_rows()
-        self._forward(batch)
-        head = self._head()
-        logprobs, _, _ = linear_logprob(
-            self._policy_states(rows, step),
-            head.weight,
-            batch.labels.flatten()[rows],
-            bias=head.bias,
-            temperature=self.config.rollout.temperature,
-            logit_softcap=head.logit_softcap,
-        )
-        like = batch.predicts
-        return logprobs.new_zeros(like.numel()).index_copy(0, rows, logprobs).view(like.shape)
+        result = torch.zeros_like(batch.rollout_logprobs)
+        with self.taps:
+            for index in batch.micro_batches(self.config.run.tokens_per_microbatch):
+                micro = batch.select(index)
+                rows = micro.predicting_rows()
+                self._forward(micro)
+                head = self._head()
+                found, _, _ = linear_logprob(
+                    self._policy_states(rows, step),
+                    head.weight,
+                    micro.labels.flatten()[rows],
+                    bias=head.bias,
+                    temperature=self.config.rollout.temperature,
+                    logit_softcap=head.logit_softcap,
+                )
+                columns = micro.predicts.shape[1]
+                result[index[rows // columns], rows % columns] = found.to(result.dtype)
+        return result
 
     def __call__(
         self, batch: Batch, totals: Totals, step: int

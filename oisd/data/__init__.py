@@ -1,10 +1,7 @@
-"""Problems with verifiable answers: reading, checking, rendering and ordering them.
+"""Problems with verifiable answers: reading and checking them.
 
 Everything is read through the `datasets` library, so a file, a folder and a Hub id behave alike.
 Every row is checked before training starts: a missing answer found at step 200 is a lost run.
-
-The order of the prompts is a pure function of the step number. A resumed run therefore needs no
-sampler state: its position in the data is the step at which it resumes.
 """
 
 from __future__ import annotations
@@ -13,48 +10,24 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
-
-import numpy as np
+from typing import Any, cast
 
 from oisd.data import catalogue
 from oisd.data.catalogue import BOXED, DataSet, Source
+from oisd.data.examples import DataError, Example, Message, permutation, prompt_indices
+from oisd.data.prompts import EncodedPrompts, check_vocabulary, encode_prompts, render_prompt
 from oisd.rewards.answers import last_boxed
+
+__all__ = [
+    "BOXED", "PAPER_SYSTEM_PROMPT", "DataError", "DataSet", "EncodedPrompts", "Example", "Message",
+    "Source", "catalogue", "check_vocabulary", "encode_prompts", "load_examples", "permutation",
+    "prompt_indices", "render_prompt",
+]  # fmt: skip
 
 PAPER_SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on: names the source, the row, what was wanted and what came."""
-
-
-class Message(NamedTuple):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """A problem: text or a conversation, its answer, and a name that is unique in its set."""
-
-    prompt: str | tuple[Message, ...]
-    answer: str
-    id: str
-
-
-class EncodedPrompts(NamedTuple):
-    """Prompts as token ids, row by row with the examples they came from."""
-
-    token_ids: list[list[int]]
-    examples: list[Example]
-    dropped: list[Example]
-    """Examples left out because their prompts are too long."""
 
 
 def load_examples(
@@ -343,156 +316,3 @@ def _extract_boxed(text: str, where: str, field: str) -> str:
             f"{text[-60:]!r}"
         )
     return answer
-
-
-def render_prompt(
-    tokenizer: Any,
-    prompt: str | Sequence[Message],
-    *,
-    system_prompt: str | None = None,
-    chat_template: bool | None = None,
-    enable_thinking: bool = False,
-) -> str:
-    """The text that the model continues.
-
-    tokenizer: a Hugging Face tokenizer.
-    system_prompt: put first, unless the prompt is a conversation with a system message of its own.
-    chat_template: apply the tokenizer's chat template; None: when it has one. Without it, the parts
-        are joined by blank lines.
-    enable_thinking: handed to the chat template; Qwen3's opens a thinking block with it.
-    Raises DataError when a chat template is asked for and absent, or refuses the conversation.
-    """
-    messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
-    if system_prompt and all(message.role != "system" for message in messages):
-        messages = (Message("system", system_prompt), *messages)
-    if not _uses_chat_template(tokenizer, chat_template):
-        return "\n\n".join(message.content for message in messages)
-    try:
-        return tokenizer.apply_chat_template(
-            [message._asdict() for message in messages],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=enable_thinking,
-        )
-    except Exception as error:
-        roles = ", ".join(message.role for message in messages)
-        raise DataError(
-            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} refuses a "
-            f"conversation of roles {roles}: {error}. If it knows no system role, leave "
-            f"system_prompt empty and put the instruction into the problem"
-        ) from error
-
-
-def _uses_chat_template(tokenizer: Any, chat_template: bool | None) -> bool:
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if chat_template and not has_template:
-        raise DataError(
-            f"chat_template=True, but {tokenizer.name_or_path or 'the tokenizer'} has no chat "
-            f"template; leave chat_template out for plain text, or take an instruct model's "
-            f"tokenizer"
-        )
-    return has_template if chat_template is None else chat_template
-
-
-def encode_prompts(
-    tokenizer: Any,
-    examples: Sequence[Example],
-    *,
-    system_prompt: str | None = None,
-    chat_template: bool | None = None,
-    enable_thinking: bool = False,
-    max_prompt_tokens: int = 1024,
-    overlong: Literal["error", "drop"] = "error",
-) -> EncodedPrompts:
-    """Render and tokenize the prompts; see `render_prompt` for the options that are not here.
-
-    max_prompt_tokens: longest prompt, in tokens, that is taken.
-    overlong: what becomes of a longer one: "error", or "drop" to leave it out and list it.
-    Raises DataError for an overlong or an empty prompt, or if none is left.
-    """
-    if overlong not in ("error", "drop"):
-        raise DataError(f'encode_prompts: overlong must be "error" or "drop", got {overlong!r}')
-    if not examples:
-        return EncodedPrompts([], [], [])
-    texts = [
-        render_prompt(
-            tokenizer,
-            example.prompt,
-            system_prompt=system_prompt,
-            chat_template=chat_template,
-            enable_thinking=enable_thinking,
-        )
-        for example in examples
-    ]
-    # A chat template writes the special tokens itself; a second BOS would shift the whole model.
-    plain = not _uses_chat_template(tokenizer, chat_template)
-    encoded = tokenizer(texts, add_special_tokens=plain, return_attention_mask=False)["input_ids"]
-
-    token_ids, kept, dropped = [], [], []
-    for ids, example in zip(encoded, examples, strict=True):
-        if not ids:
-            raise DataError(f"prompt {example.id} has no tokens")
-        if len(ids) <= max_prompt_tokens:
-            token_ids.append(list(ids))
-            kept.append(example)
-        elif overlong == "drop":
-            dropped.append(example)
-        else:
-            raise DataError(
-                f"prompt {example.id} has {len(ids)} tokens, the limit is {max_prompt_tokens}; "
-                f'raise max_prompt_tokens or, in training, set overlong_prompts="drop"'
-            )
-    if not kept:
-        raise DataError(
-            f"all {len(dropped)} prompts are longer than {max_prompt_tokens} tokens; "
-            f"raise max_prompt_tokens"
-        )
-    return EncodedPrompts(token_ids, kept, dropped)
-
-
-def check_vocabulary(tokenizer: Any, model_config: Any) -> None:
-    """Refuse a tokenizer that can produce ids for which the model has no embedding.
-
-    model_config: a transformers configuration. A vocabulary larger than the tokenizer's is fine:
-        models pad theirs. Raises DataError for a smaller one.
-    """
-    # Added tokens may leave holes, so that the number of tokens is not the largest id plus one.
-    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
-    has = model_config.get_text_config().vocab_size
-    if needed > has:
-        raise DataError(
-            f"vocabulary mismatch: the tokenizer {tokenizer.name_or_path} has token ids up to "
-            f"{needed - 1}, the model {model_config.name_or_path} has {has} embeddings; take the "
-            f"tokenizer that came with the model"
-        )
-
-
-def prompt_indices(step: int, count: int, num_examples: int, seed: int) -> list[int]:
-    """The examples of a training step: `count` indices into `num_examples`, in order.
-
-    Steps count from 0. Each epoch visits every example once, in an order drawn from (seed, epoch);
-    a step may cross into the next epoch, and `count` may be larger than `num_examples`.
-    """
-    if step < 0 or count < 1 or num_examples < 1:
-        raise DataError(
-            f"prompt_indices: step must be at least 0, count and num_examples at least 1, got "
-            f"step={step}, count={count}, num_examples={num_examples}"
-        )
-    indices: list[int] = []
-    position = step * count
-    while len(indices) < count:
-        epoch, start = divmod(position, num_examples)
-        taken = permutation(num_examples, seed, epoch)[start : start + count - len(indices)]
-        indices += taken
-        position += len(taken)
-    return indices
-
-
-def permutation(size: int, seed: int, stream: int = 0) -> list[int]:
-    """A random order of `size` things, the same on every machine and with every NumPy.
-
-    NumPy promises stable streams for its bit generators only, not for `Generator.permutation`;
-    hence the sort of raw 64-bit keys.
-    """
-    keys = np.random.Philox(np.random.SeedSequence((seed, stream))).random_raw(size)
-    return np.argsort(keys, kind="stable").tolist()

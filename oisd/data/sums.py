@@ -21,7 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from oisd.data import DataError, Example, permutation
+from oisd.data.examples import DataError, Example, permutation
 
 _CHARACTERS = "0123456789+="
 _PAD, _EOS = "<pad>", "<eos>"

@@ -153,6 +153,14 @@ class Evaluation:
             "frac_finished": float(np.mean([f for p in self.problems for f in p.finished])),
         }
 
+    def write(self, folder: Path, name: str) -> None:
+        """Write the problems to folder/`name`.jsonl and the summary to folder/`name`.json."""
+        folder.mkdir(exist_ok=True)
+        rows = "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in self.problems)
+        (folder / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+        summary = json.dumps(self.summary(), indent=1)
+        (folder / f"{name}.json").write_text(summary, encoding="utf-8")
+
     def agreement(self, first: str, second: str) -> dict[str, Any]:
         """How far two graders of these names agree; empty where there was no second one.
 

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from oisd.config import AUTO_TIS_CAP, AlignmentConfig, GRPOConfig
 from oisd.losses.advantages import clip_advantages, frac_zero_std, group_advantages
-from oisd.losses.attention import attention_loss
-from oisd.losses.attention_samples import sampled_keys, sampled_steps
+from oisd.losses.attention import attention_loss, sampled_keys, sampled_steps
 from oisd.losses.metrics import Mean, Metrics, add_metrics, means_by_sign
 from oisd_kernels import LensStats, PolicyTerms, logit_lens_divergence, policy_head
 from oisd_kernels.lens.policy_loss import PolicyLoss, policy_loss

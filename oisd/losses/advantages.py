@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from oisd.config import AlignmentConfig
+from oisd.config import AlignmentConfig, GRPOConfig
 from oisd.losses.metrics import Mean
+
+
+def completion_advantages(
+    rewards: Tensor,
+    lengths: Tensor,
+    shares: Sequence[tuple[Tensor, Tensor]],
+    config: GRPOConfig,
+    group_size: int,
+) -> Tensor:
+    """The advantages that `config.advantage` asks for, of one process's completions.
+
+    Args:
+        rewards: [P * group_size], the completions of a prompt next to each other.
+        lengths: [P * group_size], tokens of each completion.
+        shares: rewards and lengths of each process; Reinforce++ compares with all of them.
+        group_size: completions per prompt, at least 2.
+
+    Returns [P * group_size] float32.
+    """
+    if config.advantage == "rloo":
+        return rloo_advantages(rewards, group_size)
+    if config.advantage == "reinforce++":
+        everything, tokens = (torch.cat(parts) for parts in zip(*shares, strict=True))
+        return batch_advantages(rewards, lengths, (everything, tokens))
+    return group_advantages(rewards, group_size, scale_by_std=config.scale_by_std)
 
 
 def group_advantages(rewards: Tensor, group_size: int, *, scale_by_std: bool = True) -> Tensor:

@@ -24,6 +24,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.completions = self.path / "completions"
+        self.evaluations = self.path / "evaluations"
         self.plots = self.path / "plots"
         self.reference = self.path / "reference"
         self.engine = self.path / "engine.json"
@@ -179,10 +181,19 @@ class RunFolder:
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 
-    def write_completions(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
-        """Write completions/step-`step`.jsonl."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    def write_completions(self, step: int, **columns: Iterable[Any]) -> None:
+        """Write completions/step-`step`.jsonl: a table of the first 64 completions."""
+        rows = islice(zip(*columns.values(), strict=True), 64)
+        table = [dict(zip(columns, row, strict=True)) for row in rows]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
         _write_atomically(self.completions / f"step-{step}.jsonl", text)
+
+    def write_nonfinite(self, step: int, rank: int, found: str, rows: dict[int, str]) -> Path:
+        """Write down what a process found not to be finite, with the texts that had it."""
+        file = self.path / f"nonfinite-step-{step}-rank-{rank}.json"
+        report = {"step": step, "found": found, "completions": rows}
+        file.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        return file
 
 
 def _damage(folder: Path) -> str | None:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from oisd.losses.metrics import Mean, Metrics, add_metrics
+
 T = TypeVar("T")
 
 
@@ -65,6 +67,16 @@ class Processes:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, thing)
         return gathered
+
+    def reduce(self, metrics: Metrics) -> Metrics:
+        """The metrics over all processes; a process may lack some of the names."""
+        flat = [torch.stack([m.total.cpu(), m.count.cpu()]) for m in metrics.values()]
+        ours = dict(zip(metrics, torch.stack(flat).tolist(), strict=True))
+        total: Metrics = {}
+        for theirs in self.gather(ours):
+            found = {name: Mean(*torch.tensor(pair)) for name, pair in theirs.items()}
+            total = add_metrics(total, found)
+        return total
 
     def barrier(self) -> None:
         """Wait for all processes."""
