@@ -9,9 +9,9 @@ Each loss is a sum over tokens, each token with a weight that `token_weights` ma
                    over the rollouts, as eq. 7, 10 and 11 take the alignment losses
     dr-grpo        1 / (sequences * max_tokens): no division by a rollout's own length
 
-The denominators are given by the caller, who knows the whole batch, so the losses of its
-micro-batches (and of the processes that share it) add up to the loss of the batch, and the gradient
-does not depend on the split. Metrics are `Mean`s, which add up in the same way.
+The caller, who knows the whole batch, gives the denominators. The losses of its micro-batches, and
+of the processes that share it, therefore add up to the loss of the batch, and the gradient does not
+depend on the split. Metrics are `Mean`s, which add up in the same way.
 
 Shape letters: B sequences, T tokens, S student layers, N rows (tokens laid flat), D width,
 V vocabulary, H heads, J key/value heads, K head dimension, M sampled keys.
@@ -116,12 +116,7 @@ def grpo_loss(
     config = config or GRPOConfig()
     given = {"mask": mask, "old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs}
     given |= {"ref_logprobs": ref_logprobs, "token_weight": token_weight}
-    for name, tensor in given.items():
-        if tensor is not None and tensor.shape != logprobs.shape:
-            raise ValueError(
-                f"grpo_loss: {name} must have the shape of logprobs {list(logprobs.shape)}, "
-                f"got {list(tensor.shape)}"
-            )
+    _require_shape("grpo_loss", "logprobs", logprobs, given)
     if advantages.shape != logprobs.shape[:1]:
         raise ValueError(
             f"grpo_loss: advantages must be [B] = [{logprobs.shape[0]}], "
@@ -145,6 +140,15 @@ def grpo_loss(
     )
     found = policy_loss(torch.where(mask, logprobs, 0.0), terms)
     return found.loss.sum(), _policy_metrics(found, terms, mask)
+
+
+def _require_shape(loss: str, name: str, like: Tensor, given: dict[str, Tensor | None]) -> None:
+    for other, x in given.items():
+        if x is not None and x.shape != like.shape:
+            raise ValueError(
+                f"{loss}: {other} must have the shape of {name} {list(like.shape)}, "
+                f"got {list(x.shape)}"
+            )
 
 
 def policy_terms(
@@ -304,12 +308,7 @@ def grpo_and_think_loss(
     """
     grpo, config = grpo or GRPOConfig(), config or AlignmentConfig()
     given = {"advantages": advantages, "grpo_weight": grpo_weight, "think_weight": think_weight}
-    for name, x in given.items():
-        if x.shape != labels.shape:
-            raise ValueError(
-                f"grpo_and_think_loss: {name} must have the shape of labels {list(labels.shape)}, "
-                f"got {list(x.shape)}"
-            )
+    _require_shape("grpo_and_think_loss", "labels", labels, given)
     terms = policy_terms(
         advantages,
         grpo_weight,
@@ -343,7 +342,7 @@ def grpo_and_think_loss(
         metrics |= _think_metrics(head.stats, signed)
     rows = head.divergence
     if found.importance is not None:
-        # After the pass, in which it is not known before: exact for the gradient of hidden states.
+        # Known only after the pass; exact for the gradient of the hidden states.
         rows = rows * found.importance
     think = rows.sum() / max(len(student_hidden), 1)
     return JointLosses(head.policy_loss, think, metrics, found.importance)

@@ -58,8 +58,8 @@ def attention_loss(
     signed = torch.where(token_weight == 0, 0.0, signed)
     total = signed.new_zeros(())
     metrics: Metrics = {}
-    # The unweighted divergence is the metric; dividing the weight out of the weighted one is exact
-    # enough for that, and rows of weight 0 are in no mean.
+    # The metric is the unweighted divergence. Dividing by the weight is exact enough for it, and
+    # rows of weight 0 are in no mean.
     divisor = torch.where(signed == 0, 1.0, signed)
     for group in _alike(pairs):
         if group[0].alignment is None:
@@ -78,14 +78,8 @@ def _alike(pairs: Sequence[AttentionPair]) -> list[list[AttentionPair]]:
     for number, pair in enumerate(pairs):
         key: object = number
         if pair.alignment is None:
-            key = (
-                pair.q.shape,
-                pair.k.shape,
-                pair.scale,
-                pair.scale_teacher,
-                pair.softcap,
-                pair.window,
-            )
+            scales = pair.scale, pair.scale_teacher
+            key = (pair.q.shape, pair.k.shape, scales, pair.softcap, pair.window)
         groups.setdefault(key, []).append(pair)
     return list(groups.values())
 
@@ -126,7 +120,7 @@ def _fused_rows(
     key_index: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """Weighted divergence [B, T] whose gradient is the student layer's own attention's work."""
+    """Weighted divergence [B, T]; the student layer's own attention computes its gradient."""
     if key_index is not None or cu_seqlens is not None:
         raise ValueError(
             "attention_loss: pairs with an alignment must come without key_index and cu_seqlens; "
