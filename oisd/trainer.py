@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -173,7 +173,7 @@ class Trainer:
             )
             if self.processes.is_first:
                 choice.write(file)
-            progress.note(f"rollouts by {choice.engine}: {choice.reason}")
+            progress.say(f"rollouts by {choice.engine}: {choice.reason}")
         self.engine = choice.engine
         self.objective.sampled_by(self.engine)
 
@@ -285,8 +285,7 @@ class Trainer:
         for m, (sequences, num_tokens) in enumerate(totals.tolist()):
             own = batch.select(((part == m) & live).nonzero().flatten().to(device))
             if self.reference is not None:
-                with self._as_reference(self.reference):
-                    own = replace(own, ref_logprobs=self.reference.logprobs(own))
+                own = replace(own, ref_logprobs=self._reference_logprobs(self.reference, own))
             # The first step is taken from the policy that sampled: its ratios are 1 by definition.
             if m > 0:
                 own = replace(own, old_logprobs=self.objective.logprobs(own, self.step))
@@ -307,9 +306,10 @@ class Trainer:
         off = AlignmentConfig(think_weight=0.0, attention_weight=0.0)
         return Objective(policy, replace(self.config, oisd=off))
 
-    def _as_reference(self, reference: Objective) -> AbstractContextManager[Any]:
+    def _reference_logprobs(self, reference: Objective, batch: Batch) -> Tensor:
         is_policy = reference is self.objective
-        return adapters.disabled(self.policy.model) if is_policy else nullcontext()
+        with adapters.disabled(self.policy.model) if is_policy else nullcontext():
+            return reference.logprobs(batch)
 
     def _report(self, error: NonFiniteError) -> NonFiniteError:
         """The error with its step, where its batch was written, and what to continue from."""

@@ -61,21 +61,25 @@ def load_examples(
     if limit is not None and limit < 1:
         raise DataError(f"load_examples: limit must be at least 1, got {limit}")
     if source == "arithmetic" or source.startswith("arithmetic:"):
-        from oisd.data.sums import arithmetic_examples
+        from oisd.data.sums import arithmetic_examples  # with torch, which other sources do without
 
-        digits = _arithmetic_digits(source)
-        return arithmetic_examples(digits, split=split, limit=limit, seed=seed)
+        match = re.fullmatch(r"arithmetic(?::digits=(\d+))?", source)
+        if match is None:
+            raise DataError(
+                f'{source}: the built-in task is written "arithmetic" or "arithmetic:digits=2"'
+            )
+        return arithmetic_examples(int(match[1] or 2), split=split, limit=limit, seed=seed)
 
     if not source:
         raise DataError("load_examples: the source is empty; pass a file, a folder or a Hub id")
-    known = catalogue.resolve(source).data_set
+    resolved = catalogue.resolve(source)
+    known = resolved.data_set
     prompt_field = prompt_field or (known.prompt_field if known else "question")
     answer_field = answer_field or (known.answer_field if known else "answer")
     answer_pattern = answer_pattern or (known.answer_pattern if known else None)
-    pattern = None
     if answer_pattern not in (None, BOXED):
-        pattern = _compile_answer_pattern(answer_pattern)
-    dataset = _read_source(catalogue.resolve(source), split, subset)
+        _check_answer_pattern(answer_pattern)
+    dataset = _read_source(resolved, split, subset)
     if len(dataset) == 0:
         raise DataError(f"{source}: split {split!r} has no rows")
     rows: Sequence[int] = range(len(dataset))
@@ -84,7 +88,7 @@ def load_examples(
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in sorted(permutation(len(rows), seed)[:limit])]
 
-    # DeepMath's three long solutions need not be decoded to read a question.
+    # Only the columns needed: DeepMath has three long solutions beside each question.
     names = dataset.column_names
     wanted = {_column(names, prompt_field), _column(names, answer_field)} & set(names)
     columns = dataset.select_columns(sorted(wanted)) if wanted else dataset
@@ -93,30 +97,15 @@ def load_examples(
     for number, row in zip(rows, columns.select(rows), strict=True):
         where = f"{source}, row {number}"
         row = {**dict.fromkeys(names), **cast("dict[str, Any]", row)}
-        prompt = _parse_prompt(
-            _lookup(row, prompt_field, where, "prompt_field"), where, prompt_field
-        )
-        answer = _parse_answer(
-            _lookup(row, answer_field, where, "answer_field"), where, answer_field
-        )
-        if answer_pattern == BOXED:
-            answer = _extract_boxed(answer, where, answer_field)
-        elif pattern is not None:
-            answer = _extract_answer(pattern, answer, where, answer_field)
+        prompt = _parse_prompt(row, where, prompt_field)
+        answer = _parse_answer(row, where, answer_field)
+        if answer_pattern is not None:
+            answer = _extract(answer_pattern, answer, where, answer_field)
         examples.append(Example(prompt, answer, f"{split}/{number}"))
     return examples
 
 
-def _arithmetic_digits(source: str) -> int:
-    match = re.fullmatch(r"arithmetic(?::digits=(\d+))?", source)
-    if match is None:
-        raise DataError(
-            f'{source}: the built-in task is written "arithmetic" or "arithmetic:digits=2"'
-        )
-    return int(match[1] or 2)
-
-
-def _compile_answer_pattern(answer_pattern: str) -> re.Pattern[str]:
+def _check_answer_pattern(answer_pattern: str) -> None:
     try:
         pattern = re.compile(answer_pattern)
     except re.error as error:
@@ -128,7 +117,6 @@ def _compile_answer_pattern(answer_pattern: str) -> re.Pattern[str]:
             f"answer_pattern {answer_pattern!r} must have exactly one group, the answer; it has "
             f"{pattern.groups} (write (?:...) for a group that is not the answer)"
         )
-    return pattern
 
 
 def _read_source(source: Source, split: str, subset: str | None) -> Any:
@@ -175,7 +163,7 @@ def _declares_subsets(path: Path) -> bool:
 
 
 def _is_unnamed(path: Path) -> bool:
-    """Whether a folder holds one data file, whose name says nothing of a split."""
+    """Whether a folder holds one data file, whose name contains no split's."""
     files = [f for f in path.rglob("*") if f.suffix.lower() in _FILE_FORMATS]
     return len(files) == 1 and not re.search(r"train|test|valid|dev", files[0].stem.lower())
 
@@ -215,9 +203,9 @@ def _read(source: str, split: str, subset: str | None, known_as: str = "") -> An
             f"then copy that folder here and pass {place} as the source"
         ) from error
     except Exception as error:
-        # `datasets` wraps the line that says what is wrong with a file in one that does not.
+        # The cause says what is wrong with a file; the error that `datasets` raises does not.
         reason = error.__cause__ or error
-        # It has no error of its own for a file, a saved set or a split that is empty.
+        # `datasets` has no error of its own for an empty file, saved set or split.
         if isinstance(reason, (StopIteration, IndexError)) or "to no data" in str(reason):
             raise DataError(f"{source}: split {split!r} has no rows") from error
         raise DataError(
@@ -264,7 +252,8 @@ def _missing_field(name: str, above: str, fields: list[str], where: str, option:
     )
 
 
-def _parse_prompt(value: Any, where: str, field: str) -> str | tuple[Message, ...]:
+def _parse_prompt(row: dict[str, Any], where: str, field: str) -> str | tuple[Message, ...]:
+    value = _lookup(row, field, where, "prompt_field")
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, list) and value:
@@ -275,9 +264,8 @@ def _parse_prompt(value: Any, where: str, field: str) -> str | tuple[Message, ..
 
 
 def _parse_message(message: Any, where: str, field: str) -> Message:
-    role, content = (
-        (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-    )
+    given = message if isinstance(message, dict) else {}
+    role, content = given.get("role"), given.get("content")
     if not (isinstance(role, str) and isinstance(content, str) and role and content):
         raise DataError(
             f"{where}: each message of {field!r} must have a role and a content, both text, "
@@ -286,10 +274,11 @@ def _parse_message(message: Any, where: str, field: str) -> Message:
     return Message(role, content)
 
 
-def _parse_answer(value: Any, where: str, field: str) -> str:
+def _parse_answer(row: dict[str, Any], where: str, field: str) -> str:
+    value = _lookup(row, field, where, "answer_field")
     if isinstance(value, str) and value.strip():
         return value.strip()
-    # A column of integers with one null in it has been turned into floats by many a tool.
+    # Many tools turn a column of integers with a null into floats.
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, (bool, int, float)):
@@ -297,22 +286,13 @@ def _parse_answer(value: Any, where: str, field: str) -> str:
     raise DataError(f"{where}: field {field!r} must be text or a number, got {value!r}")
 
 
-def _extract_answer(pattern: re.Pattern[str], text: str, where: str, field: str) -> str:
-    match = pattern.search(text)
-    answer = (match[1] or "").strip() if match else ""
+def _extract(answer_pattern: str, text: str, where: str, field: str) -> str:
+    if answer_pattern == BOXED:
+        found, failure = last_boxed(text), "there is no box with an answer in"
+    else:
+        match = re.search(answer_pattern, text)
+        found, failure = match and match[1], f"answer_pattern {answer_pattern!r} finds no answer in"
+    answer = (found or "").strip()
     if not answer:
-        raise DataError(
-            f"{where}: answer_pattern {pattern.pattern!r} finds no answer in field {field!r}, "
-            f"which ends in {text[-60:]!r}"
-        )
-    return answer
-
-
-def _extract_boxed(text: str, where: str, field: str) -> str:
-    answer = (last_boxed(text) or "").strip()
-    if not answer:
-        raise DataError(
-            f"{where}: there is no box with an answer in field {field!r}, which ends in "
-            f"{text[-60:]!r}"
-        )
+        raise DataError(f"{where}: {failure} field {field!r}, which ends in {text[-60:]!r}")
     return answer

@@ -123,12 +123,12 @@ def encode_prompts(
 
 
 def check_vocabulary(tokenizer: Any, model_config: Any) -> None:
-    """Refuse a tokenizer that can produce ids for which the model has no embedding.
+    """Raise DataError if a tokenizer can produce ids for which the model has no embedding.
 
     model_config: a transformers configuration. A vocabulary larger than the tokenizer's is fine:
-        models pad theirs. Raises DataError for a smaller one.
+        models pad theirs.
     """
-    # Added tokens may leave holes, so that the number of tokens is not the largest id plus one.
+    # Added tokens may leave gaps, so that the largest id is not the number of tokens less one.
     needed = max(tokenizer.get_vocab().values(), default=-1) + 1
     has = model_config.get_text_config().vocab_size
     if needed > has:

@@ -21,7 +21,7 @@ class Processes:
 
     Under torchrun the backend is nccl on CUDA devices and gloo on CPUs.
 
-    timeout: how long one process may wait for another before both give up; None: the backend's own
+    timeout: how long a process waits for another before both give up; None for the backend's own
         default of some minutes, which suits processes that do the same work at the same time.
     """
 
@@ -45,7 +45,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of `items`: every `size`-th, beginning with the rank."""
+        """This process's part of `items`: every `size`-th, starting at its rank."""
         return list(items[self.rank :: self.size])
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:

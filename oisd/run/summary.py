@@ -1,4 +1,4 @@
-"""What a run that is done leaves to look at, from its own files."""
+"""The plots and the summary of a finished run, from its own files."""
 
 from __future__ import annotations
 
