@@ -69,7 +69,7 @@ class Objective:
             self.coefficients["attention"] = align.attention_weight
 
     def sampled_by(self, engine: str) -> None:
-        """Correct what that engine sampled, where `grpo.tis_cap` asks for it."""
+        """Weight the tokens of that engine's rollouts as `grpo.tis_cap` says."""
         self.grpo = replace(self.config.grpo, tis_cap=self.config.grpo.importance_cap(engine))
 
     def _forward(self, batch: Batch) -> None:
@@ -84,18 +84,18 @@ class Objective:
     def _head(self) -> Unembedding:
         """The unembedding in the dtype of the forward.
 
-        Under autocast hidden states and parameters are float32 still. The ops would multiply in
-        float32, and tensor cores with it: the head is rounded as autocast rounds every other layer.
+        Under autocast hidden states and parameters are still float32, and so would be the products
+        of the ops. The head is rounded as autocast rounds every other layer.
         """
-        head = self.taps.unembedding
-        bias = None if head.bias is None else head.bias.to(self.policy.dtype)
-        return head._replace(weight=head.weight.to(self.policy.dtype), bias=bias)
+        head, dtype = self.taps.unembedding, self.policy.dtype
+        bias = None if head.bias is None else head.bias.to(dtype)
+        return head._replace(weight=head.weight.to(dtype), bias=bias)
 
     def _is_internal(self, step: int | None) -> bool:
         return step is not None and step < self.config.grpo.internal_steps
 
     def _policy_states(self, rows: Tensor, step: int | None) -> Tensor:
-        """[N, D] what the unembedding reads for the policy that a step trains, of some rows."""
+        """[N, D] what the unembedding reads at some rows, for the policy that a step trains."""
         internal = self._is_internal(step)
         hidden = self.taps.student_hidden()[0] if internal else self.taps.final_hidden()
         return hidden.flatten(0, 1)[rows].to(self.policy.dtype)
@@ -136,14 +136,14 @@ class Objective:
         config, align = self.config, self.config.oisd
         rows = batch.predicting_rows()
         self._forward(batch)
-        head, taps = self._head(), self.taps
+        head = self._head()
         final = self._policy_states(rows, step)
         grpo = self.grpo
         if self._is_internal(step):  # which did not sample: the weight of its tokens would be ~0
             grpo = replace(grpo, tis_cap=None)
         students = final.detach().new_empty(0, *final.shape)
         if align.think_weight:
-            students = taps.student_hidden().flatten(1, 2)[:, rows].to(self.policy.dtype)
+            students = self.taps.student_hidden().flatten(1, 2)[:, rows].to(self.policy.dtype)
 
         def of_rows(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.flatten()[rows]
@@ -156,9 +156,7 @@ class Objective:
             num_tokens=totals.tokens,
             max_tokens=config.rollout.max_completion_tokens,
         )
-        per_sequence = losses.token_weights(
-            batch.predicts, "sequence-mean", num_sequences=sequences
-        )
+        mean = losses.token_weights(batch.predicts, "sequence-mean", num_sequences=sequences)
         joint = losses.grpo_and_think_loss(
             final,
             head.weight,
@@ -168,7 +166,7 @@ class Objective:
             grpo,
             align,
             grpo_weight=weight.flatten()[rows],
-            think_weight=per_sequence.flatten()[rows],
+            think_weight=mean.flatten()[rows],
             old_logprobs=of_rows(batch.old_logprobs),
             rollout_logprobs=of_rows(batch.rollout_logprobs),
             ref_logprobs=of_rows(batch.ref_logprobs),
@@ -196,7 +194,7 @@ class Objective:
         return computed, metrics
 
     def _attention_kernel(self) -> str:
-        """What the taps are to do: keys are sampled beside the attention, never inside it."""
+        """What the taps do: keys are sampled beside the attention, never inside it."""
         align = self.config.oisd
         beside = align.key_window is not None or align.attention_kernel == "reference"
         return "separate" if beside else align.attention_kernel

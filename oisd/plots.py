@@ -1,9 +1,8 @@
 """Training curves and pass@k curves as PNG files.
 
-The panels answer what a user asks of a run, in the spirit of figure 5 of the paper: does the reward
-rise, do the divergences move with the sign of the advantage, does the lens stay diffuse, do
-completions grow, are the gradients calm. Figures are built without pyplot, so that nothing global
-is touched and a plot may be drawn from any thread of a training process.
+The panels follow figure 5 of the paper: does the reward rise, do the divergences move with the sign
+of the advantage, does the lens keep its entropy, do completions grow, are the gradients steady.
+Figures are built without pyplot and its global state, so that any thread may draw one.
 """
 
 from __future__ import annotations
@@ -58,14 +57,14 @@ class _Panel:
 
 
 def _finish_reward(ax: Axes) -> None:
-    """Rewards within [0, 1] are shown on the whole of it; others keep their own range."""
+    """Show rewards within [0, 1] on the whole of that range; others keep their own."""
     low, high = ax.dataLim.intervaly
     if low >= 0 and high <= 1:
         ax.set_ylim(-0.02, 1.02)
 
 
 def _finish_divergence(ax: Axes) -> None:
-    """Mark ln 2, the largest value of a Jensen-Shannon divergence, if in view or just above."""
+    """Mark ln 2, the maximum of the Jensen-Shannon divergence, if in view or just above."""
     low, high = ax.get_ylim()
     if low <= math.log(2) <= high + 0.25 * (high - low):
         ax.axhline(math.log(2), color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -76,7 +75,7 @@ def _finish_divergence(ax: Axes) -> None:
 
 
 def _finish_gradients(ax: Axes) -> None:
-    """Parts of the gradient differ by orders of magnitude."""
+    """Use a logarithmic axis if parts of the gradient differ by orders of magnitude."""
     if ax.dataLim.minposy > 0 and ax.dataLim.ymax > 20 * max(ax.dataLim.ymin, 0):
         ax.set_yscale("log")
 
@@ -208,7 +207,7 @@ def _draw_pass_at_k(
     ax.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:.0f}"))
     ax.yaxis.set_major_formatter(PercentFormatter(decimals=0))
     style_axes(ax, title, "k (samples per problem)", "problems solved")
-    # Shares of problems: within 0 to 100 %, and not so close that two ticks read alike.
+    # Shares of problems: within 0 to 100 %, and not so close that two ticks have one label.
     low, high = ax.get_ylim()
     low, high = max(min(low, high - _LEAST_PERCENT), -1), min(high, 101)
     ax.set_ylim(low, max(high, low + _LEAST_PERCENT))
@@ -232,7 +231,7 @@ def _read_rows(path: Path) -> list[Row]:
 def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of a metric, without the rows that have none.
 
-    A step whose groups all had equal rewards has a gradient of 0, which no logarithmic axis shows.
+    Steps with equal rewards in each group have gradient 0, which a logarithmic axis cannot show.
     """
     values: dict[float, float] = {}
     for row in rows:
@@ -246,8 +245,8 @@ def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
 
 
 def _has_data(panel: _Panel, rows: Sequence[Row]) -> bool:
-    keys = [key for key, _, _ in panel.lines] + ([panel.points[0]] if panel.points else [])
-    return any(_series(rows, key)[0] for key in keys)
+    series = [*panel.lines, *([panel.points] if panel.points else [])]
+    return any(_series(rows, key)[0] for key, _, _ in series)
 
 
 def _draw_panel(ax: Axes, panel: _Panel, rows: Sequence[Row]) -> None:
@@ -308,7 +307,7 @@ def _draw_line(
 
 
 def _far_apart(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether the gap between two series is so wide that it hides how either moves."""
+    """Whether the gap between two series is so wide that it hides the changes of both."""
     gap = max(min(a) - max(b), min(b) - max(a))
     return gap > 2 * (max(a) - min(a) + max(b) - min(b))
 
@@ -337,7 +336,7 @@ def style_axes(ax: Axes, title: str, x_label: str, y_label: str, title_pad: floa
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write through a temporary file: a viewer never sees half a picture."""
+    """Write through a temporary file, so that a viewer never reads half a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -122,6 +122,19 @@ def load_policy(
     return policy
 
 
+def load_for_command(
+    path: str, options: Any, device: torch.device | str, *, round_frozen: bool = True
+) -> Policy:
+    """The model that `oisd eval` and `oisd lens` look at, as their options say."""
+    config = ModelConfig(
+        path=path,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )
+    return load_policy(config, seed=options.seed, device=device, round_frozen=round_frozen)
+
+
 def _from_files(
     config: ModelConfig, checkpoint: Path | None, adapter: Path | None
 ) -> tuple[Any, Any]:

@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 from rich.progress import Progress as Bar
 
-from oisd.config import ConfigError, ModelConfig
+from oisd.config import ConfigError
 from oisd.data import PAPER_SYSTEM_PROMPT, Example, catalogue, encode_prompts
 from oisd.data.problems import load_problems
 from oisd.evaluate import Evaluation, evaluate, in_order, read_all
 from oisd.plots import plot_pass_at_k
-from oisd.policy import Policy, load_policy
+from oisd.policy import Policy, load_for_command
 from oisd.rewards import RewardFunction, load_reward
 from oisd.run.processes import Processes
 from oisd.schema import option, require, require_device
@@ -126,7 +126,7 @@ def run(model: str, config: EvalRun) -> list[dict[str, Any]]:
             processes.barrier()  # or this could read a dump while another process writes to it
             mine = []
             if any(example.id not in done for example in problems):
-                policy = policy or _load_policy(model, config, processes)
+                policy = policy or load_for_command(model, config, processes.device)
                 mine = _evaluate(policy, problems, config, job, graders, set(done), processes)
             result = in_order([done.values(), *processes.gather(mine)], problems)
             if processes.is_first:
@@ -195,19 +195,6 @@ def plan_jobs(model: str, config: EvalRun) -> list[Job]:
     if len({job.folder for job in jobs}) < len(jobs):
         raise ConfigError(f"--benchmark names a set twice: {' '.join(config.benchmark)}")
     return jobs
-
-
-def _load_policy(model: str, config: EvalRun, processes: Processes) -> Policy:
-    return load_policy(
-        ModelConfig(
-            path=model,
-            dtype=config.dtype,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        ),
-        seed=config.seed,
-        device=processes.device,
-    )
 
 
 def _evaluate(

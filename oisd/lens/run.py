@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from rich.progress import track
 
-from oisd.config import ConfigError, ModelConfig
+from oisd.config import ConfigError
 from oisd.data import encode_prompts, render_prompt
 from oisd.data.problems import load_problems
 from oisd.lens import LayerLens, Lens, LensSummary, summarise
@@ -20,7 +20,7 @@ from oisd.lens.attention import AttentionOverlap, LayerAttention
 from oisd.lens.page import write_page
 from oisd.lens.plots import Picture, plot_attention, plot_compare, plot_layers, plot_lens
 from oisd.models import UnsupportedModelError
-from oisd.policy import Policy, load_policy
+from oisd.policy import Policy, load_for_command
 from oisd.schema import option, require, require_device
 
 
@@ -194,14 +194,8 @@ def _load(path: str, config: LookRun) -> Policy:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = ModelConfig(
-        path=path,
-        dtype=config.dtype,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
-    )
     # The lens runs in float32.
-    policy = load_policy(model, seed=config.seed, device=device, round_frozen=False)
+    policy = load_for_command(path, config, device, round_frozen=False)
     policy.model.eval()
     return policy
 

@@ -125,8 +125,8 @@ def grpo_loss(
     if token_weight is None:
         token_weight = token_weights(mask, config.aggregation, max_tokens=max_tokens)
 
-    # Padding may hold anything, infinities too: neutralised before the exponentials, because
-    # 0 * inf in the backward would not be 0.
+    # Padding may hold anything, even infinities. It is replaced before the exponentials, because
+    # 0 * inf in the backward is not 0.
     def masked(x: Tensor | None) -> Tensor | None:
         return None if x is None else torch.where(mask, x, 0.0)
 
@@ -162,7 +162,7 @@ def policy_terms(
 ) -> PolicyTerms:
     """The configuration and the batch as `oisd_kernels.policy_head` takes them: all of one shape.
 
-    Raises ValueError for log-probs that the configuration needs and that are None.
+    Raises ValueError for log-probs that the configuration needs and that are missing.
     """
     if config.kl_coef and ref_logprobs is None:
         raise ValueError("grpo_loss: ref_logprobs is required with kl_coef > 0, got None")
@@ -229,8 +229,8 @@ def think_loss(
         impl, tp_group: of `oisd_kernels.logit_lens_divergence`.
 
     Returns the loss, a mean over the S layers, and the metrics js/think_pos, js/think_neg,
-    entropy/student, entropy/teacher (nats) and agreement/top1, all over the rows whose advantage is
-    not 0: the others are dropped before any arithmetic.
+    entropy/student, entropy/teacher (nats) and agreement/top1, over the rows whose advantage is not
+    0; the others are not computed.
     """
     config = config or AlignmentConfig()
     signed = clip_advantages(advantages, config).float() * token_weight
@@ -285,9 +285,8 @@ def grpo_and_think_loss(
     The final logits are computed once, and all gradients in the forward: 3 + 2S matmuls of 2*N*D*V
     with the unembedding's gradient, of which GRPO alone costs 3.
 
-    Where tokens have an importance weight, it multiplies the alignment's terms too: their signed
-    advantage is that of the sampled tokens, and so is the policy gradient's. The paper, whose
-    rollouts are on-policy, has no such weight.
+    If tokens have an importance weight, it multiplies the alignment's terms too, whose advantage is
+    that of the sampled tokens. The paper, whose rollouts are on-policy, has no such weight.
 
     Args:
         final_hidden: [N, D], what it reads for the final layer. Gradient of GRPO alone.
@@ -303,7 +302,7 @@ def grpo_and_think_loss(
         bias, logit_softcap: of the unembedding, where the model has them.
         impl, tp_group: of `oisd_kernels.policy_head`.
 
-    Returns both losses, scalars, their metrics with entropy/policy (nats) besides, and the weights.
+    Returns both losses, scalars, their metrics and entropy/policy (nats), and the weights.
     Raises ValueError as the two losses and `policy_head` do.
     """
     grpo, config = grpo or GRPOConfig(), config or AlignmentConfig()
