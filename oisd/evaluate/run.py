@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -31,9 +31,6 @@ SECOND_GRADER = {"math": "boxed_string", "math_verify": "boxed_string", "boxed_s
 
 # One process may have all the long completions: the others wait for it instead of giving up.
 PATIENCE = timedelta(days=2)
-
-# Settings that may differ when an evaluation is resumed: they do not change a result.
-_MAY_CHANGE = {"benchmark", "timeout", "batch_size", "device", "threads", "output_dir"}
 
 
 @dataclass(frozen=True)
@@ -83,6 +80,13 @@ class EvalRun:
     output_dir: str | None = None
     """Folder of the dump, the summary and the plot, or of one such folder for each benchmark; by
     default under runs/eval."""
+
+    # Which settings may differ when an evaluation goes on: they do not change a result.
+    _free: tuple[str, ...] = field(
+        default=("benchmark", "timeout", "batch_size", "device", "threads", "output_dir"),
+        init=False,
+        repr=False,
+    )
 
 
 @dataclass(frozen=True)
@@ -263,7 +267,8 @@ def _write(model: str, config: EvalRun, job: Job, result: Evaluation) -> dict[st
 def _prepare(model: str, config: EvalRun, job: Job) -> None:
     """Make the folder, or find that it holds this very evaluation."""
     settings: dict[str, Any] = {"model": model}
-    settings |= {k: v for k, v in asdict(config).items() if k not in _MAY_CHANGE}
+    free = (*config._free, "_free")
+    settings |= {k: v for k, v in asdict(config).items() if k not in free}
     settings |= {"data": job.source.written, "samples": job.samples}
     settings["system_prompt"] = job.system_prompt
     file = job.folder / "settings.json"

@@ -75,8 +75,6 @@ def sample(
         raise ValueError(f"sample: engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     device = next(model.parameters()).device
     eos = torch.tensor(list(eos_token_ids), device=device)
-    ids = torch.full((len(prompts), max_completion_tokens), pad_token_id, device=device)
-    logprobs = torch.zeros(ids.shape, device=device)
     settings = GenerationConfig(
         max_new_tokens=max_completion_tokens,
         do_sample=False,  # a logits processor leaves one token to choose from
@@ -84,14 +82,12 @@ def sample(
         pad_token_id=pad_token_id,
         use_cache=True,
     )
-    if len(prompts) > 0:
-        run = _generate
-        if engine == "continuous":
-            from oisd.rollout.continuous import run
-        keys = row_keys(rows, seed, step, device)
-        sampler = TokenSampler(temperature, top_p)
-        with _as_for_inference(model, settings):
-            ids, logprobs = run(model, prompts, keys, sampler, settings, batch_size)
+    run = _generate
+    if engine == "continuous" and len(prompts) > 0:
+        from oisd.rollout.continuous import run
+    keys, sampler = row_keys(rows, seed, step, device), TokenSampler(temperature, top_p)
+    with _as_for_inference(model, settings):
+        ids, logprobs = run(model, prompts, keys, sampler, settings, batch_size)
     ended = torch.isin(ids, eos)
     finished = ended.any(dim=1)
     lengths = torch.where(finished, ended.int().argmax(dim=1) + 1, max_completion_tokens)
