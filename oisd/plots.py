@@ -52,7 +52,7 @@ class _Panel:
     points: tuple[str, str, str] | None = None
     """Metric, label and colour of markers measured at some steps only."""
     own_axes: bool = False
-    """Give each of two lines an axis of its own where one would flatten both."""
+    """Give each of two lines its own axis where one would flatten both."""
     finish: Callable[[Axes], None] | None = None
 
 

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,8 +46,8 @@ from oisd.warmup import warm_up
 class Trainer:
     """A run of OISD, or of plain GRPO where both alignment weights are 0.
 
-    Everything that can be wrong with the configuration, the data, the model and the run's folder
-    is found here, before any work. Raises ConfigError, DataError, RunFolderError, ValueError.
+    Checks the configuration, the data, the model and the run's folder before any work.
+    Raises ConfigError, DataError, RunFolderError, ValueError.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -78,13 +79,9 @@ class Trainer:
             # Weights and AdamW's two moments, for each checkpoint kept and one being written.
             size = 3 * adapters.trained_bytes(self.policy.model)
             self.folder.require_space(size * (run.keep_checkpoints + 1))
-        tokenizer, overlong = self.policy.tokenizer, config.data.overlong_prompts
-        self.examples, self.prompts = encode_problems(
-            tokenizer, self.examples, config.data, overlong
-        )
-        self.eval_examples, self.eval_prompts = encode_problems(
-            tokenizer, self.eval_examples, config.data, "error"
-        )
+        encode = partial(encode_problems, self.policy.tokenizer, config.data)
+        self.examples, self.prompts = encode(self.examples, config.data.overlong_prompts)
+        self.eval_examples, self.eval_prompts = encode(self.eval_examples, "error")
         internal = config.grpo.internal_layer is not None
         with _naming("grpo.internal_layer" if internal else "oisd.student_layers"):
             self.objective = Objective(self.policy, config)
@@ -131,17 +128,12 @@ class Trainer:
             self.processes.close()
 
     def _begin(self, progress: Progress) -> None:
-        """What precedes the first step: warm-up, reference model, first evaluation."""
+        """Warm up, save the reference model and evaluate, before the first step."""
         config = self.config
         if config.warmup.steps:
-            warm_up(
-                self.policy,
-                self.examples,
-                config.warmup,
-                seed=config.run.seed,
-                on_step=progress.warmup,
-            )
-        # What adapters freeze each process has read from the same files.
+            seed, show = config.run.seed, progress.warmup
+            warm_up(self.policy, self.examples, config.warmup, seed=seed, on_step=show)
+        # Weights frozen beside adapters are equal already: each process read the same files.
         self.processes.broadcast(p.detach() for p in self.optimizer.parameters)
         if config.grpo.kl_coef:
             if self.processes.is_first and not config.model.lora_rank:
@@ -168,9 +160,8 @@ class Trainer:
         if choice is None:
             progress.phase("timing engines")
             prompts = [self.prompts[i] for i in self._share_of(step=0)[0]]
-            choice = choose_engine(
-                self.policy, self.objective.logprobs, prompts, rollout, self.processes
-            )
+            logprobs = self.objective.logprobs
+            choice = choose_engine(self.policy, logprobs, prompts, rollout, self.processes)
             if self.processes.is_first:
                 choice.write(file)
             progress.say(f"rollouts by {choice.engine}: {choice.reason}")
@@ -233,13 +224,12 @@ class Trainer:
         lengths, size = completions.lengths.cpu(), rollout.completions_per_prompt
         shares = self.processes.gather((rewards, lengths))
         advantages = completion_advantages(rewards, lengths, shares, config.grpo, size)
-        everything = torch.ones_like(rewards, dtype=torch.bool)
         timeouts = torch.tensor([float(self.reward.timeouts), float(self.processes.is_first)])
         metrics = {
-            "reward": Mean.over(rewards, everything),
+            "reward": Mean.over(rewards),
             "frac_zero_std": frac_zero_std(rewards, size),
-            "completion_length": Mean.over(lengths, everything),
-            "frac_finished": Mean.over(completions.finished.cpu(), everything),
+            "completion_length": Mean.over(lengths),
+            "frac_finished": Mean.over(completions.finished.cpu()),
             "reward_timeouts": Mean(*timeouts),
         }
         every = config.run.completions_every
@@ -258,7 +248,7 @@ class Trainer:
         return batch, metrics
 
     def _require_finite(self, batch: Batch) -> None:
-        """Raise NonFiniteError, on all processes, if one sampled from logits not finite."""
+        """Raise NonFiniteError, on all processes, if logits of the rollout are not finite."""
         broken = ~batch.rollout_logprobs.isfinite().all(dim=1)
         count = broken.sum()
         self.processes.sum_([count])
@@ -270,7 +260,7 @@ class Trainer:
             )
 
     def _minibatches(self, batch: Batch) -> list[tuple[Batch, Totals]]:
-        """Split by prompt, leave out what has no gradient, count what the losses divide by."""
+        """Split by prompt, drop rows without gradient, count what the losses divide by."""
         grpo, rollout, device = self.config.grpo, self.config.rollout, batch.input_ids.device
         slots = batch.rows.cpu() // rollout.completions_per_prompt
         part = slots * grpo.minibatches // rollout.prompts_per_step
@@ -286,7 +276,7 @@ class Trainer:
             own = batch.select(((part == m) & live).nonzero().flatten().to(device))
             if self.reference is not None:
                 own = replace(own, ref_logprobs=self._reference_logprobs(self.reference, own))
-            # The first step is taken from the policy that sampled: its ratios are 1 by definition.
+            # The first minibatch's policy is the one that sampled: its ratios are 1 by definition.
             if m > 0:
                 own = replace(own, old_logprobs=self.objective.logprobs(own, self.step))
             minibatches.append((own, Totals(sequences, num_tokens)))

@@ -32,7 +32,7 @@ class DataSet:
     subset: str | None = None
     answer_pattern: str | None = None
     draw: int | None = None
-    """Take so many rows, drawn by `DRAW_SEED`, whatever the run's seed."""
+    """Take this many rows, drawn by `DRAW_SEED`, whatever the run's seed."""
     samples: int = 16
     """K of Avg@K: the paper's for its four benchmarks, ours for others."""
 

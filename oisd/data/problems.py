@@ -26,8 +26,8 @@ def load_problems(source: str, settings: Any, seed: int) -> list[Example]:
 
 def encode_problems(
     tokenizer: Any,
-    examples: Sequence[Example],
     data: DataConfig,
+    examples: Sequence[Example],
     overlong: Literal["error", "drop"],
 ) -> tuple[list[Example], list[list[int]]]:
     """The examples with their prompts' token ids, without those dropped as too long."""

@@ -76,10 +76,10 @@ def encode_prompts(
     max_prompt_tokens: int = 1024,
     overlong: Literal["error", "drop"] = "error",
 ) -> EncodedPrompts:
-    """Render and tokenize the prompts; see `render_prompt` for the options that are not here.
+    """Render and tokenize the prompts; see `render_prompt` for the other options.
 
-    max_prompt_tokens: longest prompt, in tokens, that is taken.
-    overlong: what becomes of a longer one: "error", or "drop" to leave it out and list it.
+    max_prompt_tokens: the longest prompt that is taken.
+    overlong: what to do with a longer one: "error", or "drop" to leave it out and list it.
     Raises DataError for an overlong or an empty prompt, or if none is left.
     """
     if overlong not in ("error", "drop"):

@@ -25,7 +25,7 @@ Summary = dict[str, Any]
 def read_summaries(folder: str | Path) -> list[Summary]:
     """What `oisd eval --benchmark` left under a folder, in the order of the paper's columns.
 
-    Raises ConfigError where there is nothing.
+    Raises ConfigError if there is nothing.
     """
     found = [
         json.loads(file.read_text(encoding="utf-8"))

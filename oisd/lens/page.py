@@ -113,8 +113,8 @@ def _lens_section(name: str, picture: Picture, layer: int) -> str:
         rows.append(f"<tr><th>{label}</th>{''.join(cells)}</tr>")
     return (
         f"<h2>What each layer would say next: {html.escape(name)}</h2>"
-        "<p>Above each column stands the token read; each cell holds the token that the layer, "
-        "through the final norm and the unembedding, finds likeliest to come next. The darker, the "
+        "<p>Above each column is the token read; each cell holds the token that the layer, "
+        "through the final norm and the unembedding, predicts to come next. The darker, the "
         "likelier; outlined where it is the final layer's. "
         f"\u25c0 marks layer {layer}.</p>"
         f'<div class="scroll"><table><thead><tr><th>layer</th>{head}</tr></thead>'

@@ -333,10 +333,9 @@ def grpo_and_think_loss(
         impl=impl,
         tp_group=tp_group,
     )
-    everywhere = torch.ones_like(labels, dtype=torch.bool)
     found = policy_loss(head.logprob.detach(), terms)
-    metrics = _policy_metrics(found, terms, everywhere)
-    metrics["entropy/policy"] = Mean.over(head.entropy, everywhere)
+    metrics = _policy_metrics(found, terms, torch.ones_like(labels, dtype=torch.bool))
+    metrics["entropy/policy"] = Mean.over(head.entropy)
     if len(student_hidden) > 0:
         metrics |= _think_metrics(head.stats, signed)
     rows = head.divergence

@@ -102,8 +102,7 @@ def batch_advantages(
 def frac_zero_std(rewards: Tensor, group_size: int) -> Mean:
     """Share of prompts whose completions all earned the same: they have no gradient."""
     groups = rewards.view(-1, group_size)
-    equal = (groups == groups[:, :1]).all(dim=1)
-    return Mean.over(equal, torch.ones_like(equal))
+    return Mean.over((groups == groups[:, :1]).all(dim=1))
 
 
 def clip_advantages(advantages: Tensor, config: AlignmentConfig) -> Tensor:

@@ -18,9 +18,11 @@ class Mean:
     count: Tensor
 
     @classmethod
-    def over(cls, values: Tensor, where: Tensor) -> Mean:
-        """The mean of `values` over the entries at which `where` (same shape) is true."""
+    def over(cls, values: Tensor, where: Tensor | None = None) -> Mean:
+        """The mean of `values`, or of those at which `where` (same shape) is true."""
         values = values.detach().float()
+        if where is None:
+            where = torch.ones_like(values, dtype=torch.bool)
         return cls(torch.where(where, values, 0.0).sum(), where.sum().float())
 
     def __add__(self, other: Mean) -> Mean:

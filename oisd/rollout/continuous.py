@@ -120,10 +120,10 @@ def run(
     model: in evaluation mode; under autocast the cache is in autocast's dtype.
     prompts: B lists of token ids, not empty.
     keys: [B] int64, from `row_keys`.
-    batch_size: the cache holds so many completions at full length; more of them while they are
-        short, fewer where a GPU has no memory for it.
+    batch_size: completions at full length for which the cache has room; more fit while they are
+        short, fewer if a GPU lacks the memory.
 
-    Raises ValueError for a model that it cannot run, RuntimeError where the loop failed.
+    Raises ValueError for a model that it cannot run, RuntimeError if the loop failed.
     """
     longest = max(len(prompt) for prompt in prompts) + int(settings.max_new_tokens or 0)
     reason = why_not(model, longest)
@@ -176,7 +176,7 @@ def _naming_version() -> Iterator[None]:
         raise RuntimeError(
             f"sample: continuous batching of transformers {transformers.__version__} failed "
             f"({type(error).__name__}: {error}; tested with {_name(TESTED[0])} to "
-            f'{_name(TESTED[1])}); engine "generate" does without'
+            f'{_name(TESTED[1])}); use engine "generate"'
         ) from error
 
 
@@ -226,7 +226,7 @@ def _raise_failure(manager: Any) -> None:
     if error is not None:
         raise RuntimeError(
             f"sample: continuous batching failed ({error}); a smaller batch_size needs less "
-            f'memory, engine "generate" does without'
+            f'memory, or use engine "generate"'
         ) from error
 
 

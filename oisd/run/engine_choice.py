@@ -114,9 +114,9 @@ def choose_engine(
     if obstacle is not None:
         if not auto:
             raise ConfigError(
-                f'rollout.engine = "continuous" cannot be had here: {obstacle}; take "generate"'
+                f'rollout.engine = "continuous" does not work here: {obstacle}; use "generate"'
             )
-        engine, reason = "generate", f"continuous batching cannot be had: {obstacle}"
+        engine, reason = "generate", f"continuous batching does not work: {obstacle}"
     elif auto:
         engine = min(seconds, key=lambda name: seconds[name], default="generate")
         reason = "the faster one in the trial"

@@ -93,7 +93,7 @@ class RunFolder:
                 f"{self.path} holds a run with other settings (there != here):\n  "
                 + "\n  ".join(changed)
                 + "\nContinue it with its own settings, choose another folder by "
-                "--run.output-dir, or delete it and begin anew by --run.restart."
+                "--run.output-dir, or delete it and start again with --run.restart."
             )
 
     def require_space(self, num_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Data-parallel processes under torchrun: who this one is, and sums over all of them."""
+"""Data-parallel processes under torchrun: this one's rank, and sums over all of them."""
 
 from __future__ import annotations
 
