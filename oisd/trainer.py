@@ -391,20 +391,17 @@ def learn(
         with objective.taps:  # in the backward too: checkpointing runs layers again
             for index in parts:
                 losses, more = objective(batch.select(index), totals, step)
-                for name, gradient in alone.items():
-                    _add_gradient(gradient, losses[name], optimizer.parameters)
-                weighted = [objective.coefficients[name] * loss for name, loss in losses.items()]
-                torch.stack(weighted).sum().backward()
-                found.append({name: loss.detach().float() for name, loss in losses.items()})
+                found.append(_backward(losses, objective.coefficients, optimizer.parameters, alone))
                 metrics = add_metrics(metrics, more)
+                del losses  # and with them the graph, before the next forward
         norm = optimizer.sum_gradients()
         optimizer.require_finite(batch, parts, found, norm)
         optimizer.step(norm)
         norms["grad_norm"].append(norm.item())
         for name, gradient in alone.items():
             norms[f"grad_norm/{name}"].append(optimizer.sum_over_processes(gradient).item())
-        for losses in found:
-            for name, loss in losses.items():
+        for values in found:
+            for name, loss in values.items():
                 sums[name] += loss
     # Each loss is a sum over the processes' parts, so it is counted on one of them alone.
     count = torch.tensor(float(len(minibatches) if processes.is_first else 0), device=device)
@@ -412,14 +409,26 @@ def learn(
     return metrics, {name: sum(values) / len(values) for name, values in norms.items()}
 
 
-def _add_gradient(total: list[Tensor], loss: Tensor, parameters: list[Tensor]) -> None:
-    """Add the gradient of one loss, which keeps its graph."""
-    if not loss.requires_grad:  # no adapter lies beneath what it looks at
-        return
-    found = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    for own, gradient in zip(total, found, strict=True):
-        if gradient is not None:
-            own += gradient
+def _backward(
+    losses: dict[str, Tensor],
+    coefficients: dict[str, float],
+    parameters: list[Tensor],
+    alone: dict[str, list[Tensor]],
+) -> dict[str, Tensor]:
+    """Add the gradient of the weighted losses to the parameters, that of each loss to `alone`.
+
+    Returns the losses without their graph.
+    """
+    for name, total in alone.items():
+        if not losses[name].requires_grad:  # no adapter lies beneath what it looks at
+            continue
+        found = torch.autograd.grad(losses[name], parameters, retain_graph=True, allow_unused=True)
+        for own, gradient in zip(total, found, strict=True):
+            if gradient is not None:
+                own += gradient
+    weighted = [coefficients[name] * loss for name, loss in losses.items()]
+    torch.stack(weighted).sum().backward()
+    return {name: loss.detach().float() for name, loss in losses.items()}
 
 
 @contextmanager
