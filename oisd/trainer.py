@@ -412,7 +412,7 @@ def learn(
 def _backward(
     losses: dict[str, Tensor],
     coefficients: dict[str, float],
-    parameters: list[Tensor],
+    parameters: Sequence[Tensor],
     alone: dict[str, list[Tensor]],
 ) -> dict[str, Tensor]:
     """Add the gradient of the weighted losses to the parameters, that of each loss to `alone`.

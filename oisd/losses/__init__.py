@@ -20,6 +20,7 @@ V vocabulary, H heads, J key/value heads, K head dimension, M sampled keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -142,7 +143,7 @@ def grpo_loss(
     return found.loss.sum(), _policy_metrics(found, terms, mask)
 
 
-def _require_shape(loss: str, name: str, like: Tensor, given: dict[str, Tensor | None]) -> None:
+def _require_shape(loss: str, name: str, like: Tensor, given: Mapping[str, Tensor | None]) -> None:
     for other, x in given.items():
         if x is not None and x.shape != like.shape:
             raise ValueError(
