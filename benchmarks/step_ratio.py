@@ -40,7 +40,7 @@ def main() -> None:
         rows = {recipe: [] for recipe in trainers}
         for _ in range(arguments.steps + UNTIMED):
             for recipe, trainer in trainers.items():
-                with trainer.objective.tapped(), trainer._progress() as progress:
+                with trainer._progress() as progress:
                     rows[recipe].append(trainer._train_step(progress))
                 trainer.step += 1
     oisd, grpo = (found[UNTIMED:] for found in rows.values())

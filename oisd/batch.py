@@ -1,9 +1,9 @@
 """Rollouts as training batches: right-padded rows, and their split by a token budget.
 
 Position i of a row holds token i and predicts token i + 1, its label. A completion of n tokens
-after a prompt of m is predicted by the positions m - 1 ... m + n - 2: there `predicts` is true, and
-whatever belongs to a completion's token (log-probs, divergences) stands at the position that
-predicts it. The last token predicts nothing and is a label alone.
+after a prompt of m is predicted by the positions m - 1 ... m + n - 2. There `predicts` is true, and
+there the values of the completion's tokens (log-probs, divergences) are kept. The last token
+predicts nothing and is only a label.
 
 Shape letters: B rows, T positions.
 """
@@ -53,7 +53,7 @@ class Batch:
         return self.predicts.flatten().nonzero().flatten()
 
     def select(self, index: Tensor) -> Batch:
-        """The rows of `index`, without the padding that they do not need."""
+        """The rows of `index`, without padding that none of them needs."""
         longest = int(self.lengths[index].max()) if index.numel() else 0
         cut = {}
         for f in fields(self):
@@ -66,7 +66,7 @@ class Batch:
     def micro_batches(self, tokens: int) -> list[Tensor]:
         """Row indices of parts that hold at most `tokens` padded tokens, or a single row.
 
-        Rows of like length go together, so that little is padding.
+        Rows of similar length go together, so that there is little padding.
         """
         lengths = self.lengths.tolist()
         parts: list[list[int]] = []

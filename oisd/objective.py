@@ -5,8 +5,6 @@ L = L_GRPO + think_weight * L_think + attention_weight * L_attn                 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,13 +28,27 @@ class Totals:
     tokens: int
 
 
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite; raised before an optimizer step is taken with it.
+
+    `found` says which, and `batch` holds the rows that had it.
+    """
+
+    def __init__(self, found: str, batch: Batch) -> None:
+        super().__init__(found)
+        self.found, self.batch = found, batch
+
+
 class Objective:
-    """Computes the losses that a configuration asks for. Use it within `tapped()`."""
+    """The losses that a configuration asks for.
+
+    The taps are open only where they are read: `logprobs` opens them itself; call the objective,
+    and run its backward, inside `with objective.taps`. Rollouts run outside and pay nothing.
+    """
 
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
         self.policy = policy
         self.config = config
-        self.is_tapped = False
         self.sampled_by("generate")
         align, internal = config.oisd, config.grpo.internal_layer
         students = list(align.student_layers) if align.active else []
@@ -57,28 +69,8 @@ class Objective:
             self.coefficients["attention"] = align.attention_weight
 
     def sampled_by(self, engine: str) -> None:
-        """Correct what that engine sampled, where `grpo.tis_cap` asks for it."""
+        """Weight the tokens of that engine's rollouts as `grpo.tis_cap` says."""
         self.grpo = replace(self.config.grpo, tis_cap=self.config.grpo.importance_cap(engine))
-
-    @contextmanager
-    def tapped(self) -> Iterator[Objective]:
-        """Tap the model; without the taps' cost inside `untapped`, as for rollouts."""
-        with self.taps:
-            self.is_tapped = True
-            try:
-                yield self
-            finally:
-                self.is_tapped = False
-
-    @contextmanager
-    def untapped(self) -> Iterator[None]:
-        """Run the model for something else than the losses."""
-        self.taps.clear()
-        self.taps.enabled = False
-        try:
-            yield
-        finally:
-            self.taps.enabled = True
 
     def _forward(self, batch: Batch) -> None:
         with self.policy.autocast():
@@ -92,42 +84,47 @@ class Objective:
     def _head(self) -> Unembedding:
         """The unembedding in the dtype of the forward.
 
-        Under autocast hidden states and parameters are float32 still. The ops would multiply in
-        float32, and tensor cores with it: the head is rounded as autocast rounds every other layer.
+        Under autocast hidden states and parameters are still float32, and so would be the products
+        of the ops. The head is rounded as autocast rounds every other layer.
         """
-        head = self.taps.unembedding
-        bias = None if head.bias is None else head.bias.to(self.policy.dtype)
-        return head._replace(weight=head.weight.to(self.policy.dtype), bias=bias)
+        head, dtype = self.taps.unembedding, self.policy.dtype
+        bias = None if head.bias is None else head.bias.to(dtype)
+        return head._replace(weight=head.weight.to(dtype), bias=bias)
 
     def _is_internal(self, step: int | None) -> bool:
         return step is not None and step < self.config.grpo.internal_steps
 
     def _policy_states(self, rows: Tensor, step: int | None) -> Tensor:
-        """[N, D] what the unembedding reads for the policy that a step trains, of some rows."""
+        """[N, D] what the unembedding reads at some rows, for the policy that a step trains."""
         internal = self._is_internal(step)
         hidden = self.taps.student_hidden()[0] if internal else self.taps.final_hidden()
         return hidden.flatten(0, 1)[rows].to(self.policy.dtype)
 
     @torch.no_grad()
     def logprobs(self, batch: Batch, step: int | None = None) -> Tensor:
-        """[B, T] log-probs of the completions under the policy as it is now.
+        """[B, T] log-probs of the completions as the weights are now; 0 where nothing is predicted.
 
-        step: of the policy that this step trains, which may be an internal one; by default of the
-            model's own.
+        step: for the policy that this training step trains, which may be an internal layer's; by
+            default the model's own.
         """
-        rows = batch.predicting_rows()
-        self._forward(batch)
-        head = self._head()
-        logprobs, _, _ = linear_logprob(
-            self._policy_states(rows, step),
-            head.weight,
-            batch.labels.flatten()[rows],
-            bias=head.bias,
-            temperature=self.config.rollout.temperature,
-            logit_softcap=head.logit_softcap,
-        )
-        like = batch.predicts
-        return logprobs.new_zeros(like.numel()).index_copy(0, rows, logprobs).view(like.shape)
+        result = torch.zeros_like(batch.rollout_logprobs)
+        with self.taps:
+            for index in batch.micro_batches(self.config.run.tokens_per_microbatch):
+                micro = batch.select(index)
+                rows = micro.predicting_rows()
+                self._forward(micro)
+                head = self._head()
+                found, _, _ = linear_logprob(
+                    self._policy_states(rows, step),
+                    head.weight,
+                    micro.labels.flatten()[rows],
+                    bias=head.bias,
+                    temperature=self.config.rollout.temperature,
+                    logit_softcap=head.logit_softcap,
+                )
+                columns = micro.predicts.shape[1]
+                result[index[rows // columns], rows % columns] = found.to(result.dtype)
+        return result
 
     def __call__(
         self, batch: Batch, totals: Totals, step: int
@@ -139,14 +136,14 @@ class Objective:
         config, align = self.config, self.config.oisd
         rows = batch.predicting_rows()
         self._forward(batch)
-        head, taps = self._head(), self.taps
+        head = self._head()
         final = self._policy_states(rows, step)
         grpo = self.grpo
         if self._is_internal(step):  # which did not sample: the weight of its tokens would be ~0
             grpo = replace(grpo, tis_cap=None)
         students = final.detach().new_empty(0, *final.shape)
         if align.think_weight:
-            students = taps.student_hidden().flatten(1, 2)[:, rows].to(self.policy.dtype)
+            students = self.taps.student_hidden().flatten(1, 2)[:, rows].to(self.policy.dtype)
 
         def of_rows(x: Tensor | None) -> Tensor | None:
             return None if x is None else x.flatten()[rows]
@@ -159,9 +156,7 @@ class Objective:
             num_tokens=totals.tokens,
             max_tokens=config.rollout.max_completion_tokens,
         )
-        per_sequence = losses.token_weights(
-            batch.predicts, "sequence-mean", num_sequences=sequences
-        )
+        mean = losses.token_weights(batch.predicts, "sequence-mean", num_sequences=sequences)
         joint = losses.grpo_and_think_loss(
             final,
             head.weight,
@@ -171,7 +166,7 @@ class Objective:
             grpo,
             align,
             grpo_weight=weight.flatten()[rows],
-            think_weight=per_sequence.flatten()[rows],
+            think_weight=mean.flatten()[rows],
             old_logprobs=of_rows(batch.old_logprobs),
             rollout_logprobs=of_rows(batch.rollout_logprobs),
             ref_logprobs=of_rows(batch.ref_logprobs),
@@ -199,7 +194,7 @@ class Objective:
         return computed, metrics
 
     def _attention_kernel(self) -> str:
-        """What the taps are to do: keys are sampled beside the attention, never inside it."""
+        """What the taps do: keys are sampled beside the attention, never inside it."""
         align = self.config.oisd
         beside = align.key_window is not None or align.attention_kernel == "reference"
         return "separate" if beside else align.attention_kernel

@@ -1,9 +1,8 @@
 """Training curves and pass@k curves as PNG files.
 
-The panels answer what a user asks of a run, in the spirit of figure 5 of the paper: does the reward
-rise, do the divergences move with the sign of the advantage, does the lens stay diffuse, do
-completions grow, are the gradients calm. Figures are built without pyplot, so that nothing global
-is touched and a plot may be drawn from any thread of a training process.
+The panels follow figure 5 of the paper: does the reward rise, do the divergences move with the sign
+of the advantage, does the lens keep its entropy, do completions grow, are the gradients steady.
+Figures are built without pyplot and its global state, so that any thread may draw one.
 """
 
 from __future__ import annotations
@@ -30,6 +29,8 @@ from matplotlib.ticker import (
 )
 
 Row = Mapping[str, Any]
+Curves = Mapping[str, Mapping[int, float]]
+Intervals = Mapping[str, Mapping[int, tuple[float, float]]]
 
 # Okabe and Ito's palette, told apart with any colour vision.
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
@@ -51,98 +52,66 @@ class _Panel:
     points: tuple[str, str, str] | None = None
     """Metric, label and colour of markers measured at some steps only."""
     own_axes: bool = False
-    """Give each of two lines an axis of its own where one would flatten both."""
+    """Give each of two lines its own axis where one would flatten both."""
     finish: Callable[[Axes], None] | None = None
 
 
 def _finish_reward(ax: Axes) -> None:
-    """Rewards within [0, 1] are shown on the whole of it; others keep their own range."""
+    """Show rewards within [0, 1] on the whole of that range; others keep their own."""
     low, high = ax.dataLim.intervaly
     if low >= 0 and high <= 1:
         ax.set_ylim(-0.02, 1.02)
 
 
 def _finish_divergence(ax: Axes) -> None:
-    """Mark ln 2, the largest value of a Jensen-Shannon divergence, if in view or just above."""
+    """Mark ln 2, the maximum of the Jensen-Shannon divergence, if in view or just above."""
     low, high = ax.get_ylim()
     if low <= math.log(2) <= high + 0.25 * (high - low):
         ax.axhline(math.log(2), color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         ax.annotate(
-            "ln 2",
-            (1, math.log(2)),
-            xycoords=("axes fraction", "data"),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
-            color=INK,
-        )
+            "ln 2", (1, math.log(2)), xycoords=("axes fraction", "data"), xytext=(3, 0),
+            textcoords="offset points", va="center", fontsize=8.5, color=INK,
+        )  # fmt: skip
 
 
 def _finish_gradients(ax: Axes) -> None:
-    """Parts of the gradient differ by orders of magnitude."""
+    """Use a logarithmic axis if parts of the gradient differ by orders of magnitude."""
     if ax.dataLim.minposy > 0 and ax.dataLim.ymax > 20 * max(ax.dataLim.ymin, 0):
         ax.set_yscale("log")
 
 
+def _by_sign(name: str, title: str) -> _Panel:
+    lines = (
+        (f"js/{name}_pos", "advantage > 0", BLUE),
+        (f"js/{name}_neg", "advantage < 0", ORANGE),
+    )
+    return _Panel(f"js_{name}", title, "divergence (nats)", lines, finish=_finish_divergence)
+
+
 _PANELS = (
     _Panel(
-        "reward",
-        "Reward",
-        "mean reward",
-        (("reward", "training", BLUE),),
-        ("eval/avg_at_k", "evaluation (avg@k)", ORANGE),
-        finish=_finish_reward,
+        "reward", "Reward", "mean reward", (("reward", "training", BLUE),),
+        points=("eval/avg_at_k", "evaluation (avg@k)", ORANGE), finish=_finish_reward,
     ),
+    _by_sign("think", "Logit alignment"),
+    _by_sign("attention", "Attention alignment"),
     _Panel(
-        "js_think",
-        "Logit alignment",
-        "divergence (nats)",
-        (
-            ("js/think_pos", "advantage > 0", BLUE),
-            ("js/think_neg", "advantage < 0", ORANGE),
-        ),
-        finish=_finish_divergence,
-    ),
-    _Panel(
-        "js_attention",
-        "Attention alignment",
-        "divergence (nats)",
-        (
-            ("js/attention_pos", "advantage > 0", BLUE),
-            ("js/attention_neg", "advantage < 0", ORANGE),
-        ),
-        finish=_finish_divergence,
-    ),
-    _Panel(
-        "entropy",
-        "Next-token entropy",
-        "entropy (nats)",
-        (
-            ("entropy/student", "student layer (logit lens)", ORANGE),
-            ("entropy/teacher", "final layer", BLUE),
-        ),
+        "entropy", "Next-token entropy", "entropy (nats)",
+        (("entropy/student", "student layer (logit lens)", ORANGE),
+         ("entropy/teacher", "final layer", BLUE)),
         own_axes=True,
     ),
     _Panel(
-        "completion_length",
-        "Completion length",
-        "mean length (tokens)",
+        "completion_length", "Completion length", "mean length (tokens)",
         (("completion_length", "training", BLUE),),
     ),
     _Panel(
-        "gradient_norms",
-        "Gradient norms",
-        "L2 norm",
-        (
-            ("grad_norm", "total", INK),
-            ("grad_norm/grpo", "GRPO", BLUE),
-            ("grad_norm/think", "logit", AMBER),
-            ("grad_norm/attention", "attention", GREEN),
-        ),
+        "gradient_norms", "Gradient norms", "L2 norm",
+        (("grad_norm", "total", INK), ("grad_norm/grpo", "GRPO", BLUE),
+         ("grad_norm/think", "logit", AMBER), ("grad_norm/attention", "attention", GREEN)),
         finish=_finish_gradients,
     ),
-)
+)  # fmt: skip
 
 
 def plot_training(metrics: str | Path | Iterable[Row], out_dir: str | Path) -> list[Path]:
@@ -173,11 +142,7 @@ def plot_training(metrics: str | Path | Iterable[Row], out_dir: str | Path) -> l
     return paths
 
 
-def plot_pass_at_k(
-    curves: Mapping[str, Mapping[int, float]],
-    path: str | Path,
-    intervals: Mapping[str, Mapping[int, tuple[float, float]]] | None = None,
-) -> Path:
+def plot_pass_at_k(curves: Curves, path: str | Path, intervals: Intervals | None = None) -> Path:
     """Draw pass@k against k on a logarithmic axis and return the file.
 
     curves: for each run, pass@k in [0, 1] by k.
@@ -187,14 +152,14 @@ def plot_pass_at_k(
     if not any(curves.values()):
         raise ValueError("plot_pass_at_k: curves holds no points; wanted {name: {k: pass@k}}")
     figure = Figure(figsize=(6, 4), layout="constrained")
-    _draw_pass_at_k(figure.add_subplot(), "Pass@k", curves, intervals or {})
+    _draw_pass_at_k(figure.add_subplot(), "Pass@k", curves, intervals or {}, list(curves))
     return save_figure(figure, Path(path))
 
 
 def plot_pass_at_k_panels(
-    panels: Mapping[str, Mapping[str, Mapping[int, float]]],
+    panels: Mapping[str, Curves],
     path: str | Path,
-    intervals: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]] | None = None,
+    intervals: Mapping[str, Intervals] | None = None,
 ) -> Path:
     """Draw a panel of pass@k for each benchmark, as in figure 3 of the paper; return the file.
 
@@ -219,53 +184,35 @@ _LEAST_PERCENT = 6
 
 
 def _draw_pass_at_k(
-    ax: Axes,
-    title: str,
-    curves: Mapping[str, Mapping[int, float]],
-    intervals: Mapping[str, Mapping[int, tuple[float, float]]],
-    names: Sequence[str] = (),
+    ax: Axes, title: str, curves: Curves, intervals: Intervals, names: Sequence[str]
 ) -> None:
-    """One panel; the place in `names`, by default all curves, gives a curve its colour."""
-    colours = (BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY)
-    markers = "osD^vP"
-    names = names or list(curves)
+    """One panel; a curve's place in `names` gives it its colour."""
+    styles = list(zip((BLUE, ORANGE, GREEN, PURPLE, AMBER, SKY), "osD^vP", strict=True))
     for name, curve in curves.items():
-        i = names.index(name)
-        colour = colours[i % len(colours)]
+        colour, marker = styles[names.index(name) % len(styles)]
         ks = sorted(curve)
         ax.plot(
-            ks,
-            [100 * curve[k] for k in ks],
-            color=colour,
-            linewidth=1.8,
-            marker=markers[i % len(markers)],
-            markersize=4.5,
-            markeredgecolor="white",
-            markeredgewidth=0.7,
-            label=name,
-        )
+            ks, [100 * curve[k] for k in ks], color=colour, linewidth=1.8, marker=marker,
+            markersize=4.5, markeredgecolor="white", markeredgewidth=0.7, label=name,
+        )  # fmt: skip
         band = intervals.get(name, {})
         ks = sorted(band)
         lower, upper = ([100 * band[k][side] for k in ks] for side in (0, 1))
         ax.fill_between(ks, lower, upper, color=colour, alpha=0.15, linewidth=0)
     ks = sorted({k for curve in curves.values() for k in curve})
     ax.set_xscale("log", base=2)
-    ax.xaxis.set_major_locator(FixedLocator(_readable_ticks(ks)))
+    # At most ten, so that their labels do not touch.
+    ax.xaxis.set_major_locator(FixedLocator(ks[:: math.ceil(len(ks) / 10)]))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:.0f}"))
     ax.yaxis.set_major_formatter(PercentFormatter(decimals=0))
     style_axes(ax, title, "k (samples per problem)", "problems solved")
-    # Shares of problems: within 0 to 100 %, and not so close that two ticks read alike.
+    # Shares of problems: within 0 to 100 %, and not so close that two ticks have one label.
     low, high = ax.get_ylim()
     low, high = max(min(low, high - _LEAST_PERCENT), -1), min(high, 101)
     ax.set_ylim(low, max(high, low + _LEAST_PERCENT))
     if len(curves) > 1:
         ax.legend(fontsize=9, labelcolor=INK, framealpha=0.85, edgecolor="none")
-
-
-def _readable_ticks(ks: Sequence[int]) -> Sequence[int]:
-    """At most ten of the sorted ks, so that their labels do not touch."""
-    return ks[:: math.ceil(len(ks) / 10)]
 
 
 def _read_rows(path: Path) -> list[Row]:
@@ -284,7 +231,7 @@ def _read_rows(path: Path) -> list[Row]:
 def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of a metric, without the rows that have none.
 
-    A step whose groups all had equal rewards has a gradient of 0, which no logarithmic axis shows.
+    Steps with equal rewards in each group have gradient 0, which a logarithmic axis cannot show.
     """
     values: dict[float, float] = {}
     for row in rows:
@@ -298,8 +245,8 @@ def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
 
 
 def _has_data(panel: _Panel, rows: Sequence[Row]) -> bool:
-    keys = [key for key, _, _ in panel.lines] + ([panel.points[0]] if panel.points else [])
-    return any(_series(rows, key)[0] for key in keys)
+    series = [*panel.lines, *([panel.points] if panel.points else [])]
+    return any(_series(rows, key)[0] for key, _, _ in series)
 
 
 def _draw_panel(ax: Axes, panel: _Panel, rows: Sequence[Row]) -> None:
@@ -320,17 +267,9 @@ def _draw_panel(ax: Axes, panel: _Panel, rows: Sequence[Row]) -> None:
         steps, values = _series(rows, key)
         if steps:
             ax.plot(
-                steps,
-                values,
-                color=colour,
-                linestyle="none",
-                marker="D",
-                markersize=5.5,
-                markeredgecolor="white",
-                markeredgewidth=0.8,
-                label=label,
-                zorder=3,
-            )
+                steps, values, "D", color=colour, markersize=5.5, markeredgecolor="white",
+                markeredgewidth=0.8, label=label, zorder=3,
+            )  # fmt: skip
     if panel.finish is not None:
         panel.finish(ax)
     legend_above(ax, [handle for own in dict.fromkeys([ax, *axes]) for handle in own.lines])
@@ -348,20 +287,12 @@ def _right_axes(ax: Axes, y_label: str) -> Axes:
 
 def legend_above(ax: Axes, lines: Sequence[Line2D]) -> None:
     """A legend between title and axes, where it hides no data."""
+    handles = [line for line in lines if not str(line.get_label()).startswith("_")]
     ax.legend(
-        handles=[line for line in lines if not str(line.get_label()).startswith("_")],
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        borderaxespad=0.2,
-        borderpad=0,
-        ncols=4,
-        fontsize=8.5,
-        labelcolor=INK,
-        frameon=False,
-        handlelength=1.2,
-        handletextpad=0.5,
+        handles=handles, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, borderpad=0,
+        ncols=4, fontsize=8.5, labelcolor=INK, frameon=False, handlelength=1.2, handletextpad=0.5,
         columnspacing=1.2,
-    )
+    )  # fmt: skip
 
 
 def _draw_line(
@@ -376,7 +307,7 @@ def _draw_line(
 
 
 def _far_apart(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether the gap between two series is so wide that it hides how either moves."""
+    """Whether the gap between two series is so wide that it hides the changes of both."""
     gap = max(min(a) - max(b), min(b) - max(a))
     return gap > 2 * (max(a) - min(a) + max(b) - min(b))
 
@@ -405,7 +336,7 @@ def style_axes(ax: Axes, title: str, x_label: str, y_label: str, title_pad: floa
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write through a temporary file: a viewer never sees half a picture."""
+    """Write through a temporary file, so that a viewer never reads half a picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

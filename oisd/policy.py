@@ -34,7 +34,7 @@ class Policy:
 
     @property
     def pad_token_id(self) -> int:
-        """The padding token, or the end of sequence where there is none: masks hide either."""
+        """The padding token, or the end of sequence if there is none: masks hide both."""
         pad = self.tokenizer.pad_token_id
         return self.eos_token_ids[0] if pad is None else pad
 
@@ -71,7 +71,7 @@ class Policy:
         """The completions' texts, without special tokens."""
         lengths = completions.lengths.tolist()
         ids = [row[:n] for row, n in zip(completions.ids.tolist(), lengths, strict=True)]
-        # The tokenizer takes no rows for one empty row.
+        # Without rows the tokenizer would return one empty text.
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
 
 
@@ -85,16 +85,16 @@ def load_policy(
 ) -> Policy:
     """Load `config.path`, or the weights of a checkpoint of it, with float32 parameters.
 
-    Either may be the folder of an adapter, whose base model is then loaded beneath it: the one that
-    the folder names, or `config.path` for a checkpoint of a run with `lora_rank`. Such a run gets
-    new adapters where there is no checkpoint.
+    Either may be the folder of an adapter; its base model is then loaded too: the one that the
+    folder names, or `config.path` for a checkpoint of a run with `lora_rank`. Without a checkpoint
+    such a run gets new adapters.
 
-    round_frozen: keep the layers that adapters freeze in `config.dtype`; not for who runs the model
+    round_frozen: keep the layers that adapters freeze in `config.dtype`; False to run the model
         outside `Policy.autocast`.
 
-    Weights are read from safetensors alone. Raises ConfigError when the model cannot be loaded or
-    has no end-of-sequence token, or adapters do not fit it; DataError when the tokenizer has tokens
-    that the model has not.
+    Weights are read from safetensors alone. Raises ConfigError if the model cannot be loaded or has
+    no end-of-sequence token, or adapters do not fit it; DataError if the tokenizer has tokens that
+    the model lacks.
     """
     adapter = _adapter_folder(config, checkpoint)
     if config.path == "arithmetic" and checkpoint is None:
@@ -102,27 +102,7 @@ def load_policy(
         model.set_attn_implementation(config.attn_implementation)
         tokenizer: Any = arithmetic_tokenizer()
     else:
-        source = checkpoint or config.path
-        if adapter is not None:
-            source = config.path if config.lora_rank else adapters.base_path(adapter)
-        trust = config.trust_remote_code
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                source,
-                dtype=torch.float32,
-                attn_implementation=config.attn_implementation,
-                trust_remote_code=trust,
-                use_safetensors=True,
-            )
-            shipped = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-            tokenizer = AutoTokenizer.from_pretrained(
-                adapter if shipped else source, trust_remote_code=trust
-            )
-        except (OSError, ValueError) as error:
-            named = f", the base of the adapter {str(adapter)!r}," if adapter else ""
-            raise ConfigError(
-                f"model.path {str(source)!r}{named} cannot be loaded: {error}"
-            ) from error
+        model, tokenizer = _from_files(config, checkpoint, adapter)
     check_vocabulary(tokenizer, model.config)
     if adapter is not None:
         model = adapters.load(model, adapter, trainable=config.lora_rank > 0)
@@ -140,6 +120,43 @@ def load_policy(
             "its tokenizer; completions would never end"
         )
     return policy
+
+
+def load_for_command(
+    path: str, options: Any, device: torch.device | str, *, round_frozen: bool = True
+) -> Policy:
+    """The model that `oisd eval` and `oisd lens` look at, as their options say."""
+    config = ModelConfig(
+        path=path,
+        dtype=options.dtype,
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )
+    return load_policy(config, seed=options.seed, device=device, round_frozen=round_frozen)
+
+
+def _from_files(
+    config: ModelConfig, checkpoint: Path | None, adapter: Path | None
+) -> tuple[Any, Any]:
+    """A whole model, or the base of an adapter, and the tokenizer."""
+    source = checkpoint or config.path
+    if adapter is not None:
+        source = config.path if config.lora_rank else adapters.base_path(adapter)
+    shipped = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    trust = config.trust_remote_code
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=torch.float32,
+            attn_implementation=config.attn_implementation,
+            trust_remote_code=trust,
+            use_safetensors=True,
+        )
+        where = adapter if shipped else source
+        return model, AutoTokenizer.from_pretrained(where, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        named = f", the base of the adapter {str(adapter)!r}," if adapter else ""
+        raise ConfigError(f"model.path {str(source)!r}{named} cannot be loaded: {error}") from error
 
 
 def _adapter_folder(config: ModelConfig, checkpoint: Path | None) -> Path | None:

@@ -1,4 +1,4 @@
-"""Supervised warm-up: a blank model learns a task well enough that rollouts are sometimes right."""
+"""Supervised warm-up: a blank model learns a task until some of its rollouts are right."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from oisd.data import Example, prompt_indices
 from oisd.data.sums import supervised_batch
 from oisd.policy import Policy
 
-# Batches that the probability of the right answers is averaged over.
+# Batches over which the probability of the right answers is averaged.
 _RECENT = 8
 
 
@@ -29,22 +29,20 @@ def warm_up(
 ) -> None:
     """Train on (prompt, answer) pairs by cross-entropy, in place; a function of `seed` alone.
 
-    Ends after `config.steps`, or once the recent batches' answers had the mean probability
-    `config.stop_at`. That is the expected accuracy of sampling at temperature 1.
+    Ends after `config.steps`, or once the answers of recent batches have the mean probability
+    `config.stop_at`, which is the expected accuracy of sampling at temperature 1.
     """
     model = policy.model
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=0.01
     )
+    steps = config.steps
     schedule = get_scheduler(
-        "linear",
-        optimizer,
-        num_warmup_steps=config.steps // 10,
-        num_training_steps=config.steps,
+        "linear", optimizer, num_warmup_steps=steps // 10, num_training_steps=steps
     )
     recent: deque[float] = deque(maxlen=_RECENT)
     model.train()
-    for step in range(config.steps):
+    for step in range(steps):
         indices = prompt_indices(step, config.batch_size, len(examples), seed)
         batch = supervised_batch(examples, policy.tokenizer, indices)
         batch = {name: tensor.to(policy.device) for name, tensor in batch.items()}

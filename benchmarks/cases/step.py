@@ -40,9 +40,10 @@ from oisd.batch import Batch
 from oisd.config import AlignmentConfig, GRPOConfig, OptimizerConfig, RunConfig, TrainConfig
 from oisd.losses import attention
 from oisd.objective import Objective, Totals
-from oisd.optimizer import Learner
+from oisd.optimizer import Optimizer
 from oisd.policy import Policy
 from oisd.run.processes import Processes
+from oisd.trainer import learn
 from oisd_kernels import LensStats, PolicyHead, logit_lens_divergence, policy_head
 
 LEARNING_RATE = 1e-12
@@ -159,16 +160,15 @@ def inputs(
 ) -> Inputs:
     policy = Policy(model.build(device, checkpointing), None, dtype)
     config = settings(model, rows * length, "separate")
-    learner = Learner(Objective(policy, config), config, Processes(device))
     return {
         "model": model,
         "policy": policy,
-        "learner": learner,
+        "optimizer": Optimizer(policy.model, config, Processes(device)),
         "batch": batch(model, rows, length, device),
     }
 
 
-def settings(model: Model, tokens: int, variant: str) -> TrainConfig:
+def settings(model: Model, tokens: int, variant: str, norms_every: int = 0) -> TrainConfig:
     """The trainer's configuration of the step."""
     kernel = "fused" if variant == "fused attention" else "separate"
     given: dict[str, Any] = {"student_layers": (model.student,), "attention_kernel": kernel}
@@ -178,7 +178,7 @@ def settings(model: Model, tokens: int, variant: str) -> TrainConfig:
         oisd=AlignmentConfig(**given),
         grpo=GRPOConfig(),
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
-        run=RunConfig(tokens_per_microbatch=tokens),
+        run=RunConfig(tokens_per_microbatch=tokens, grad_norm_every=norms_every),
     )
 
 
@@ -211,11 +211,11 @@ class Step:
     """One variant of the step on given inputs."""
 
     def __init__(self, given: Inputs, variant: str):
-        self.learner, self.batch, self.variant = given["learner"], given["batch"], variant
+        self.optimizer, self.batch, self.variant = given["optimizer"], given["batch"], variant
         policy, model = given["policy"], given["model"]
-        config = settings(model, self.batch.input_ids.numel(), variant)
+        tokens = self.batch.input_ids.numel()
+        config = settings(model, tokens, variant, given.get("norms_every", 0))
         self.objective = Objective(policy, config)
-        self.norms_every = given.get("norms_every", 0)
         rows = len(self.batch)
         self.totals = Totals(sequences=rows, tokens=int(self.batch.predicts.sum()))
 
@@ -230,11 +230,9 @@ class Step:
         return {name: x.double().cpu() for name, x in out.items()}
 
     def _learn(self) -> tuple[Any, dict[str, float]]:
-        self.learner.optimizer.zero_grad()  # one that ran out of memory left parts of a gradient
-        self.learner.objective = self.objective
-        self.learner.grad_norm_every = self.norms_every
-        with self.objective.tapped(), written(self.variant, self.objective.policy):
-            return self.learner.learn([(self.batch, self.totals)], step=1)
+        self.optimizer.adamw.zero_grad()  # one that ran out of memory left parts of a gradient
+        with written(self.variant, self.objective.policy):
+            return learn(self.objective, self.optimizer, [(self.batch, self.totals)], step=1)
 
 
 def truth(given: Inputs) -> Result:

@@ -1,10 +1,7 @@
-"""Problems with verifiable answers: reading, checking, rendering and ordering them.
+"""Problems with verifiable answers: reading and checking them.
 
 Everything is read through the `datasets` library, so a file, a folder and a Hub id behave alike.
 Every row is checked before training starts: a missing answer found at step 200 is a lost run.
-
-The order of the prompts is a pure function of the step number. A resumed run therefore needs no
-sampler state: its position in the data is the step at which it resumes.
 """
 
 from __future__ import annotations
@@ -13,48 +10,24 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
-
-import numpy as np
+from typing import Any, cast
 
 from oisd.data import catalogue
 from oisd.data.catalogue import BOXED, DataSet, Source
+from oisd.data.examples import DataError, Example, Message, permutation, prompt_indices
+from oisd.data.prompts import EncodedPrompts, check_vocabulary, encode_prompts, render_prompt
 from oisd.rewards.answers import last_boxed
+
+__all__ = [
+    "BOXED", "PAPER_SYSTEM_PROMPT", "DataError", "DataSet", "EncodedPrompts", "Example", "Message",
+    "Source", "catalogue", "check_vocabulary", "encode_prompts", "load_examples", "permutation",
+    "prompt_indices", "render_prompt",
+]  # fmt: skip
 
 PAPER_SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
 
 _FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on: names the source, the row, what was wanted and what came."""
-
-
-class Message(NamedTuple):
-    """One turn of a conversation."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """A problem: text or a conversation, its answer, and a name that is unique in its set."""
-
-    prompt: str | tuple[Message, ...]
-    answer: str
-    id: str
-
-
-class EncodedPrompts(NamedTuple):
-    """Prompts as token ids, row by row with the examples they came from."""
-
-    token_ids: list[list[int]]
-    examples: list[Example]
-    dropped: list[Example]
-    """Examples left out because their prompts are too long."""
 
 
 def load_examples(
@@ -88,21 +61,25 @@ def load_examples(
     if limit is not None and limit < 1:
         raise DataError(f"load_examples: limit must be at least 1, got {limit}")
     if source == "arithmetic" or source.startswith("arithmetic:"):
-        from oisd.data.sums import arithmetic_examples
+        from oisd.data.sums import arithmetic_examples  # with torch, which other sources do without
 
-        digits = _arithmetic_digits(source)
-        return arithmetic_examples(digits, split=split, limit=limit, seed=seed)
+        match = re.fullmatch(r"arithmetic(?::digits=(\d+))?", source)
+        if match is None:
+            raise DataError(
+                f'{source}: the built-in task is written "arithmetic" or "arithmetic:digits=2"'
+            )
+        return arithmetic_examples(int(match[1] or 2), split=split, limit=limit, seed=seed)
 
     if not source:
         raise DataError("load_examples: the source is empty; pass a file, a folder or a Hub id")
-    known = catalogue.resolve(source).data_set
+    resolved = catalogue.resolve(source)
+    known = resolved.data_set
     prompt_field = prompt_field or (known.prompt_field if known else "question")
     answer_field = answer_field or (known.answer_field if known else "answer")
     answer_pattern = answer_pattern or (known.answer_pattern if known else None)
-    pattern = None
     if answer_pattern not in (None, BOXED):
-        pattern = _compile_answer_pattern(answer_pattern)
-    dataset = _read_source(catalogue.resolve(source), split, subset)
+        _check_answer_pattern(answer_pattern)
+    dataset = _read_source(resolved, split, subset)
     if len(dataset) == 0:
         raise DataError(f"{source}: split {split!r} has no rows")
     rows: Sequence[int] = range(len(dataset))
@@ -111,7 +88,7 @@ def load_examples(
     if limit is not None and limit < len(rows):
         rows = [rows[i] for i in sorted(permutation(len(rows), seed)[:limit])]
 
-    # DeepMath's three long solutions need not be decoded to read a question.
+    # Only the columns needed: DeepMath has three long solutions beside each question.
     names = dataset.column_names
     wanted = {_column(names, prompt_field), _column(names, answer_field)} & set(names)
     columns = dataset.select_columns(sorted(wanted)) if wanted else dataset
@@ -120,30 +97,15 @@ def load_examples(
     for number, row in zip(rows, columns.select(rows), strict=True):
         where = f"{source}, row {number}"
         row = {**dict.fromkeys(names), **cast("dict[str, Any]", row)}
-        prompt = _parse_prompt(
-            _lookup(row, prompt_field, where, "prompt_field"), where, prompt_field
-        )
-        answer = _parse_answer(
-            _lookup(row, answer_field, where, "answer_field"), where, answer_field
-        )
-        if answer_pattern == BOXED:
-            answer = _extract_boxed(answer, where, answer_field)
-        elif pattern is not None:
-            answer = _extract_answer(pattern, answer, where, answer_field)
+        prompt = _parse_prompt(row, where, prompt_field)
+        answer = _parse_answer(row, where, answer_field)
+        if answer_pattern is not None:
+            answer = _extract(answer_pattern, answer, where, answer_field)
         examples.append(Example(prompt, answer, f"{split}/{number}"))
     return examples
 
 
-def _arithmetic_digits(source: str) -> int:
-    match = re.fullmatch(r"arithmetic(?::digits=(\d+))?", source)
-    if match is None:
-        raise DataError(
-            f'{source}: the built-in task is written "arithmetic" or "arithmetic:digits=2"'
-        )
-    return int(match[1] or 2)
-
-
-def _compile_answer_pattern(answer_pattern: str) -> re.Pattern[str]:
+def _check_answer_pattern(answer_pattern: str) -> None:
     try:
         pattern = re.compile(answer_pattern)
     except re.error as error:
@@ -155,7 +117,6 @@ def _compile_answer_pattern(answer_pattern: str) -> re.Pattern[str]:
             f"answer_pattern {answer_pattern!r} must have exactly one group, the answer; it has "
             f"{pattern.groups} (write (?:...) for a group that is not the answer)"
         )
-    return pattern
 
 
 def _read_source(source: Source, split: str, subset: str | None) -> Any:
@@ -202,7 +163,7 @@ def _declares_subsets(path: Path) -> bool:
 
 
 def _is_unnamed(path: Path) -> bool:
-    """Whether a folder holds one data file, whose name says nothing of a split."""
+    """Whether a folder holds one data file, whose name contains no split's."""
     files = [f for f in path.rglob("*") if f.suffix.lower() in _FILE_FORMATS]
     return len(files) == 1 and not re.search(r"train|test|valid|dev", files[0].stem.lower())
 
@@ -242,9 +203,9 @@ def _read(source: str, split: str, subset: str | None, known_as: str = "") -> An
             f"then copy that folder here and pass {place} as the source"
         ) from error
     except Exception as error:
-        # `datasets` wraps the line that says what is wrong with a file in one that does not.
+        # The cause says what is wrong with a file; the error that `datasets` raises does not.
         reason = error.__cause__ or error
-        # It has no error of its own for a file, a saved set or a split that is empty.
+        # `datasets` has no error of its own for an empty file, saved set or split.
         if isinstance(reason, (StopIteration, IndexError)) or "to no data" in str(reason):
             raise DataError(f"{source}: split {split!r} has no rows") from error
         raise DataError(
@@ -291,7 +252,8 @@ def _missing_field(name: str, above: str, fields: list[str], where: str, option:
     )
 
 
-def _parse_prompt(value: Any, where: str, field: str) -> str | tuple[Message, ...]:
+def _parse_prompt(row: dict[str, Any], where: str, field: str) -> str | tuple[Message, ...]:
+    value = _lookup(row, field, where, "prompt_field")
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, list) and value:
@@ -302,9 +264,8 @@ def _parse_prompt(value: Any, where: str, field: str) -> str | tuple[Message, ..
 
 
 def _parse_message(message: Any, where: str, field: str) -> Message:
-    role, content = (
-        (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-    )
+    given = message if isinstance(message, dict) else {}
+    role, content = given.get("role"), given.get("content")
     if not (isinstance(role, str) and isinstance(content, str) and role and content):
         raise DataError(
             f"{where}: each message of {field!r} must have a role and a content, both text, "
@@ -313,10 +274,11 @@ def _parse_message(message: Any, where: str, field: str) -> Message:
     return Message(role, content)
 
 
-def _parse_answer(value: Any, where: str, field: str) -> str:
+def _parse_answer(row: dict[str, Any], where: str, field: str) -> str:
+    value = _lookup(row, field, where, "answer_field")
     if isinstance(value, str) and value.strip():
         return value.strip()
-    # A column of integers with one null in it has been turned into floats by many a tool.
+    # Many tools turn a column of integers with a null into floats.
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     if isinstance(value, (bool, int, float)):
@@ -324,175 +286,13 @@ def _parse_answer(value: Any, where: str, field: str) -> str:
     raise DataError(f"{where}: field {field!r} must be text or a number, got {value!r}")
 
 
-def _extract_answer(pattern: re.Pattern[str], text: str, where: str, field: str) -> str:
-    match = pattern.search(text)
-    answer = (match[1] or "").strip() if match else ""
+def _extract(answer_pattern: str, text: str, where: str, field: str) -> str:
+    if answer_pattern == BOXED:
+        found, failure = last_boxed(text), "there is no box with an answer in"
+    else:
+        match = re.search(answer_pattern, text)
+        found, failure = match and match[1], f"answer_pattern {answer_pattern!r} finds no answer in"
+    answer = (found or "").strip()
     if not answer:
-        raise DataError(
-            f"{where}: answer_pattern {pattern.pattern!r} finds no answer in field {field!r}, "
-            f"which ends in {text[-60:]!r}"
-        )
+        raise DataError(f"{where}: {failure} field {field!r}, which ends in {text[-60:]!r}")
     return answer
-
-
-def _extract_boxed(text: str, where: str, field: str) -> str:
-    answer = (last_boxed(text) or "").strip()
-    if not answer:
-        raise DataError(
-            f"{where}: there is no box with an answer in field {field!r}, which ends in "
-            f"{text[-60:]!r}"
-        )
-    return answer
-
-
-def render_prompt(
-    tokenizer: Any,
-    prompt: str | Sequence[Message],
-    *,
-    system_prompt: str | None = None,
-    chat_template: bool | None = None,
-    enable_thinking: bool = False,
-) -> str:
-    """The text that the model continues.
-
-    tokenizer: a Hugging Face tokenizer.
-    system_prompt: put first, unless the prompt is a conversation with a system message of its own.
-    chat_template: apply the tokenizer's chat template; None: when it has one. Without it, the parts
-        are joined by blank lines.
-    enable_thinking: handed to the chat template; Qwen3's opens a thinking block with it.
-    Raises DataError when a chat template is asked for and absent, or refuses the conversation.
-    """
-    messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
-    if system_prompt and all(message.role != "system" for message in messages):
-        messages = (Message("system", system_prompt), *messages)
-    if not _uses_chat_template(tokenizer, chat_template):
-        return "\n\n".join(message.content for message in messages)
-    try:
-        return tokenizer.apply_chat_template(
-            [message._asdict() for message in messages],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=enable_thinking,
-        )
-    except Exception as error:
-        roles = ", ".join(message.role for message in messages)
-        raise DataError(
-            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} refuses a "
-            f"conversation of roles {roles}: {error}. If it knows no system role, leave "
-            f"system_prompt empty and put the instruction into the problem"
-        ) from error
-
-
-def _uses_chat_template(tokenizer: Any, chat_template: bool | None) -> bool:
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if chat_template and not has_template:
-        raise DataError(
-            f"chat_template=True, but {tokenizer.name_or_path or 'the tokenizer'} has no chat "
-            f"template; leave chat_template out for plain text, or take an instruct model's "
-            f"tokenizer"
-        )
-    return has_template if chat_template is None else chat_template
-
-
-def encode_prompts(
-    tokenizer: Any,
-    examples: Sequence[Example],
-    *,
-    system_prompt: str | None = None,
-    chat_template: bool | None = None,
-    enable_thinking: bool = False,
-    max_prompt_tokens: int = 1024,
-    overlong: Literal["error", "drop"] = "error",
-) -> EncodedPrompts:
-    """Render and tokenize the prompts; see `render_prompt` for the options that are not here.
-
-    max_prompt_tokens: longest prompt, in tokens, that is taken.
-    overlong: what becomes of a longer one: "error", or "drop" to leave it out and list it.
-    Raises DataError for an overlong or an empty prompt, or if none is left.
-    """
-    if overlong not in ("error", "drop"):
-        raise DataError(f'encode_prompts: overlong must be "error" or "drop", got {overlong!r}')
-    if not examples:
-        return EncodedPrompts([], [], [])
-    texts = [
-        render_prompt(
-            tokenizer,
-            example.prompt,
-            system_prompt=system_prompt,
-            chat_template=chat_template,
-            enable_thinking=enable_thinking,
-        )
-        for example in examples
-    ]
-    # A chat template writes the special tokens itself; a second BOS would shift the whole model.
-    plain = not _uses_chat_template(tokenizer, chat_template)
-    encoded = tokenizer(texts, add_special_tokens=plain, return_attention_mask=False)["input_ids"]
-
-    token_ids, kept, dropped = [], [], []
-    for ids, example in zip(encoded, examples, strict=True):
-        if not ids:
-            raise DataError(f"prompt {example.id} has no tokens")
-        if len(ids) <= max_prompt_tokens:
-            token_ids.append(list(ids))
-            kept.append(example)
-        elif overlong == "drop":
-            dropped.append(example)
-        else:
-            raise DataError(
-                f"prompt {example.id} has {len(ids)} tokens, the limit is {max_prompt_tokens}; "
-                f'raise max_prompt_tokens or, in training, set overlong_prompts="drop"'
-            )
-    if not kept:
-        raise DataError(
-            f"all {len(dropped)} prompts are longer than {max_prompt_tokens} tokens; "
-            f"raise max_prompt_tokens"
-        )
-    return EncodedPrompts(token_ids, kept, dropped)
-
-
-def check_vocabulary(tokenizer: Any, model_config: Any) -> None:
-    """Refuse a tokenizer that can produce ids for which the model has no embedding.
-
-    model_config: a transformers configuration. A vocabulary larger than the tokenizer's is fine:
-        models pad theirs. Raises DataError for a smaller one.
-    """
-    # Added tokens may leave holes, so that the number of tokens is not the largest id plus one.
-    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
-    has = model_config.get_text_config().vocab_size
-    if needed > has:
-        raise DataError(
-            f"vocabulary mismatch: the tokenizer {tokenizer.name_or_path} has token ids up to "
-            f"{needed - 1}, the model {model_config.name_or_path} has {has} embeddings; take the "
-            f"tokenizer that came with the model"
-        )
-
-
-def prompt_indices(step: int, count: int, num_examples: int, seed: int) -> list[int]:
-    """The examples of a training step: `count` indices into `num_examples`, in order.
-
-    Steps count from 0. Each epoch visits every example once, in an order drawn from (seed, epoch);
-    a step may cross into the next epoch, and `count` may be larger than `num_examples`.
-    """
-    if step < 0 or count < 1 or num_examples < 1:
-        raise DataError(
-            f"prompt_indices: step must be at least 0, count and num_examples at least 1, got "
-            f"step={step}, count={count}, num_examples={num_examples}"
-        )
-    indices: list[int] = []
-    position = step * count
-    while len(indices) < count:
-        epoch, start = divmod(position, num_examples)
-        taken = permutation(num_examples, seed, epoch)[start : start + count - len(indices)]
-        indices += taken
-        position += len(taken)
-    return indices
-
-
-def permutation(size: int, seed: int, stream: int = 0) -> list[int]:
-    """A random order of `size` things, the same on every machine and with every NumPy.
-
-    NumPy promises stable streams for its bit generators only, not for `Generator.permutation`;
-    hence the sort of raw 64-bit keys.
-    """
-    keys = np.random.Philox(np.random.SeedSequence((seed, stream))).random_raw(size)
-    return np.argsort(keys, kind="stable").tolist()

@@ -1,16 +1,16 @@
 """Mathematics data sets by name: where the Hub keeps them and which columns hold what.
 
-A source is written `gsm8k`, or `gsm8k:some/folder` for the same rows from a file or folder here,
-such as `hf download --repo-type dataset openai/gsm8k --local-dir some/folder` leaves behind. The
-name fixes columns, split and answer pattern; what a caller sets besides goes first.
+A source is written `gsm8k`, or `gsm8k:some/folder` for the same rows from a local file or folder,
+such as `hf download --repo-type dataset openai/gsm8k --local-dir some/folder` writes. The name sets
+columns, split and answer pattern; a caller's own settings have priority.
 
-Nothing is shipped: most of these sets carry no licence that would allow it.
+No rows are shipped: most of these sets have no licence that would allow it.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 BOXED = "boxed"
@@ -28,11 +28,11 @@ class DataSet:
     splits: dict[str, str]
     """Our split, "train" or "test", to the Hub's."""
     rows: dict[str, int]
-    """Problems in each of our splits; an evaluation says so where it had fewer."""
+    """Problems in each of our splits; an evaluation of fewer says so."""
     subset: str | None = None
     answer_pattern: str | None = None
     draw: int | None = None
-    """Take so many rows, drawn once and for all by `DRAW_SEED`, whatever the run's seed."""
+    """Take this many rows, drawn by `DRAW_SEED`, whatever the run's seed."""
     samples: int = 16
     """K of Avg@K: the paper's for its four benchmarks, ours for others."""
 
@@ -88,8 +88,8 @@ class Source:
     written: str
     data_set: DataSet | None = None
     name: str = ""
-    path: Path | None = field(default=None)
-    """Rows of the named set are read from here instead of the Hub."""
+    path: Path | None = None
+    """Where rows of the named set are read from instead of the Hub."""
 
     @property
     def title(self) -> str:
@@ -102,7 +102,7 @@ class Source:
 
 
 def resolve(source: str) -> Source:
-    """Split `name` or `name:path` and look the name up; anything else is returned as it is."""
+    """Look up the name in `name` or `name:path`; any other source has no data set."""
     name, colon, path = source.partition(":")
     data_set = DATA_SETS.get(name)
     if data_set is None:

@@ -1,11 +1,11 @@
 """A task that a CPU can learn: sums of two numbers, the digits of the answer reversed.
 
 The prompt "47+85=" has the answer "231", least significant digit first, so that each digit depends
-on one column and one carry. A six-layer Qwen3 of 612 thousand parameters learns it in a minute: the
-whole trainer, an intermediate layer to align included, can be watched at work without a GPU.
+on one column and one carry. A six-layer Qwen3 of 612 thousand parameters learns it in a minute:
+enough to run the whole trainer, with an intermediate layer to align, without a GPU.
 
-The supervised warm-up exists because reinforcement learning needs something to reinforce: from a
-blank model no sampled answer is right and nothing moves.
+A supervised warm-up comes first: no answer sampled from a blank model is right, so that without it
+there would be no advantage and no gradient.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from oisd.data import DataError, Example, permutation
+from oisd.data.examples import DataError, Example, permutation
 
 _CHARACTERS = "0123456789+="
 _PAD, _EOS = "<pad>", "<eos>"
 
-# All problems of up to two digits fit in memory; of longer ones this many are drawn by default.
+# By default all problems of up to two digits are taken, and this many of longer ones.
 _DEFAULT_LIMIT = 10_000
 
 

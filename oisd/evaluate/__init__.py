@@ -1,10 +1,10 @@
-"""Accuracy with honest intervals: Avg@K, unbiased Pass@K, bootstrap over the problems.
+"""Accuracy with intervals: Avg@K, unbiased Pass@K, bootstrap over the problems.
 
-Every completion and its grades are written down as soon as its problem is done, so an evaluation
-that dies goes on where it was, on however many processes.
+Each problem's completions and grades are written to disk as soon as it is done. An evaluation that
+was stopped can therefore be resumed, on any number of processes.
 
-A second grader may look at the same completions. Where two graders disagree, one of them is wrong;
-the share of completions on which they agree bounds how far a figure can be trusted.
+A second grader may grade the same completions. Where two graders disagree, one of them is wrong;
+the share of completions on which they agree bounds how far a result can be trusted.
 """
 
 from __future__ import annotations
@@ -50,16 +50,14 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile interval of the mean of `values`, one for each problem, resampling the problems.
 
-    It tells how far the number would move with other problems of the same kind.
+    It tells how far the number would move with other problems of the same kind. Raises ValueError
+    without values and for a confidence outside (0, 1).
     """
     if len(values) == 0 or not 0 < confidence < 1:
         raise ValueError("bootstrap_interval: wanted values and a confidence in (0, 1)")
-    data = np.asarray(values, dtype=float)
-    generator = np.random.default_rng(seed)
-    means = [data[generator.integers(0, len(data), len(data))].mean() for _ in range(resamples)]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    return bootstrap_interval_of_mean(
+        [values], confidence=confidence, resamples=resamples, seed=seed
+    )
 
 
 def bootstrap_interval_of_mean(
@@ -71,7 +69,7 @@ def bootstrap_interval_of_mean(
 ) -> tuple[float, float]:
     """Percentile interval of the mean of the groups' means, resampling within each group.
 
-    For a table's last column: benchmarks weigh alike, whatever their size.
+    For a table's last column: each benchmark has the same weight, whatever its size.
     """
     if not groups or not all(len(values) for values in groups) or not 0 < confidence < 1:
         raise ValueError(
@@ -105,7 +103,7 @@ class Problem:
     """Of the second grader, if there is one."""
 
     def without_texts(self) -> Problem:
-        """The numbers alone: a benchmark's completions can be gigabytes, and are in its dump."""
+        """The numbers alone: a benchmark's completions can be gigabytes and are in its dump."""
         return replace(self, completions=[])
 
 
@@ -133,7 +131,10 @@ class Evaluation:
 
     def pass_curve(self) -> dict[int, float]:
         """Pass@k for k = 1, 2, 4 ... up to the number of completions."""
-        return {k: self.pass_at(k) for k in _powers_of_two(self.samples)}
+        return {k: self.pass_at(k) for k in self._ks()}
+
+    def _ks(self) -> list[int]:
+        return [2**i for i in range(self.samples.bit_length())]
 
     def summary(self) -> dict[str, Any]:
         """The numbers, with 95 % intervals over the problems."""
@@ -146,15 +147,21 @@ class Evaluation:
                 [float(np.mean(p.rewards)) for p in self.problems]
             ),
             "pass_at_k": self.pass_curve(),
-            "pass_at_k_interval": {
-                k: bootstrap_interval(self._pass_at_k(k)) for k in _powers_of_two(self.samples)
-            },
+            "pass_at_k_interval": {k: bootstrap_interval(self._pass_at_k(k)) for k in self._ks()},
             "completion_length": float(np.mean(lengths)),
             "frac_finished": float(np.mean([f for p in self.problems for f in p.finished])),
         }
 
+    def write(self, folder: Path, name: str) -> None:
+        """Write the problems to folder/`name`.jsonl and the summary to folder/`name`.json."""
+        folder.mkdir(exist_ok=True)
+        rows = "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in self.problems)
+        (folder / f"{name}.jsonl").write_text(rows, encoding="utf-8")
+        summary = json.dumps(self.summary(), indent=1)
+        (folder / f"{name}.json").write_text(summary, encoding="utf-8")
+
     def agreement(self, first: str, second: str) -> dict[str, Any]:
-        """How far two graders of these names agree; empty where there was no second one.
+        """How far two graders of these names agree; empty if there was no second one.
 
         A completion counts as accepted from a reward of 1.
         """
@@ -204,12 +211,12 @@ def evaluate(
     Args:
         prompts: token ids of the examples' prompts.
         reward: (completions, answers) -> rewards.
-        seed, step, rank: fix the samples; a problem's are the same however problems are batched.
+        seed, step: fix the samples, which depend on neither the batches nor the processes.
         batch_size, engine: as `oisd.rollout.sample` has them.
         rank, world_size: this process does every `world_size`-th problem of those left.
         second: another grader for `Problem.second_rewards`.
-        skip: ids of problems that are done already, by whichever process.
-        dump: a JSONL file that finished problems are appended to, and found in by a second call.
+        skip: ids of problems that any process has done already.
+        dump: a JSONL file that finished problems are appended to; a second call reads them from it.
         on_progress: called with the number of problems done.
 
     Returns this process's problems, in the order of `examples`.
@@ -260,7 +267,7 @@ def evaluate(
 
 
 def read_problems(dump: Path) -> list[Problem]:
-    """The problems in a dump; a line that a kill cut short is dropped from the file as well."""
+    """The problems in a dump; an unfinished last line is removed from the file too."""
     rows, size = read_rows(dump)
     if dump.exists() and dump.stat().st_size > size:
         with dump.open("r+b") as file:
@@ -269,7 +276,7 @@ def read_problems(dump: Path) -> list[Problem]:
 
 
 def read_all(folder: Path) -> dict[str, Problem]:
-    """The problems in a folder's dumps, of however many processes, without their completions."""
+    """The problems in a folder's dumps, of all processes, without their completions."""
     return {
         problem.id: problem.without_texts()
         for dump in sorted(folder.glob("problems-*.jsonl"))
@@ -278,10 +285,6 @@ def read_all(folder: Path) -> dict[str, Problem]:
 
 
 def in_order(parts: Iterable[Iterable[Problem]], examples: Sequence[Example]) -> Evaluation:
-    """The evaluation that several processes did parts of."""
+    """The evaluation of which several processes did parts, its problems as in `examples`."""
     by_id = {p.id: p for part in parts for p in part}
     return Evaluation([by_id[e.id] for e in examples])
-
-
-def _powers_of_two(limit: int) -> list[int]:
-    return [2**i for i in range(limit.bit_length()) if 2**i <= limit]

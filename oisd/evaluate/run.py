@@ -1,8 +1,8 @@
-"""`oisd eval`: a model, benchmarks or a data source, a folder that a stopped one goes on from.
+"""`oisd eval`: a model on benchmarks or a data source, with a folder that it can resume from.
 
-Problems are shared out over the processes; whoever finishes one writes it down at once. A restart
-reads what all processes wrote, so their number may change. Samples are a function of (seed,
-problem, sample) alone: the result is that of an evaluation that never stopped.
+Problems are shared out over the processes, each of which writes a problem to disk once it is done.
+A restart reads what all processes wrote, so their number may change. Samples are a function of
+(seed, problem, sample) alone: the result is that of an evaluation that was never stopped.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from typing import Any
 
 from rich.progress import Progress as Bar
 
-from oisd.config import ConfigError, ModelConfig
-from oisd.data import PAPER_SYSTEM_PROMPT, Example, catalogue, encode_prompts, load_examples
+from oisd.config import ConfigError
+from oisd.data import PAPER_SYSTEM_PROMPT, Example, catalogue, encode_prompts
+from oisd.data.problems import load_problems
 from oisd.evaluate import Evaluation, evaluate, in_order, read_all
 from oisd.options import EvalRun
 from oisd.plots import plot_pass_at_k
-from oisd.policy import Policy, load_policy
+from oisd.policy import Policy, load_for_command
 from oisd.rewards import RewardFunction, load_reward
 from oisd.run.processes import Processes
 from oisd.schema import option, require, require_device
 
-# A math grader's verdicts are compared with those of the other one, which costs next to nothing.
+# Each math grader's verdicts are compared with another's, at almost no cost.
 SECOND_GRADER = {"math": "boxed_string", "math_verify": "boxed_string", "boxed_string": "math"}
 
-# One process may have all the long completions: the others wait for it, rather than give up.
+# One process may have all the long completions: the others wait for it instead of giving up.
 PATIENCE = timedelta(days=2)
 
 
@@ -59,9 +60,9 @@ def run(model: str, config: EvalRun) -> list[dict[str, Any]]:
     processes = Processes(config.device, PATIENCE)
     graders: list[RewardFunction] = []
     try:
-        # All of the data first: a benchmark that is not to be had is found before any work, and
-        # leaves no folder behind that would refuse the copy which the message asks for.
-        examples = [_examples(config, job) for job in jobs]
+        # All of the data first: a benchmark that cannot be read fails before any work, and leaves
+        # no folder behind that would refuse the copy which the message asks for.
+        examples = [load_problems(job.source.written, config, config.seed) for job in jobs]
         graders += _graders(config)
         if processes.is_first:
             for job in jobs:
@@ -71,10 +72,10 @@ def run(model: str, config: EvalRun) -> list[dict[str, Any]]:
         summaries = []
         for job, problems in zip(jobs, examples, strict=True):
             done = read_all(job.folder)
-            processes.barrier()  # or a dump would be read while another process adds to it
+            processes.barrier()  # or this could read a dump while another process writes to it
             mine = []
             if any(example.id not in done for example in problems):
-                policy = policy or _load_policy(model, config, processes)
+                policy = policy or load_for_command(model, config, processes.device)
                 mine = _evaluate(policy, problems, config, job, graders, set(done), processes)
             result = in_order([done.values(), *processes.gather(mine)], problems)
             if processes.is_first:
@@ -92,7 +93,7 @@ def benchmark_names() -> list[str]:
 
 
 def check_settings(config: EvalRun) -> None:
-    """Raise ConfigError for a number that cannot be evaluated with."""
+    """Raise ConfigError for a number out of its range."""
     for name in ("samples", "max_completion_tokens", "max_prompt_tokens", "batch_size", "limit",
                  "threads"):  # fmt: skip
         value = getattr(config, name)
@@ -137,43 +138,12 @@ def plan_jobs(model: str, config: EvalRun) -> list[Job]:
                 f"--benchmark {written!r} is none of {', '.join(benchmark_names())}; for "
                 f"problems of your own pass --data"
             )
-        jobs.append(
-            Job(
-                source,
-                config.samples or source.data_set.samples,
-                PAPER_SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt,
-                Path(config.output_dir or f"runs/eval/{name}") / source.name,
-            )
-        )
+        system = PAPER_SYSTEM_PROMPT if config.system_prompt is None else config.system_prompt
+        folder = Path(config.output_dir or f"runs/eval/{name}") / source.name
+        jobs.append(Job(source, config.samples or source.data_set.samples, system, folder))
     if len({job.folder for job in jobs}) < len(jobs):
         raise ConfigError(f"--benchmark names a set twice: {' '.join(config.benchmark)}")
     return jobs
-
-
-def _examples(config: EvalRun, job: Job) -> list[Example]:
-    return load_examples(
-        job.source.written,
-        split=config.split,
-        subset=config.subset,
-        prompt_field=config.prompt_field,
-        answer_field=config.answer_field,
-        answer_pattern=config.answer_pattern,
-        limit=config.limit,
-        seed=config.seed,
-    )
-
-
-def _load_policy(model: str, config: EvalRun, processes: Processes) -> Policy:
-    return load_policy(
-        ModelConfig(
-            path=model,
-            dtype=config.dtype,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        ),
-        seed=config.seed,
-        device=processes.device,
-    )
 
 
 def _evaluate(
@@ -185,7 +155,7 @@ def _evaluate(
     done: set[str],
     processes: Processes,
 ) -> list[Any]:
-    """This process's problems of those that nobody has done, without their texts."""
+    """This process's share of the problems not done yet, without their texts."""
     prompts = encode_prompts(
         policy.tokenizer,
         examples,
@@ -234,31 +204,25 @@ def _write(model: str, config: EvalRun, job: Job, result: Evaluation) -> dict[st
     }
     (job.folder / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     name = Path(model).name
-    plot_pass_at_k(
-        {name: result.pass_curve()},
-        job.folder / "pass_at_k.png",
-        {name: summary["pass_at_k_interval"]},
-    )
+    curves, bands = {name: result.pass_curve()}, {name: summary["pass_at_k_interval"]}
+    plot_pass_at_k(curves, job.folder / "pass_at_k.png", bands)
     return summary
 
 
 def _prepare(model: str, config: EvalRun, job: Job) -> None:
     """Make the folder, or find that it holds this very evaluation."""
-    settings = {"model": model} | {
-        k: v for k, v in asdict(config).items() if k not in (*config._free, "_free")
-    }
-    settings |= {
-        "data": job.source.written,
-        "samples": job.samples,
-        "system_prompt": job.system_prompt,
-    }
+    settings: dict[str, Any] = {"model": model}
+    free = (*config._free, "_free")
+    settings |= {k: v for k, v in asdict(config).items() if k not in free}
+    settings |= {"data": job.source.written, "samples": job.samples}
+    settings["system_prompt"] = job.system_prompt
     file = job.folder / "settings.json"
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        done = read_all(job.folder)  # which mends lines that a kill cut short
+        done = read_all(job.folder)  # which also repairs unfinished lines
         if file.exists() and done:
             theirs = json.loads(file.read_text(encoding="utf-8"))
-            # A setting that is younger than the folder had its default then.
+            # A setting that did not exist yet when the folder was written had its default.
             theirs = {k: getattr(EvalRun, k, None) for k in settings} | theirs
             changed = [
                 f"{k}: {theirs[k]!r} != {v!r}" for k, v in settings.items() if theirs[k] != v

@@ -1,8 +1,8 @@
 """Evaluations side by side: the layout of the paper's table 1 and of its figure 3.
 
-A row is a model, a column a benchmark with its Avg@K, the last column the mean of the paper's four,
-benchmarks weighing alike, where all four are there. Numbers are per cent, with 95 % bootstrap
-intervals over the problems: of thirty problems, one is 3.3 points.
+A row is a model, a column a benchmark with its Avg@K. The last column is the mean of the paper's
+four benchmarks, with equal weights, for models that have all four. Numbers are in per cent, with
+95 % bootstrap intervals over the problems: of thirty problems, one is 3.3 points.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Summary = dict[str, Any]
 def read_summaries(folder: str | Path) -> list[Summary]:
     """What `oisd eval --benchmark` left under a folder, in the order of the paper's columns.
 
-    Raises ConfigError where there is nothing.
+    Raises ConfigError if there is nothing.
     """
     found = [
         json.loads(file.read_text(encoding="utf-8"))
@@ -85,7 +85,7 @@ def _mean_cell(by: dict[str, Any], field: str) -> str:
 
 
 def notes(runs: dict[str, Sequence[Summary]]) -> list[str]:
-    """What a reader of the table must know: sets that are not whole, completions cut off."""
+    """What a reader of the table must know: incomplete sets, completions cut off."""
     lines = []
     for run, summaries in runs.items():
         for s in summaries:
@@ -108,7 +108,7 @@ def rich_table(runs: dict[str, Sequence[Summary]]) -> Table:
     header, rows = table_cells(runs)
     table = Table(title="Accuracy in per cent [95 % interval over the problems]")
     for i, title in enumerate(header):
-        # A narrow terminal may break an interval, but must not cut off whose row it is.
+        # A narrow terminal may wrap an interval, but must not cut off the name of a row.
         table.add_column(title, justify="right" if i else "left", no_wrap=i == 0)
     for name, *cells in rows:
         table.add_row(name, *(cell.replace(" [", "\n[") for cell in cells))

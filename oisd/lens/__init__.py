@@ -3,8 +3,8 @@
     q_l = softmax(head(norm(h_l)))      h_l the residual stream after layer l, q_L the model's own
 
 Per layer and token: the likeliest token and its probability, the entropy of q_l, the divergence of
-q_l from q_L. The entropy just before each layer's feed-forward block gives the boundary layer as
-BuPO picks it: the last layer below the final one whose feed-forward block raises the entropy.
+q_l from q_L. The entropy just before each layer's feed-forward block gives the boundary layer of
+BuPO: the last layer below the final one whose feed-forward block raises the entropy.
 
 L layers, T tokens, D width, V vocabulary. Layers are counted from 1.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -52,10 +53,10 @@ class LayerLens:
     model: a transformers causal language model of at least two layers.
     divergence, beta: of `oisd_kernels.logit_lens_divergence`.
     lens_norm: whether the final norm comes before the unembedding ("final") or nothing ("none").
-    boundary: whether the entropies before the feed-forward blocks are taken, from which the
-        boundary layer follows: as many projections again.
+    boundary: whether to measure the entropies before the feed-forward blocks, from which the
+        boundary layer follows; this doubles the projections.
 
-    Raises UnsupportedModelError for a model whose layout is not understood.
+    Raises UnsupportedModelError for a model whose layout is not recognised.
     """
 
     def __init__(
@@ -71,15 +72,15 @@ class LayerLens:
         self.divergence, self.beta = divergence, beta
         self.layout: Layout = find_layout(unwrap(model))
         self.num_layers = len(self.layout.layers)
-        below = list(range(1, self.num_layers))
+        below = range(1, self.num_layers)
         self.taps = Taps(model, student_layers=below, attention=False, lens_norm=lens_norm)
 
     @torch.no_grad()
     def __call__(self, token_ids: Sequence[int], picture: int = 0) -> Lens:
         """Look at a text of T >= 1 tokens; the last `picture` ones get their likeliest token.
 
-        One pass over the layers' projections, L of T tokens, and another L for `boundary`. No more
-        memory than `logit_lens_divergence` takes.
+        Projects T tokens of L layers, with `boundary` twice, in the memory of
+        `logit_lens_divergence`.
         """
         device = next(self.model.parameters()).device
         ids = torch.tensor([list(token_ids)], device=device)
@@ -99,17 +100,19 @@ class LayerLens:
             rows = torch.cat(residuals)
             entropy = linear_logprob(rows, head.weight, ids.new_zeros(len(rows)), **cap).entropy
             entropy_before = entropy.view(self.num_layers, -1)
-        token = torch.cat([top.student_token, top.teacher_token[None]])
-        logprob = torch.cat([top.student_logprob, top.teacher_logprob[None]])
-        shown = slice(len(final) - min(picture, len(final)), None)
-        one_more = stats.divergence.new_zeros(1, len(final))
+        shown = slice(max(len(final) - picture, 0), None)
+
+        def with_final(students: Tensor, final: Tensor) -> Tensor:
+            return torch.cat([students, final[None]]).cpu()
+
+        none = torch.zeros_like(stats.teacher_entropy)
         return Lens(
-            token[:, shown].cpu(),
-            logprob[:, shown].exp().cpu(),
-            torch.cat([stats.divergence, one_more]).cpu(),
-            torch.cat([stats.student_entropy, stats.teacher_entropy[None]]).cpu(),
+            with_final(top.student_token, top.teacher_token)[:, shown],
+            with_final(top.student_logprob, top.teacher_logprob)[:, shown].exp(),
+            with_final(stats.divergence, none),
+            with_final(stats.student_entropy, stats.teacher_entropy),
             entropy_before.cpu(),
-            torch.cat([stats.top1_agreement, one_more + 1]).cpu(),
+            with_final(stats.top1_agreement, none + 1),
         )
 
     def _ready(self, hidden: Tensor) -> Tensor:
@@ -123,8 +126,8 @@ def summarise(looks: Sequence[Lens]) -> LensSummary:
     """Means over all tokens of at least one text, and the boundary layer.
 
     The boundary layer is the last one below the final layer whose feed-forward block raises the
-    mean entropy of the lens; None where no block does. A block of a model that computes attention
-    and feed-forward side by side is taken as a whole.
+    mean entropy of the lens; None if no block does. Where a layer computes attention and
+    feed-forward in parallel, both count as its block.
     """
     means = {
         name: torch.cat([getattr(look, name) for look in looks], dim=1).double().mean(1)
@@ -166,16 +169,10 @@ def _before_feed_forward(layers: nn.ModuleList) -> Iterator[list[Any]]:
 
     for number, layer in enumerate(layers):
         for child in layer.children():
-            handles.append(
-                child.register_forward_hook(
-                    lambda child, args, kwargs, out, number=number: keep(
-                        number, child, args, kwargs, out
-                    ),
-                    with_kwargs=True,
-                )
-            )
+            hook = partial(keep, number)
+            handles.append(child.register_forward_hook(hook, with_kwargs=True))
     try:
-        yield [lambda number=number: residual(number) for number in range(len(layers))]
+        yield [partial(residual, number) for number in range(len(layers))]
     finally:
         for handle in handles:
             handle.remove()

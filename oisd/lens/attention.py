@@ -2,7 +2,7 @@
 
     overlap_i = mean over heads of sum_j min(a_l,ij, a_L,ij)     1 where they are equal, 0 disjoint
 
-The maps themselves are kept as a mean over the heads, for pictures of short texts.
+The maps are kept as a mean over the heads, for pictures of short texts.
 
 H heads, T tokens, L layers counted from 1.
 """
@@ -21,7 +21,7 @@ from oisd_kernels import attention_divergence
 
 
 class AttentionOverlap(NamedTuple):
-    """Of one text, on the CPU, for the layers asked for."""
+    """The attention of one text in the layers asked for, on the CPU."""
 
     layers: list[int]
     overlap: Tensor  # [layers, T] in [0, 1]
@@ -33,8 +33,8 @@ class AttentionOverlap(NamedTuple):
 class LayerAttention:
     """Compares the attention of some layers with the final layer's.
 
-    Raises UnsupportedModelError where a layer's attention is not a causal softmax of its queries
-    and keys, and ValueError for a layer outside 1..L-1.
+    Raises UnsupportedModelError if a layer's attention is not a causal softmax of its queries and
+    keys, and ValueError for a layer outside 1..L-1.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int]):

@@ -1,6 +1,6 @@
-"""One HTML file that holds the lens and the attention of a text, without anything from outside.
+"""One HTML file with the lens and the attention of a text; it loads nothing from elsewhere.
 
-The lens is a table, whose cells can be read, selected and searched; a click on a token of the text
+The lens is a table, whose cells can be read, selected and searched. A click on a token of the text
 shows what it attends to, in the layer and in the final one.
 """
 
@@ -80,10 +80,8 @@ def write_page(
     layer: the student layer, counted from 1.
     """
     parts = [f"<h1>{html.escape(title)}</h1>"]
-    for name, picture in pictures:
-        parts.append(_lens_section(name, picture, layer))
-    for name, summary in summaries:
-        parts.append(_layers_section(name, summary, layer))
+    parts += [_lens_section(name, picture, layer) for name, picture in pictures]
+    parts += [_layers_section(name, summary, layer) for name, summary in summaries]
     if attention is not None:
         parts.append(_attention_section(attention, tokens, layer))
     page = (
@@ -100,14 +98,10 @@ def write_page(
 def _lens_section(name: str, picture: Picture, layer: int) -> str:
     head = "".join(f"<th>{_visible(token)}</th>" for token in picture.tokens)
     rows, last = [], len(picture.top)
-    for number in range(last, 0, -1):
+    layers = zip(picture.top, picture.probability, picture.agrees, strict=True)
+    for number, row in reversed(list(enumerate(layers, start=1))):
         cells = []
-        for text, p, same in zip(
-            picture.top[number - 1],
-            picture.probability[number - 1],
-            picture.agrees[number - 1],
-            strict=True,
-        ):
+        for text, p, same in zip(*row, strict=True):
             outline = ' class="same"' if same and number < last else ""
             ink = "#fff" if p > 0.6 else "inherit"
             cells.append(
@@ -119,8 +113,8 @@ def _lens_section(name: str, picture: Picture, layer: int) -> str:
         rows.append(f"<tr><th>{label}</th>{''.join(cells)}</tr>")
     return (
         f"<h2>What each layer would say next: {html.escape(name)}</h2>"
-        "<p>Above each column stands the token read; each cell holds the token that the layer, "
-        "through the final norm and the unembedding, finds likeliest to come next. The darker, the "
+        "<p>Above each column is the token read; each cell holds the token that the layer, "
+        "through the final norm and the unembedding, predicts to come next. The darker, the "
         "likelier; outlined where it is the final layer's. "
         f"\u25c0 marks layer {layer}.</p>"
         f'<div class="scroll"><table><thead><tr><th>layer</th>{head}</tr></thead>'
@@ -130,14 +124,10 @@ def _lens_section(name: str, picture: Picture, layer: int) -> str:
 
 def _layers_section(name: str, summary: LensSummary, layer: int) -> str:
     rows = []
-    for number in range(len(summary.entropy), 0, -1):
+    layers = zip(*summary[:4], strict=True)  # divergence, entropy, entropy before, agreement
+    for number, (divergence, after, before, same) in reversed(list(enumerate(layers, start=1))):
         chosen = ' class="chosen"' if number == layer else ""
-        values = (
-            summary.divergence[number - 1],
-            summary.entropy_before[number - 1],
-            summary.entropy[number - 1],
-            summary.agreement[number - 1],
-        )
+        values = (divergence, before, after, same)
         cells = "".join(f"<td>{value:.4f}</td>" for value in values)
         rows.append(f"<tr{chosen}><th>{number}</th>{cells}</tr>")
     boundary = (

@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager, get_font
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
 from oisd.lens import LensSummary
 from oisd.lens.attention import AttentionOverlap
@@ -32,7 +30,7 @@ from oisd.plots import BLUE, GREEN, INK, ORANGE, save_figure, style_axes
 _CELL = 0.62  # inches
 _SHADES = "Blues"
 _MARGIN = "#111111"
-# Tokens come in every script; of these fonts whichever are here stand in, in this order.
+# Tokens come in every script; of these fonts, those installed are used, in this order.
 _FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans",
           "PingFang SC", "Hiragino Sans GB", "Microsoft YaHei", "SimHei", "WenQuanYi Micro Hei",
           "WenQuanYi Zen Hei", "Arial Unicode MS")  # fmt: skip
@@ -40,7 +38,7 @@ _CAPTION = "columns: tokens read; cells: likeliest next token; outlined: the fin
 
 
 class Picture(NamedTuple):
-    """Decoded cells of the lens on the first P tokens of a text."""
+    """Decoded cells of the lens on the last P tokens of a text."""
 
     tokens: list[str]  # [P], what the model has read
     top: list[list[str]]  # [L][P]
@@ -57,12 +55,12 @@ def shown_layers(layers: int, most: int = 20, also: int | None = None) -> list[i
 def plot_lens(
     picture: Picture, path: str | Path, *, title: str = "Logit lens", layer: int | None = None
 ) -> Path:
-    """Draw layers by tokens, the final layer on top; of many layers only some are shown.
+    """Draw layers by tokens, the final layer on top; at most 20 of them, evenly spread.
 
-    layer: one that is shown in any case, and marked.
+    layer: shown in any case, and marked.
     """
     layers = shown_layers(len(picture.top), also=layer)
-    names = [_layer_name(number, len(picture.top)) for number in layers]
+    names = ["final" if number == len(picture.top) else str(number) for number in layers]
     if layer:
         names[layers.index(layer)] += " \u25c0"
     rows = [_row(picture, number) for number in layers]
@@ -132,41 +130,27 @@ def plot_attention(
         raise ValueError(f"plot_attention: layer must be one of {overlap.layers}, got {layer}")
     first = max(len(tokens) - 40, 0)
     shown = [_readable(token, 12) for token in tokens[first:]]
-    figure = Figure(figsize=(max(0.27 * len(shown), 6) + 4.4, 3.9), layout="constrained")
-    left, right = figure.subplots(
-        1, 2, gridspec_kw={"width_ratios": [max(0.27 * len(shown), 6), 4]}
-    )
-    rows = [
-        overlap.final_map[-1, first:],
-        overlap.maps[overlap.layers.index(layer), -1, first:],
-    ]
-    _bars(left, shown, rows, layer)
-    mean = overlap.overlap.mean(1)
+    width, place = max(0.27 * len(shown), 6), overlap.layers.index(layer)
+    figure = Figure(figsize=(width + 4.4, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": [width, 4]})
+    style_axes(left, "Attention of the last token", "", "mean over heads", title_pad=19)
+    places = np.arange(len(shown))
+    rows = overlap.final_map[-1, first:].tolist(), overlap.maps[place, -1, first:].tolist()
+    left.bar(places - 0.2, rows[0], 0.4, color=BLUE, label="final layer")
+    left.bar(places + 0.2, rows[1], 0.4, color=ORANGE, label=f"layer {layer}")
+    left.set_xticks(places, shown, rotation=60, ha="right", rotation_mode="anchor", fontsize=8,
+                    fontfamily=_fonts())  # fmt: skip
+    left.grid(False, axis="x")
+    left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8.5, frameon=False,
+                borderaxespad=0.2, labelcolor=INK)  # fmt: skip
+    mean = overlap.overlap.mean(1).tolist()
     style_axes(right, "Overlap with the final layer", "layer", "mean over heads and queries")
     right.plot(overlap.layers, mean, color=BLUE, marker="o", markersize=3.5)
-    place = overlap.layers.index(layer)
-    right.plot(
-        [layer], [float(mean[place])], "D", color=ORANGE, markersize=8, label=f"layer {layer}"
-    )
+    right.plot([layer], [mean[place]], "D", color=ORANGE, markersize=8, label=f"layer {layer}")
     right.set_ylim(0, 1.03)
     right.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     right.legend(fontsize=9, frameon=False, labelcolor=INK)
     return save_figure(figure, Path(path))
-
-
-def _bars(ax: Axes, tokens: Sequence[str], rows: Sequence[Tensor], layer: int) -> None:
-    style_axes(ax, "Attention of the last token", "", "mean over heads", title_pad=19)
-    places = range(len(tokens))
-    for row, name, colour, shift in (
-        (rows[0], "final layer", BLUE, -0.2),
-        (rows[1], f"layer {layer}", ORANGE, 0.2),
-    ):
-        ax.bar([p + shift for p in places], row.tolist(), 0.4, color=colour, label=name)
-    ax.set_xticks(list(places), tokens, rotation=60, ha="right", rotation_mode="anchor", fontsize=8,
-                  fontfamily=_fonts())  # fmt: skip
-    ax.grid(False, axis="x")
-    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8.5, frameon=False,
-              borderaxespad=0.2, labelcolor=INK)  # fmt: skip
 
 
 class _Cells(NamedTuple):
@@ -181,25 +165,18 @@ def _row(picture: Picture, layer: int) -> _Cells:
     return _Cells(picture.top[layer - 1], picture.probability[layer - 1], agrees)
 
 
-def _layer_name(layer: int, layers: int) -> str:
-    return "final" if layer == layers else str(layer)
-
-
 def _grid_figure(
     rows: Sequence[_Cells], names: Sequence[str], tokens: Sequence[str], title: str
 ) -> Figure:
     width, height = len(tokens), len(rows)
-    figure = Figure(
-        figsize=(max(_CELL * width, 3) + 2.2, 0.34 * height + 1.9), layout="constrained"
-    )
+    size = (max(_CELL * width, 3) + 2.2, 0.34 * height + 1.9)
+    figure = Figure(figsize=size, layout="constrained")
     ax = figure.add_subplot()
     image = ax.imshow(
         [row.probability for row in rows], cmap=_SHADES, norm=Normalize(0, 1), aspect="auto"
     )
     for y, row in enumerate(rows):
-        for x, (text, p, agrees) in enumerate(
-            zip(row.text, row.probability, row.agrees, strict=True)
-        ):
+        for x, (text, p, agrees) in enumerate(zip(*row, strict=True)):
             text = _readable(text, 8)
             size = 7.5 if len(text) < 7 else 6.2
             colour = "white" if p > 0.6 else INK
@@ -230,16 +207,16 @@ def _grid_figure(
 
 
 def visible_controls(token: str) -> str:
-    """Line ends, tabs and other control characters, for which no font has a glyph, spelled out."""
+    """Line ends, tabs and other control characters, which no font can draw, spelled out."""
     token = token.replace("\n", "\u21b5").replace("\t", "\u21e5")
     return "".join(f"\\x{ord(c):02x}" if unicodedata.category(c) == "Cc" else c for c in token)
 
 
 @lru_cache
 def _fonts() -> list[str]:
-    """Those of `_FONTS` that are here."""
-    here = {font.name for font in fontManager.ttflist}
-    return [name for name in _FONTS if name in here]
+    """Those of `_FONTS` that are installed."""
+    installed = {font.name for font in fontManager.ttflist}
+    return [name for name in _FONTS if name in installed]
 
 
 @lru_cache
@@ -248,14 +225,10 @@ def _has_glyph(character: str) -> bool:
     return any(get_font(file).get_char_index(ord(character)) for file in files)
 
 
-def _spelled(token: str) -> str:
-    """Characters that no font here can draw, as their code points."""
-    return "".join(c if _has_glyph(c) else f"U+{ord(c):04X}" for c in token)
-
-
 def _readable(token: str, most: int) -> str:
-    """White space made visible, long tokens cut, and no dollar that opens a formula."""
-    shown = _spelled(visible_controls(token))
+    """White space made visible, glyphs that no font has as code points, long tokens cut, no TeX."""
+    shown = visible_controls(token)
+    shown = "".join(c if _has_glyph(c) else f"U+{ord(c):04X}" for c in shown)
     if shown.strip(" ") == "":
         shown = "\u2423" * len(shown)
     shown = shown.strip(" ") or shown

@@ -1,45 +1,44 @@
-"""`oisd lens` and `oisd attention`: pictures, numbers and a page of what a model's layers do."""
+"""`oisd lens` and `oisd attention`: pictures, numbers and a page about a model's layers."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor
 
-from oisd.config import ConfigError, ModelConfig
-from oisd.data import encode_prompts, load_examples, render_prompt
+from oisd.config import ConfigError
+from oisd.data import encode_prompts, render_prompt
+from oisd.data.problems import load_problems
 from oisd.lens import LayerLens, Lens, LensSummary, summarise
 from oisd.lens.attention import AttentionOverlap, LayerAttention
 from oisd.lens.page import write_page
 from oisd.lens.plots import Picture, plot_attention, plot_compare, plot_layers, plot_lens
 from oisd.models import UnsupportedModelError
 from oisd.options import LookRun
-from oisd.policy import Policy, load_policy
+from oisd.policy import Policy, load_for_command
 from oisd.schema import option, require, require_device
 
 
 def run_lens(model: str, config: LookRun) -> dict[str, Any]:
-    """Look through the lens, write pictures, lens.json and index.html, and return the report.
+    """Apply the lens; write pictures, lens.json and index.html; return the report.
 
-    Raises ConfigError for settings that cannot be met and DataError for data that cannot be read.
+    Raises ConfigError for settings that the models do not allow, DataError for unreadable data.
     """
     models = [model] + ([config.compare] if config.compare else [])
     names = _distinct_names(models)
     folder = _folder(model, config, "lens")
     texts: list[list[int]] = []
+    tokens: list[str] = []
     summaries: list[tuple[str, LensSummary]] = []
     pictures: list[tuple[str, Picture]] = []
     attention: AttentionOverlap | None = None
-    tokens: list[str] = []
-    vocabulary: dict[str, int] = {}
     per_token: dict[str, dict[str, list[list[float]]]] = {}
-    depths: list[int] = []
-    without_attention = ""
+    depth, vocabulary, without_attention = sys.maxsize, {}, ""
     for name, path in zip(names, models, strict=True):
         policy = _load(path, config)
         vocabulary = vocabulary or policy.tokenizer.get_vocab()
@@ -48,12 +47,13 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
                 f"--compare needs a model of the same vocabulary as {model!r}, got {path!r}"
             )
         lens = LayerLens(policy.model, divergence=config.divergence, lens_norm=config.lens_norm)
-        depths.append(lens.num_layers)
-        _check_layer(config.layer, min(depths))
+        depth = min(depth, lens.num_layers)
+        _check_layer(config.layer, depth)
         texts = texts or _texts(policy, config)
-        looks = []
-        for number, ids in enumerate(track(texts, f"{name}: lens", transient=True)):
-            looks.append(lens(ids, config.picture_tokens if number == 0 else 0))
+        looks = [
+            lens(ids, config.picture_tokens if number == 0 else 0)
+            for number, ids in enumerate(track(texts, f"{name}: lens", transient=True))
+        ]
         summaries.append((name, summarise(looks)))
         per_token[name] = {
             what: [[round(x, 6) for x in row] for row in getattr(looks[0], what).tolist()]
@@ -64,9 +64,9 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
             tokens = _decode_each(policy, texts[0])
             try:
                 attention = LayerAttention(policy.model, range(1, lens.num_layers))(texts[0])
-            except UnsupportedModelError as error:  # no softmax over keys: the lens does without
+            except UnsupportedModelError as error:  # no softmax over keys: the lens needs none
                 without_attention = _as_options(error)
-    layer = config.layer or _default_layer(summaries[0][1], min(depths))
+    layer = config.layer or _default_layer(summaries[0][1], depth)
     title = f"Logit lens of {names[0]}"
     plots = [
         plot_lens(pictures[0][1], folder / "lens.png", title=title, layer=layer),
@@ -95,9 +95,9 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
 
 
 def run_attention(model: str, config: LookRun) -> dict[str, Any]:
-    """Compare every layer's attention with the final layer's; writes attention.png and .json.
+    """Compare every layer's attention with the final layer's; write attention.png and .json.
 
-    Raises as `run_lens`, and UnsupportedModelError where the attention is no causal softmax.
+    Raises as `run_lens`, and UnsupportedModelError if the attention is not a causal softmax.
     """
     folder = _folder(model, config, "attention")
     policy = _load(model, config)
@@ -156,47 +156,26 @@ def _load(path: str, config: LookRun) -> Policy:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = load_policy(
-        ModelConfig(
-            path=path,
-            dtype=config.dtype,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=config.trust_remote_code,
-        ),
-        seed=config.seed,
-        device=device,
-        round_frozen=False,  # the lens runs in float32
-    )
+    # The lens runs in float32.
+    policy = load_for_command(path, config, device, round_frozen=False)
     policy.model.eval()
     return policy
 
 
 def _texts(policy: Policy, config: LookRun) -> list[list[int]]:
     """Token ids of the texts, each with its completion."""
-    options: dict[str, Any] = {
-        "system_prompt": config.system_prompt,
-        "chat_template": config.chat_template,
-    }
+    tokenizer = policy.tokenizer
+    options: Any = {"system_prompt": config.system_prompt, "chat_template": config.chat_template}
     if config.data:
-        examples = load_examples(
-            config.data,
-            split=config.split,
-            subset=config.subset,
-            prompt_field=config.prompt_field,
-            answer_field=config.answer_field,
-            limit=config.limit,
-            seed=config.seed,
-        )
-        encoded = encode_prompts(
-            policy.tokenizer, examples, max_prompt_tokens=config.max_prompt_tokens, **options
-        )
-        prompts = [list(ids) for ids in encoded.token_ids]
+        examples = load_problems(config.data, config, config.seed)
+        most = config.max_prompt_tokens
+        prompts = encode_prompts(tokenizer, examples, max_prompt_tokens=most, **options).token_ids
     else:
-        rendered = [render_prompt(policy.tokenizer, text, **options) for text in config.prompt]
-        prompts = [policy.tokenizer(text)["input_ids"] for text in rendered]
-    if any(not ids for ids in prompts):
+        rendered = [render_prompt(tokenizer, text, **options) for text in config.prompt]
+        prompts = [tokenizer(text)["input_ids"] for text in rendered]
+    if not all(prompts):
         raise ConfigError("--prompt holds a text without tokens")
-    # The attention's maps grow with the square: 8,192 tokens of 36 layers are 9 GiB.
+    # The attention's maps grow with the square of the length: 9 GiB for 8,192 tokens, 36 layers.
     longest = max(map(len, prompts))
     if longest > config.max_prompt_tokens:
         raise ConfigError(
@@ -204,12 +183,8 @@ def _texts(policy: Policy, config: LookRun) -> list[list[int]]:
             f"shorten it or raise --max-prompt-tokens"
         )
     if config.completion_tokens > 0:
-        made = policy.sample(
-            prompts,
-            range(len(prompts)),
-            max_completion_tokens=config.completion_tokens,
-            seed=config.seed,
-        )
+        most, rows = config.completion_tokens, range(len(prompts))
+        made = policy.sample(prompts, rows, max_completion_tokens=most, seed=config.seed)
         lengths = made.lengths.tolist()
         for prompt, ids, n in zip(prompts, made.ids.tolist(), lengths, strict=True):
             prompt.extend(ids[:n])
@@ -217,7 +192,7 @@ def _texts(policy: Policy, config: LookRun) -> list[list[int]]:
 
 
 def _as_options(error: UnsupportedModelError) -> str:
-    """The remedy in the words of the command line, where Taps names a call."""
+    """The message with its remedy as a command-line option; that of Taps is a call."""
     call = 'call model.set_attn_implementation("eager"), or use attention=False'
     return str(error).replace(call, "pass --attn-implementation eager")
 
@@ -230,22 +205,16 @@ def _check_layer(layer: int | None, depth: int) -> None:
 
 
 def _default_layer(summary: LensSummary, depth: int) -> int:
-    """The boundary layer, or where there is none the middle; below the final of `depth` layers."""
+    """The boundary layer, or the middle one if there is none; below the last of `depth` layers."""
     return max(1, min(summary.boundary_layer or depth // 2, depth - 1))
 
 
 def _picture(policy: Policy, ids: Sequence[int], lens: Lens, shown: int) -> Picture:
-    def last(x: Tensor) -> Tensor:
-        return x[:, -shown:]
-
-    top = lens.top
-    words = _decode_each(policy, top.flatten().tolist())
-    width = top.shape[1]
     return Picture(
         _decode_each(policy, ids[-shown:]),
-        [words[start : start + width] for start in range(0, len(words), width)],
+        [_decode_each(policy, layer) for layer in lens.top.tolist()],
         lens.probability.tolist(),
-        (last(lens.agreement) == 1).tolist(),
+        (lens.agreement[:, -shown:] == 1).tolist(),
     )
 
 
@@ -254,6 +223,6 @@ def _decode_each(policy: Policy, ids: Sequence[int]) -> list[str]:
 
 
 def _distinct_names(models: Sequence[str]) -> list[str]:
-    """The last part of each path, or the whole path where those are the same."""
+    """The last part of each path, or the whole paths if those parts are the same."""
     names = [Path(model).name for model in models]
     return names if len(set(names)) == len(names) else list(models)

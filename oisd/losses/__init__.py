@@ -9,9 +9,9 @@ Each loss is a sum over tokens, each token with a weight that `token_weights` ma
                    over the rollouts, as eq. 7, 10 and 11 take the alignment losses
     dr-grpo        1 / (sequences * max_tokens): no division by a rollout's own length
 
-The denominators are given by the caller, who knows the whole batch, so the losses of its
-micro-batches (and of the processes that share it) add up to the loss of the batch, and the gradient
-does not depend on the split. Metrics are `Mean`s, which add up in the same way.
+The caller, who knows the whole batch, gives the denominators. The losses of its micro-batches, and
+of the processes that share it, therefore add up to the loss of the batch, and the gradient does not
+depend on the split. Metrics are `Mean`s, which add up in the same way.
 
 Shape letters: B sequences, T tokens, S student layers, N rows (tokens laid flat), D width,
 V vocabulary, H heads, J key/value heads, K head dimension, M sampled keys.
@@ -20,6 +20,7 @@ V vocabulary, H heads, J key/value heads, K head dimension, M sampled keys.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -27,8 +28,7 @@ from torch import Tensor
 
 from oisd.config import AUTO_TIS_CAP, AlignmentConfig, GRPOConfig
 from oisd.losses.advantages import clip_advantages, frac_zero_std, group_advantages
-from oisd.losses.attention import attention_loss
-from oisd.losses.attention_samples import sampled_keys, sampled_steps
+from oisd.losses.attention import attention_loss, sampled_keys, sampled_steps
 from oisd.losses.metrics import Mean, Metrics, add_metrics, means_by_sign
 from oisd_kernels import LensStats, PolicyTerms, logit_lens_divergence, policy_head
 from oisd_kernels.lens.policy_loss import PolicyLoss, policy_loss
@@ -117,12 +117,7 @@ def grpo_loss(
     config = config or GRPOConfig()
     given = {"mask": mask, "old_logprobs": old_logprobs, "rollout_logprobs": rollout_logprobs}
     given |= {"ref_logprobs": ref_logprobs, "token_weight": token_weight}
-    for name, tensor in given.items():
-        if tensor is not None and tensor.shape != logprobs.shape:
-            raise ValueError(
-                f"grpo_loss: {name} must have the shape of logprobs {list(logprobs.shape)}, "
-                f"got {list(tensor.shape)}"
-            )
+    _require_shape("grpo_loss", "logprobs", logprobs, given)
     if advantages.shape != logprobs.shape[:1]:
         raise ValueError(
             f"grpo_loss: advantages must be [B] = [{logprobs.shape[0]}], "
@@ -131,8 +126,8 @@ def grpo_loss(
     if token_weight is None:
         token_weight = token_weights(mask, config.aggregation, max_tokens=max_tokens)
 
-    # Padding may hold anything, infinities too: neutralised before the exponentials, because
-    # 0 * inf in the backward would not be 0.
+    # Padding may hold anything, even infinities. It is replaced before the exponentials, because
+    # 0 * inf in the backward is not 0.
     def masked(x: Tensor | None) -> Tensor | None:
         return None if x is None else torch.where(mask, x, 0.0)
 
@@ -148,6 +143,15 @@ def grpo_loss(
     return found.loss.sum(), _policy_metrics(found, terms, mask)
 
 
+def _require_shape(loss: str, name: str, like: Tensor, given: Mapping[str, Tensor | None]) -> None:
+    for other, x in given.items():
+        if x is not None and x.shape != like.shape:
+            raise ValueError(
+                f"{loss}: {other} must have the shape of {name} {list(like.shape)}, "
+                f"got {list(x.shape)}"
+            )
+
+
 def policy_terms(
     advantages: Tensor,
     token_weight: Tensor,
@@ -159,7 +163,7 @@ def policy_terms(
 ) -> PolicyTerms:
     """The configuration and the batch as `oisd_kernels.policy_head` takes them: all of one shape.
 
-    Raises ValueError for log-probs that the configuration needs and that are None.
+    Raises ValueError for log-probs that the configuration needs and that are missing.
     """
     if config.kl_coef and ref_logprobs is None:
         raise ValueError("grpo_loss: ref_logprobs is required with kl_coef > 0, got None")
@@ -226,8 +230,8 @@ def think_loss(
         impl, tp_group: of `oisd_kernels.logit_lens_divergence`.
 
     Returns the loss, a mean over the S layers, and the metrics js/think_pos, js/think_neg,
-    entropy/student, entropy/teacher (nats) and agreement/top1, all over the rows whose advantage is
-    not 0: the others are dropped before any arithmetic.
+    entropy/student, entropy/teacher (nats) and agreement/top1, over the rows whose advantage is not
+    0; the others are not computed.
     """
     config = config or AlignmentConfig()
     signed = clip_advantages(advantages, config).float() * token_weight
@@ -282,9 +286,8 @@ def grpo_and_think_loss(
     The final logits are computed once, and all gradients in the forward: 3 + 2S matmuls of 2*N*D*V
     with the unembedding's gradient, of which GRPO alone costs 3.
 
-    Where tokens have an importance weight, it multiplies the alignment's terms too: their signed
-    advantage is that of the sampled tokens, and so is the policy gradient's. The paper, whose
-    rollouts are on-policy, has no such weight.
+    If tokens have an importance weight, it multiplies the alignment's terms too, whose advantage is
+    that of the sampled tokens. The paper, whose rollouts are on-policy, has no such weight.
 
     Args:
         final_hidden: [N, D], what it reads for the final layer. Gradient of GRPO alone.
@@ -300,17 +303,12 @@ def grpo_and_think_loss(
         bias, logit_softcap: of the unembedding, where the model has them.
         impl, tp_group: of `oisd_kernels.policy_head`.
 
-    Returns both losses, scalars, their metrics with entropy/policy (nats) besides, and the weights.
+    Returns both losses, scalars, their metrics and entropy/policy (nats), and the weights.
     Raises ValueError as the two losses and `policy_head` do.
     """
     grpo, config = grpo or GRPOConfig(), config or AlignmentConfig()
     given = {"advantages": advantages, "grpo_weight": grpo_weight, "think_weight": think_weight}
-    for name, x in given.items():
-        if x.shape != labels.shape:
-            raise ValueError(
-                f"grpo_and_think_loss: {name} must have the shape of labels {list(labels.shape)}, "
-                f"got {list(x.shape)}"
-            )
+    _require_shape("grpo_and_think_loss", "labels", labels, given)
     terms = policy_terms(
         advantages,
         grpo_weight,
@@ -336,15 +334,14 @@ def grpo_and_think_loss(
         impl=impl,
         tp_group=tp_group,
     )
-    everywhere = torch.ones_like(labels, dtype=torch.bool)
     found = policy_loss(head.logprob.detach(), terms)
-    metrics = _policy_metrics(found, terms, everywhere)
-    metrics["entropy/policy"] = Mean.over(head.entropy, everywhere)
+    metrics = _policy_metrics(found, terms, torch.ones_like(labels, dtype=torch.bool))
+    metrics["entropy/policy"] = Mean.over(head.entropy)
     if len(student_hidden) > 0:
         metrics |= _think_metrics(head.stats, signed)
     rows = head.divergence
     if found.importance is not None:
-        # After the pass, in which it is not known before: exact for the gradient of hidden states.
+        # Known only after the pass; exact for the gradient of the hidden states.
         rows = rows * found.importance
     think = rows.sum() / max(len(student_hidden), 1)
     return JointLosses(head.policy_loss, think, metrics, found.importance)

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from oisd.config import AlignmentConfig
+from oisd.config import AlignmentConfig, GRPOConfig
 from oisd.losses.metrics import Mean
+
+
+def completion_advantages(
+    rewards: Tensor,
+    lengths: Tensor,
+    shares: Sequence[tuple[Tensor, Tensor]],
+    config: GRPOConfig,
+    group_size: int,
+) -> Tensor:
+    """The advantages that `config.advantage` asks for, of one process's completions.
+
+    Args:
+        rewards: [P * group_size], the completions of a prompt next to each other.
+        lengths: [P * group_size], tokens of each completion.
+        shares: rewards and lengths of each process; Reinforce++ compares with all of them.
+        group_size: completions per prompt, at least 2.
+
+    Returns [P * group_size] float32.
+    """
+    if config.advantage == "rloo":
+        return rloo_advantages(rewards, group_size)
+    if config.advantage == "reinforce++":
+        everything, tokens = (torch.cat(parts) for parts in zip(*shares, strict=True))
+        return batch_advantages(rewards, lengths, (everything, tokens))
+    return group_advantages(rewards, group_size, scale_by_std=config.scale_by_std)
 
 
 def group_advantages(rewards: Tensor, group_size: int, *, scale_by_std: bool = True) -> Tensor:
@@ -27,8 +54,8 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale_by_std: bool = T
             f"got {group_size} for rewards of shape {list(rewards.shape)}"
         )
     groups = rewards.float().view(-1, group_size)
-    # The mean of equal numbers may be off by a rounding, and the quotient by the deviation would
-    # blow that up: equality is what decides.
+    # The mean of equal numbers may be off by a rounding error, which division by the deviation
+    # would enlarge. Hence the test for equality.
     equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
     advantages = groups - groups.mean(dim=1, keepdim=True)
     if scale_by_std:
@@ -39,8 +66,8 @@ def group_advantages(rewards: Tensor, group_size: int, *, scale_by_std: bool = T
 def rloo_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """RLOO's (arXiv 2402.14740): the reward less the mean of the *other* completions' rewards.
 
-    Arguments, result and errors as of `group_advantages`; G / (G - 1) times what that gives
-    without the standard deviation.
+    G / (G - 1) times `group_advantages` without the standard deviation, whose arguments, result
+    and errors it has.
     """
     advantages = group_advantages(rewards, group_size, scale_by_std=False)
     return advantages * (group_size / (group_size - 1))
@@ -51,14 +78,14 @@ def batch_advantages(
 ) -> Tensor:
     """Reinforce++'s (arXiv 2501.03262) for a reward at the end of a completion, undiscounted.
 
-    The reward, the return of each of the completion's tokens, less its mean over all tokens of the
-    batch, over its standard deviation there (with Bessel's correction): no group has a part in it.
+    The reward is the return of each of the completion's tokens. Its mean over all tokens of the
+    batch is subtracted, and it is divided by its standard deviation there (with Bessel's
+    correction). Groups play no part.
 
     Args:
         rewards: [B].
         lengths: [B], tokens of each completion.
-        batch: rewards and lengths of the whole batch, where these are one process's; by default
-            these.
+        batch: rewards and lengths of the whole batch, if the others are one process's.
 
     Returns [B] float32; exactly 0 where all rewards of the batch are equal.
     """
@@ -73,10 +100,9 @@ def batch_advantages(
 
 
 def frac_zero_std(rewards: Tensor, group_size: int) -> Mean:
-    """Share of prompts whose completions all earned the same, and so teach nothing."""
+    """Share of prompts whose completions all earned the same: they have no gradient."""
     groups = rewards.view(-1, group_size)
-    equal = (groups == groups[:, :1]).all(dim=1)
-    return Mean.over(equal, torch.ones_like(equal))
+    return Mean.over((groups == groups[:, :1]).all(dim=1))
 
 
 def clip_advantages(advantages: Tensor, config: AlignmentConfig) -> Tensor:

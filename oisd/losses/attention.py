@@ -1,7 +1,9 @@
 """The attention alignment of OISD as a pure function: eq. 10, as `oisd.losses` has the others.
 
+The paper samples the loss: some decoding steps, and for each of them some keys.
+
 Shape letters: B sequences, T tokens, S student layers, N rows (tokens laid flat), H heads, K head
-dimension.
+dimension, M sampled keys.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ def attention_loss(
     signed = torch.where(token_weight == 0, 0.0, signed)
     total = signed.new_zeros(())
     metrics: Metrics = {}
-    # The unweighted divergence is the metric; dividing the weight out of the weighted one is exact
-    # enough for that, and rows of weight 0 are in no mean.
+    # The metric is the unweighted divergence. Dividing by the weight is exact enough for it, and
+    # rows of weight 0 are in no mean.
     divisor = torch.where(signed == 0, 1.0, signed)
     for group in _alike(pairs):
         if group[0].alignment is None:
@@ -76,14 +78,8 @@ def _alike(pairs: Sequence[AttentionPair]) -> list[list[AttentionPair]]:
     for number, pair in enumerate(pairs):
         key: object = number
         if pair.alignment is None:
-            key = (
-                pair.q.shape,
-                pair.k.shape,
-                pair.scale,
-                pair.scale_teacher,
-                pair.softcap,
-                pair.window,
-            )
+            scales = pair.scale, pair.scale_teacher
+            key = (pair.q.shape, pair.k.shape, scales, pair.softcap, pair.window)
         groups.setdefault(key, []).append(pair)
     return list(groups.values())
 
@@ -124,7 +120,7 @@ def _fused_rows(
     key_index: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """Weighted divergence [B, T] whose gradient is the student layer's own attention's work."""
+    """Weighted divergence [B, T]; the student layer's own attention computes its gradient."""
     if key_index is not None or cu_seqlens is not None:
         raise ValueError(
             "attention_loss: pairs with an alignment must come without key_index and cu_seqlens; "
@@ -144,3 +140,32 @@ def _fused_rows(
         scale_teacher=pair.scale_teacher,
     )
     return rows.view(signed.shape)
+
+
+def sampled_steps(mask: Tensor, noise: Tensor, count: int) -> Tensor:
+    """Keep at most `count` true entries of each row of `mask` (the paper's sampled decoding steps).
+
+    Args:
+        mask: [B, T] bool.
+        noise: [B, T], independent uniform numbers in [0, 1): the largest are kept.
+        count: at least 1.
+    """
+    chosen = noise.masked_fill(~mask, -1.0).topk(min(count, mask.shape[1]), dim=1).indices
+    return torch.zeros_like(mask).scatter(1, chosen, True) & mask
+
+
+def sampled_keys(
+    batch: int, length: int, window: int, stride: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The paper's sampled keys: the nearest `window`, the own position among them, and a stride.
+
+    Returns [B, T, M] int64 positions, M = window + ceil(T / stride): for query t the keys
+    t - window + 1 ... t, and every stride-th position (0, stride, ...) before those; -1 where there
+    is none.
+    """
+    t = torch.arange(length, device=device)[:, None]
+    near = t - torch.arange(window, device=device)
+    far = torch.arange(0, length, stride, device=device).expand(length, -1)
+    far = torch.where(far <= t - window, far, -1)
+    index = torch.cat([near.clamp(min=-1), far], dim=1)
+    return index.expand(batch, -1, -1)

@@ -1,4 +1,4 @@
-"""Metrics that add up: means that stay open until the whole batch has been seen."""
+"""Metrics that add up: a mean is kept as a total and a count until the whole batch is known."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean that is still open: the total of a quantity and how many it was taken over."""
+    """A mean over parts of a batch: the total of a quantity and the count of its values."""
 
     total: Tensor
     count: Tensor
 
     @classmethod
-    def over(cls, values: Tensor, where: Tensor) -> Mean:
-        """The mean of `values` over the entries at which `where` (same shape) is true."""
+    def over(cls, values: Tensor, where: Tensor | None = None) -> Mean:
+        """The mean of `values`, or of those at which `where` (same shape) is true."""
         values = values.detach().float()
+        if where is None:
+            where = torch.ones_like(values, dtype=torch.bool)
         return cls(torch.where(where, values, 0.0).sum(), where.sum().float())
 
     def __add__(self, other: Mean) -> Mean:
         return Mean(self.total + other.total, self.count + other.count)
 
     def item(self) -> float:
-        """The mean as a number; NaN where it was taken over nothing."""
+        """The mean as a number; NaN if there are no values."""
         count = self.count.item()
         return self.total.item() / count if count else math.nan
 
@@ -44,7 +46,7 @@ def add_metrics(a: Mapping[str, Mean], b: Mapping[str, Mean]) -> Metrics:
 
 
 def means_by_sign(name: str, divergence: Tensor, signed: Tensor) -> Metrics:
-    """Mean divergence over the rows that are pulled together, and over those pushed apart."""
+    """Mean divergence over the rows of positive weight, and over those of negative weight."""
     signed = signed.expand_as(divergence)
     return {
         f"{name}_pos": Mean.over(divergence, signed > 0),

@@ -1,6 +1,6 @@
 """Completions sampled from the policy, by transformers' `generate` or its continuous batching.
 
-Both engines draw the same tokens (`oisd.rollout.sampling`), but for the rounding of the model's
+Both engines draw the same tokens (`oisd.rollout.sampling`), up to the rounding of the model's
 arithmetic.
 
 Shape letters: B completions, T completion tokens, V vocabulary.
@@ -65,18 +65,16 @@ def sample(
         temperature: at least 0; 0 takes the likeliest token.
         top_p: in (0, 1], nucleus sampling.
         batch_size: completions generated at once.
-        engine: "generate" or "continuous". Their log-probs differ in the last digits, and so do
-            tokens now and then.
+        engine: "generate" or "continuous". Their log-probs differ in the last digits, and
+            occasionally a token.
 
     Returns the completions in the order of `prompts`. Raises ValueError for an engine that is
-    unknown or cannot run this model, RuntimeError where continuous batching failed.
+    unknown or cannot run this model, RuntimeError if continuous batching failed.
     """
     if engine not in ENGINES:
         raise ValueError(f"sample: engine must be one of {', '.join(ENGINES)}, got {engine!r}")
     device = next(model.parameters()).device
     eos = torch.tensor(list(eos_token_ids), device=device)
-    ids = torch.full((len(prompts), max_completion_tokens), pad_token_id, device=device)
-    logprobs = torch.zeros(ids.shape, device=device)
     settings = GenerationConfig(
         max_new_tokens=max_completion_tokens,
         do_sample=False,  # a logits processor leaves one token to choose from
@@ -84,12 +82,12 @@ def sample(
         pad_token_id=pad_token_id,
         use_cache=True,
     )
-    if len(prompts) > 0:
-        run = _continuous if engine == "continuous" else _generate
-        keys = row_keys(rows, seed, step, device)
-        sampler = TokenSampler(temperature, top_p)
-        with _as_for_inference(model, settings):
-            ids, logprobs = run(model, prompts, keys, sampler, settings, batch_size)
+    run = _generate
+    if engine == "continuous" and len(prompts) > 0:
+        from oisd.rollout.continuous import run
+    keys, sampler = row_keys(rows, seed, step, device), TokenSampler(temperature, top_p)
+    with _as_for_inference(model, settings):
+        ids, logprobs = run(model, prompts, keys, sampler, settings, batch_size)
     ended = torch.isin(ids, eos)
     finished = ended.any(dim=1)
     lengths = torch.where(finished, ended.int().argmax(dim=1) + 1, max_completion_tokens)
@@ -134,14 +132,8 @@ def _generate(
     return ids, logprobs
 
 
-def _continuous(*arguments: Any) -> tuple[Tensor, Tensor]:
-    from oisd.rollout import continuous
-
-    return continuous.run(*arguments)
-
-
 class _NoisyProcessor(LogitsProcessor):
-    """Samples by itself: returns scores [B, V] that leave the sampled token alone possible."""
+    """Samples: returns scores [B, V] that allow the sampled token alone."""
 
     def __init__(self, sampler: TokenSampler, keys: Tensor) -> None:
         self.sampler, self.keys = sampler, keys
@@ -166,7 +158,7 @@ def left_pad(
 
 @contextmanager
 def _as_for_inference(model: Any, settings: GenerationConfig) -> Iterator[None]:
-    """Dropout off; the sampling settings that a checkpoint ships (top_k = 20, say) set aside."""
+    """Without dropout and the sampling settings that come with a checkpoint (top_k = 20, say)."""
     training = [module for module in model.modules() if module.training]
     shipped = model.generation_config
     model.eval()

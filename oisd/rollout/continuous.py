@@ -1,21 +1,21 @@
-"""Completions by transformers' continuous batching: a finished one leaves its place to the next.
+"""Completions by transformers' continuous batching: a finished one frees its place for the next.
 
-`generate` runs a batch until its longest completion ends, over padding; here each forward holds the
-tokens that are due, of however many completions fit, over a paged key-value cache in which
+`generate` runs a batch until its longest completion ends, over padding. Here each forward holds the
+tokens that are due, of as many completions as fit, over a paged key-value cache in which
 completions of one prompt share its blocks. The same sampler draws from the same noise.
 
-transformers' manager runs its loop in a thread that it starts, and takes requests while it runs:
-what is batched with what then depends on timing, and in the last digits so do the logits. Here all
-requests wait before its loop is run, in the caller's own thread: a run repeats to the bit, and
-autocast, which belongs to a thread, is in force. Left out for the same reason: CUDA graphs and
-asynchronous batches, which would run ahead of the sampler, and on a GPU have not been tried.
+transformers' manager runs its loop in a thread of its own and takes requests while it runs. The
+batches then depend on timing, and with them the last digits of the logits. Here all requests are
+queued before the loop is run, in the caller's own thread: a run repeats to the bit, and autocast,
+which belongs to a thread, is in force. Left out are CUDA graphs and asynchronous batches, which
+would run ahead of the sampler.
 
-That loop is transformers' own affair and changes between its versions. `TESTED` says which are
-known here; what they differ in is asked for where it is used, and any other version is refused.
+The loop is internal to transformers and changes between its versions. `TESTED` is the range that is
+supported here; other versions are refused, and differences are looked up where they matter.
 
-Attention is transformers' own for a paged cache, of the kind that the model has: FlashAttention, or
-SDPA and eager attention with a mask over everything that is in flight, whose work grows with the
-square of it. `rollout.engine = "auto"` measures whether that pays.
+Attention is transformers' own for a paged cache, of the model's kind: FlashAttention, or SDPA and
+eager attention with a mask over all tokens in flight, whose work grows with their square.
+`rollout.engine = "auto"` measures whether that is worth it.
 
 Shape letters: B completions, T completion tokens, N query tokens of one forward, V vocabulary.
 """
@@ -38,12 +38,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from oisd.rollout.sampling import TokenSampler
 
-# First and last version of transformers. Both pass tests/test_continuous.py, and so does 5.17; of
-# the others in between, one release each was seen to sample the tokens of `generate`.
+# First and last version of transformers. Both pass tests/oisd/rollout/test_continuous.py, and so
+# does 5.17; one release of each minor version in between sampled the tokens of `generate`.
 TESTED = (5, 10), (5, 24)
-# Before this one, a rolling cache whose window is full is read one token askew.
+# Before this version, a rolling cache whose window is full is read one token off.
 FULL_WINDOWS = (5, 16)
-# Query tokens of a forward: that many prompts' tokens are read at once.
+# Query tokens of a forward: as many tokens of prompts are read at once.
 _PREFILL = 512
 # FlashAttention's decoding kernel reads blocks of 256; short ones waste less and share more.
 _FLASH_BLOCK, _BLOCK = 256, 32
@@ -87,7 +87,7 @@ def version() -> tuple[int, ...]:
 
 
 def untested() -> str | None:
-    """Why this version of transformers is not taken; None if it is one of those that are tested."""
+    """Why this version of transformers is refused; None if it is one of the tested ones."""
     if TESTED[0] <= version() <= TESTED[1]:
         return None
     return (
@@ -120,10 +120,10 @@ def run(
     model: in evaluation mode; under autocast the cache is in autocast's dtype.
     prompts: B lists of token ids, not empty.
     keys: [B] int64, from `row_keys`.
-    batch_size: the cache holds so many completions at full length; more of them while they are
-        short, fewer where a GPU has no memory for it.
+    batch_size: completions at full length for which the cache has room; more fit while they are
+        short, fewer if a GPU lacks the memory.
 
-    Raises ValueError for a model that it cannot run, RuntimeError where the loop failed.
+    Raises ValueError for a model that it cannot run, RuntimeError if the loop failed.
     """
     longest = max(len(prompt) for prompt in prompts) + int(settings.max_new_tokens or 0)
     reason = why_not(model, longest)
@@ -132,61 +132,30 @@ def run(
             f'sample: engine must be "generate" for {type(model).__name__}, got "continuous": '
             f"{reason}"
         )
-    try:
-        return _serve(model, prompts, keys, sampler, settings, batch_size)
-    except (AttributeError, ImportError, TypeError) as error:
-        raise RuntimeError(
-            f"sample: continuous batching of transformers {transformers.__version__} failed "
-            f"({type(error).__name__}: {error}; tested with {_name(TESTED[0])} to "
-            f'{_name(TESTED[1])}); engine "generate" does without'
-        ) from error
-
-
-def _serve(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    keys: Tensor,
-    sampler: TokenSampler,
-    settings: GenerationConfig,
-    batch_size: int,
-) -> tuple[Tensor, Tensor]:
-    # Here, since transformers up to 5.9 has other names, and is to get as far as `why_not`.
-    from transformers.generation.continuous_batching import ContinuousBatchingManager
-
     limit: Any = settings.max_new_tokens
-    longest = max(len(prompt) for prompt in prompts) + limit
-    with _paged_attention(model) as implementation:
-        due = _Due()
-        served = _Served(model, due, sampler, keys, limit)
-        block = _FLASH_BLOCK if "flash" in implementation else _BLOCK
-        blocks = min(batch_size, len(prompts)) * (longest // block + 2)
-        manager: Any = ContinuousBatchingManager(
-            model=served,  # pyright: ignore[reportArgumentType]
-            generation_config=settings,
-            continuous_batching_config=_config(
-                block, _that_fit(served, blocks, block), max(batch_size, _PREFILL)
-            ),
-        )
-        manager.logit_processor = due
-        for slot, prompt in enumerate(prompts):
-            manager.add_request(
-                list(prompt), request_id=str(slot), slot=slot, prompt_length=len(prompt)
+    with _naming_version():
+        # Not at the top: versions before 5.10 have other names, and `why_not` must refuse them.
+        from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+        with _paged_attention(model) as implementation:
+            due = _Due()
+            served = _Served(model, due, sampler, keys, limit)
+            block = _FLASH_BLOCK if "flash" in implementation else _BLOCK
+            blocks = _that_fit(
+                served, min(batch_size, len(prompts)) * (longest // block + 2), block
             )
-        status = manager.background_thread_status
-        status.request_stop(status.FLUSH_AND_STOP, 0)
-        loop = manager._run_generation_loop
-        # What autocast keeps of the weights would be inference tensors, of no use to training.
-        mode = {"use_inference_mode": False} if inspect.signature(loop).parameters else {}
-        # The manager seeds torch's own generator, and makes the model's device the current one.
-        devices = [model.device] if model.device.type == "cuda" else []
-        on_device = torch.cuda.device(model.device) if devices else nullcontext()
-        try:
-            with torch.random.fork_rng(devices=devices), on_device, torch.no_grad():
-                loop(**mode)
-        finally:
-            manager.batch_processor = None  # and with it the cache
-            manager.destroy()
-    _raise_failure(manager)
+            manager: Any = ContinuousBatchingManager(
+                model=served,  # pyright: ignore[reportArgumentType]
+                generation_config=settings,
+                continuous_batching_config=_config(block, blocks, max(batch_size, _PREFILL)),
+            )
+            manager.logit_processor = due
+            for slot, prompt in enumerate(prompts):
+                manager.add_request(
+                    list(prompt), request_id=str(slot), slot=slot, prompt_length=len(prompt)
+                )
+            _run_loop(manager, model.device)
+        _raise_failure(manager)
     ids = torch.full((len(prompts), limit), int(settings.pad_token_id))  # pyright: ignore
     results = manager.output_router.output_queue
     while not results.empty():
@@ -196,6 +165,37 @@ def _serve(
         tokens = torch.tensor(result.generated_tokens)
         ids[int(result.request_id), : len(tokens)] = tokens
     return ids.to(keys.device), served.logprobs[:-1, :limit]
+
+
+@contextmanager
+def _naming_version() -> Iterator[None]:
+    """Turns the error of an interface that has changed into one that names the version."""
+    try:
+        yield
+    except (AttributeError, ImportError, TypeError) as error:
+        raise RuntimeError(
+            f"sample: continuous batching of transformers {transformers.__version__} failed "
+            f"({type(error).__name__}: {error}; tested with {_name(TESTED[0])} to "
+            f'{_name(TESTED[1])}); use engine "generate"'
+        ) from error
+
+
+def _run_loop(manager: Any, device: torch.device) -> None:
+    """Serves all requests in this thread."""
+    status = manager.background_thread_status
+    status.request_stop(status.FLUSH_AND_STOP, 0)
+    loop = manager._run_generation_loop
+    # Autocast would cache the weights as inference tensors, which training cannot use.
+    mode = {"use_inference_mode": False} if inspect.signature(loop).parameters else {}
+    # The manager seeds torch's own generator and makes the model's device the current one.
+    devices = [device] if device.type == "cuda" else []
+    on_device = torch.cuda.device(device) if devices else nullcontext()
+    try:
+        with torch.random.fork_rng(devices=devices), on_device, torch.no_grad():
+            loop(**mode)
+    finally:
+        manager.batch_processor = None  # and with it the cache
+        manager.destroy()
 
 
 def _config(block: int, blocks: int, tokens: int) -> Any:
@@ -211,14 +211,14 @@ def _config(block: int, blocks: int, tokens: int) -> Any:
         "use_async_batching": False,
         "seed": 0,
     }
-    # Younger ones: a limit where there was none, and attention other than the model's own.
-    younger = {"max_requests_per_batch": tokens, "auto_switch_to_flash": False}
-    younger = {name: value for name, value in younger.items() if name in known}
-    return ContinuousBatchingConfig(**wanted, **younger)
+    # Only in later versions.
+    later = {"max_requests_per_batch": tokens, "auto_switch_to_flash": False}
+    later = {name: value for name, value in later.items() if name in known}
+    return ContinuousBatchingConfig(**wanted, **later)
 
 
 def _raise_failure(manager: Any) -> None:
-    """Raises what ended the loop, if anything did."""
+    """Raises the error that ended the loop, if there was one."""
     holder = manager if hasattr(manager, "fatal_error") else manager.background_thread_status
     error = holder.fatal_error
     if isinstance(error, (AttributeError, ImportError, TypeError)):
@@ -226,15 +226,12 @@ def _raise_failure(manager: Any) -> None:
     if error is not None:
         raise RuntimeError(
             f"sample: continuous batching failed ({error}); a smaller batch_size needs less "
-            f'memory, engine "generate" does without'
+            f'memory, or use engine "generate"'
         ) from error
 
 
 class _Due:
-    """Takes the place of a manager's logits processors, and learns whose tokens are due.
-
-    It processes nothing: `_Served` samples by itself.
-    """
+    """Replaces a manager's logits processors; it processes nothing, but records what is due."""
 
     do_processing = False
     tensors_required = 0
@@ -248,12 +245,11 @@ class _Due:
     def fill_defaults(self, int32_tensor: Tensor) -> None: ...
 
     def prepare_tensor_args(self, requests_in_batch: list[Any], arg_storage: Tensor) -> Tensor:
-        """Notes whose next token the coming forward gives, and how many each has."""
+        """Records whose next token the coming forward computes, and how many each has."""
         states = [request.state for request in requests_in_batch if request.has_new_token]
         given = [state.logit_processor_kwargs for state in states]
         self.slots = [one["slot"] for one in given]
-        # Not the length of what it generated: a request that was evicted begins anew with that in
-        # its prompt.
+        # Not the number of tokens generated: an evicted request restarts with those in its prompt.
         self.positions = [
             state.position_offset - one["prompt_length"]
             for state, one in zip(states, given, strict=True)
@@ -262,10 +258,9 @@ class _Due:
 
 
 class _Served(nn.Module):
-    """The model as the manager sees it: in the dtype of the forward, its choice of tokens made.
+    """The model as the manager sees it: in the dtype of the forward, with the tokens sampled.
 
-    The logits of its forward leave the sampled token alone possible. `logprobs` [B + 1, T + 1] has
-    the log-probs of what was sampled.
+    Its logits allow the sampled token alone. `logprobs` [B + 1, T + 1] are those of the samples.
     """
 
     def __init__(
@@ -274,14 +269,14 @@ class _Served(nn.Module):
         super().__init__()
         self.model = model
         self.due, self.sampler, self.keys = due, sampler, keys
-        # A last row and column take what no completion needs.
+        # The last row and column are for tokens that no completion needs.
         self.logprobs = torch.zeros(len(keys) + 1, limit + 1, device=keys.device)
         kind = model.device.type
         autocast = torch.is_autocast_enabled(kind)
         self.dtype = torch.get_autocast_dtype(kind) if autocast else model.dtype
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else a version asks of a model."""
+        """Anything else that a version asks of a model."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -293,8 +288,8 @@ class _Served(nn.Module):
             cache.__class__ = kind
         logits = self.model(cache=cache, **arguments).logits[0]
         count, device = len(self.due.slots), logits.device
-        # The first of the indices are those of the tokens that are due. Versions that ask the model
-        # for these alone get them in this order; the others take them out of what it returns.
+        # The first indices are those of the tokens that are due. Some versions ask the model for
+        # these logits alone, in this order; the others pick them from all that it returns.
         due = arguments["logits_indices"][:count].long()
         if "logits_to_keep" in arguments:
             due = torch.arange(count, device=device)
@@ -313,7 +308,7 @@ class _Served(nn.Module):
 
 @functools.cache
 def _of_one_dtype(kind: Any) -> Any:
-    """A kind of paged cache, taking what autocast makes of keys (float32, rotated) and values."""
+    """The kind of cache that casts keys and values to its dtype: autocast gives float32 keys."""
     if hasattr(kind, "of_one_dtype"):
         return kind
 
@@ -329,11 +324,11 @@ def _of_one_dtype(kind: Any) -> Any:
 
 @contextmanager
 def _paged_attention(model: Any) -> Iterator[str]:
-    """The paged kind of the attention that the model has."""
+    """Switches the model to the paged kind of its attention."""
     own = model.config._attn_implementation
-    # Ours computes no attention over a cache, and asks SDPA for it.
+    # Ours computes no attention over a cache; SDPA does it instead.
     paged = "sdpa" if own == "oisd" else own
-    # In later versions only eager attention is another one over a paged cache.
+    # In later versions only eager attention has another name for a paged cache.
     if paged == "eager" or "paged|sdpa" in ALL_ATTENTION_FUNCTIONS:
         paged = f"paged|{paged}"
     model.set_attn_implementation(paged)
@@ -344,7 +339,7 @@ def _paged_attention(model: Any) -> Iterator[str]:
 
 
 def _that_fit(served: _Served, blocks: int, block: int) -> int:
-    """At most `blocks`, and of a GPU's free memory a part, the logits taking theirs."""
+    """At most `blocks`, and only a part of a GPU's free memory: the logits need some too."""
     if served.device.type != "cuda":
         return blocks
     config = served.config

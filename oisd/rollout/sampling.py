@@ -1,11 +1,11 @@
 """Which token comes next: a function of the model's logits and of counter-based noise.
 
 Sampling is the Gumbel-max trick: the token is argmax(log p + g), and g is a function of (seed,
-step, completion, position, token) alone. A completion so does not depend on how completions are
-split into batches or over processes, nor on the engine that runs the model (but for the rounding of
-the model's own arithmetic, which in bfloat16 does turn a token now and then), and a resumed run
-needs no generator's state. The log-probability of each sampled token, under the distribution that
-it was sampled from, comes along for free.
+step, completion, position, token) alone. A completion therefore does not depend on how completions
+are split into batches or over processes, nor on the engine that runs the model. Only the model's
+own arithmetic may be rounded differently, which in bfloat16 occasionally changes a token. A resumed
+run needs no generator's state. The log-probability of each sampled token, under the distribution
+that it was sampled from, is returned at no extra cost.
 
 Shape letters: B completions, V vocabulary.
 """
@@ -46,7 +46,7 @@ class TokenSampler:
         scores: [B, V], the model's logits.
         keys, positions: [B] int64, `row_keys` of the completions and how many tokens they have.
         """
-        # In slices, since noise of many rows over a large vocabulary is gigabytes.
+        # In slices: the noise of many rows over a large vocabulary is gigabytes.
         rows = max(1, _NOISE_AT_ONCE // scores.shape[-1])
         parts = zip(scores.split(rows), keys.split(rows), positions.split(rows), strict=True)
         chosen = [self._choose(*part) for part in parts]
@@ -102,7 +102,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift; that of int64 would drag the sign in."""
+    """Logical right shift; that of int64 would copy the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

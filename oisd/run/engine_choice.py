@@ -1,13 +1,13 @@
 """Which engine samples a run's completions: the one asked for, or the faster of the two.
 
 `rollout.engine = "auto"` samples completions of the first step's prompts by both engines, in turns,
-and takes the one with the smaller time, the median of `ROUNDS`, on the slowest process. Completions
-of the trial end after `rollout.trial_tokens`: a small number is a short trial, in which no
-completion is much longer than the others, which is where continuous batching gains most; one as
-large as the rollouts' own is exact. What was found stands in the run's folder, where a run that
-goes on reads it: another engine would be another run in the last digits.
+and takes the faster one: by the median of `ROUNDS`, on the slowest process. The trial's completions
+end after `rollout.trial_tokens`. A small number makes the trial short, but then no completion is
+much longer than the others, where continuous batching gains most; the rollouts' own limit is exact.
+The choice is written to the run's folder, and a resumed run reads it there: another engine would
+change the last digits.
 
-Continuous batching has to show first that it computes the model that is trained: the log-probs of
+Continuous batching must first show that it computes the model that is trained: the log-probs of
 what it sampled are compared with the learner's own.
 """
 
@@ -30,7 +30,7 @@ from oisd.policy import Policy
 from oisd.run.processes import Processes
 
 ROUNDS = 3
-# Mean |log-prob - the learner's| of a token that rounding explains; `generate` is as far off.
+# Mean |log-prob - the learner's| of a token that rounding explains; that of `generate` is similar.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 
 
@@ -51,12 +51,12 @@ class EngineChoice:
     device: str = ""
 
     def write(self, file: Path) -> None:
-        """As JSON, for people and for a run that goes on."""
+        """As JSON, for people and for a resumed run."""
         file.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
 
     @staticmethod
     def read(file: Path) -> EngineChoice | None:
-        """What `write` wrote; None where there is no such file, or half of one."""
+        """What `write` wrote; None if the file is missing or incomplete."""
         try:
             return EngineChoice(**json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
@@ -76,7 +76,7 @@ def choose_engine(
         logprobs: [B, T] of a batch under the learner.
         prompts: of this process, repeated for their completions; may be empty.
 
-    The same on all processes. Raises ConfigError where "continuous" cannot be had.
+    The same on all processes. Raises ConfigError if "continuous" was asked for and does not work.
     """
     auto = config.engine == "auto"
     limit = min(config.max_completion_tokens, config.trial_tokens)
@@ -94,12 +94,13 @@ def choose_engine(
             own["error"] = str(error) or type(error).__name__
     found = processes.gather(own)
     errors = [theirs["error"] for theirs in found if theirs["error"]]
+    # By engine, of the slowest process and of the one furthest off.
     seconds, disagreement = (
         {
-            name: max(theirs[what][name] for theirs in found if name in theirs[what])
-            for name in sorted({name for theirs in found for name in theirs[what]})
+            name: max(values[name] for values in each if name in values)
+            for name in sorted(set().union(*each))
         }
-        for what in ("seconds", "disagreement")
+        for each in ([theirs[what] for theirs in found] for what in ("seconds", "disagreement"))
     )
     engine, reason = "continuous", "asked for"
     bound = TOLERANCE.get(policy.dtype, TOLERANCE[torch.bfloat16])
@@ -113,9 +114,9 @@ def choose_engine(
     if obstacle is not None:
         if not auto:
             raise ConfigError(
-                f'rollout.engine = "continuous" cannot be had here: {obstacle}; take "generate"'
+                f'rollout.engine = "continuous" does not work here: {obstacle}; use "generate"'
             )
-        engine, reason = "generate", f"continuous batching cannot be had: {obstacle}"
+        engine, reason = "generate", f"continuous batching does not work: {obstacle}"
     elif auto:
         engine = min(seconds, key=lambda name: seconds[name], default="generate")
         reason = "the faster one in the trial"
@@ -135,7 +136,7 @@ def _trial(
     engines = ("generate", "continuous") if timed else ("continuous",)
     spent: dict[str, list[float]] = {name: [] for name in engines}
     disagreement = {}
-    # A first round, which is not timed, meets what is compiled or allocated once.
+    # The first round is not timed: it compiles and allocates.
     for number in range(1 + ROUNDS * timed):
         for name in engines:
             _wait()

@@ -4,13 +4,13 @@
     engine.json, where continuous batching was tried
 
 A checkpoint is written beside its final place, its files' digests last, flushed to disk and then
-renamed: a folder named step-N is complete. One whose digests do not match is passed over, with a
-warning, for the one before. Weights are safetensors in Hugging Face's format, or adapters alone in
-PEFT's; the optimizer's and the schedule's state is read with `weights_only=True`, so a checkpoint
-executes nothing.
+renamed: a folder named step-N is complete. If its digests do not match, the one before is taken,
+with a warning. Weights are safetensors in Hugging Face's format, or adapters alone in PEFT's; the
+state of optimizer and schedule is read with `weights_only=True`, so that a checkpoint cannot run
+code.
 
-A run's random numbers and its place in the data are functions of (seed, step), so the step number
-in the checkpoint is all there is to save of them.
+A run's random numbers and its position in the data are functions of (seed, step): of these a
+checkpoint holds the step number alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ from oisd import adapters
 from oisd.config import TrainConfig, differences, load_recipe, to_tables
 from oisd.run.jsonl import read_rows
 
-# Settings that may change between a run and its continuation: they tell how long and how often,
-# not what is computed.
+# Settings that may change between a run and its continuation: they say how long and how often, not
+# what is computed.
 _MAY_CHANGE = re.compile(
     r"run\.(steps|save_every|keep_checkpoints|completions_every|restart|output_dir|device)\b"
 )
@@ -53,6 +54,7 @@ class RunFolder:
         self.metrics_file = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.completions = self.path / "completions"
+        self.evaluations = self.path / "evaluations"
         self.plots = self.path / "plots"
         self.reference = self.path / "reference"
         self.engine = self.path / "engine.json"
@@ -72,7 +74,7 @@ class RunFolder:
             for leftover in self.checkpoints.glob(".writing-*"):
                 shutil.rmtree(leftover)
             config_file = self.path / "config.toml"
-            # A start that failed before it had anything to show binds nobody to its settings.
+            # A start that failed before it wrote any result does not fix the settings.
             if config_file.exists() and (self._steps() or self.metrics()):
                 self._refuse_other_run(load_recipe(config_file), config)
             _write_atomically(config_file, tomli_w.dumps(to_tables(config)))
@@ -83,17 +85,15 @@ class RunFolder:
 
     def _refuse_other_run(self, theirs: TrainConfig, ours: TrainConfig) -> None:
         found = differences(theirs, ours)
-        # A cosine ends with the run: another length is another learning rate at every step.
-        cosine = ours.optimizer.schedule == "cosine"
-        changed = [
-            d for d in found if not _MAY_CHANGE.match(d) or (cosine and d.startswith("run.steps"))
-        ]
+        # A cosine ends with the run: another length changes the learning rate at every step.
+        fixed = ("run.steps",) if ours.optimizer.schedule == "cosine" else ()
+        changed = [d for d in found if d.startswith(fixed) or not _MAY_CHANGE.match(d)]
         if changed:
             raise RunFolderError(
                 f"{self.path} holds a run with other settings (there != here):\n  "
                 + "\n  ".join(changed)
                 + "\nContinue it with its own settings, choose another folder by "
-                "--run.output-dir, or delete it and begin anew by --run.restart."
+                "--run.output-dir, or delete it and start again with --run.restart."
             )
 
     def require_space(self, num_bytes: int) -> None:
@@ -141,7 +141,7 @@ class RunFolder:
             shutil.rmtree(self.checkpoints / f"step-{old}", ignore_errors=True)
 
     def latest(self) -> Path | None:
-        """The newest intact checkpoint; warns of each damaged one that it passes over."""
+        """The newest intact checkpoint; warns of each damaged one."""
         for step in reversed(self._steps()):
             folder = self.checkpoints / f"step-{step}"
             damage = _damage(folder)
@@ -160,7 +160,7 @@ class RunFolder:
         return sorted(int(match[1]) for match in found if match)
 
     def rewind(self, step: int) -> None:
-        """Forget metrics and completions of later steps than `step`, and half-written lines."""
+        """Delete metrics and completions of later steps than `step`, and unfinished lines."""
         rows = [row for row in self.metrics() if row["step"] <= step]
         _write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in rows))
         for file in self.completions.glob("step-*.jsonl"):
@@ -168,21 +168,29 @@ class RunFolder:
                 file.unlink()
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
+        """The rows of metrics.jsonl, without an unfinished last line."""
         return read_rows(self.metrics_file)[0]
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl; what is not finite is written as null."""
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-        }
+        bad = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+        finite = row | dict.fromkeys(bad)
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 
-    def write_completions(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
-        """Write completions/step-`step`.jsonl."""
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    def write_completions(self, step: int, **columns: Iterable[Any]) -> None:
+        """Write completions/step-`step`.jsonl: a table of the first 64 completions."""
+        rows = islice(zip(*columns.values(), strict=True), 64)
+        table = [dict(zip(columns, row, strict=True)) for row in rows]
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
         _write_atomically(self.completions / f"step-{step}.jsonl", text)
+
+    def write_nonfinite(self, step: int, rank: int, found: str, rows: dict[int, str]) -> Path:
+        """Write down what a process found not to be finite, with the texts that had it."""
+        file = self.path / f"nonfinite-step-{step}-rank-{rank}.json"
+        report = {"step": step, "found": found, "completions": rows}
+        file.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        return file
 
 
 def _damage(folder: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""Files of JSON lines that a kill may have cut short."""
+"""Files of JSON lines whose last line may be unfinished, because the writer was killed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from typing import Any
 
 
 def read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The rows that were written to their end, and the bytes that they take.
+    """The finished rows and the number of bytes that they take; none for a missing file.
 
     In bytes, because text has more line ends than JSON knows, and a cut can be inside a character.
-    A file that is not there has no rows.
     """
     content = path.read_bytes() if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1]

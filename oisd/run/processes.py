@@ -1,4 +1,4 @@
-"""Data-parallel processes under torchrun: who this one is, and sums over all of them."""
+"""Data-parallel processes under torchrun: this one's rank, and sums over all of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from oisd.losses.metrics import Mean, Metrics, add_metrics
+
 T = TypeVar("T")
 
 
@@ -19,7 +21,7 @@ class Processes:
 
     Under torchrun the backend is nccl on CUDA devices and gloo on CPUs.
 
-    timeout: how long one process may wait for another before both give up; None: the backend's own
+    timeout: how long a process waits for another before both give up; None for the backend's own
         default of some minutes, which suits processes that do the same work at the same time.
     """
 
@@ -43,7 +45,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of `items`: every `size`-th, beginning with the rank."""
+        """This process's part of `items`: every `size`-th, starting at its rank."""
         return list(items[self.rank :: self.size])
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
@@ -65,6 +67,16 @@ class Processes:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, thing)
         return gathered
+
+    def reduce(self, metrics: Metrics) -> Metrics:
+        """The metrics over all processes; a process may lack some of the names."""
+        flat = [torch.stack([m.total.cpu(), m.count.cpu()]) for m in metrics.values()]
+        ours = dict(zip(metrics, torch.stack(flat).tolist(), strict=True))
+        total: Metrics = {}
+        for theirs in self.gather(ours):
+            found = {name: Mean(*torch.tensor(pair)) for name, pair in theirs.items()}
+            total = add_metrics(total, found)
+        return total
 
     def barrier(self) -> None:
         """Wait for all processes."""

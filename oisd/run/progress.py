@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar on a terminal, plain lines elsewhere, TensorBoard."""
+"""What a run shows: a progress bar on a terminal, plain lines elsewhere, TensorBoard; its clock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
-# (label, metric): what stands beside the bar.
+# (label, metric): the numbers beside the bar.
 _SHOWN = (
     ("reward", "reward"),
     ("grpo", "loss/grpo"),
@@ -70,7 +70,7 @@ class Progress:
 
             self._writer = SummaryWriter(str(self._folder), purge_step=self.start + 1)
             if self.start:
-                self._say(f"resumed after step {self.start}")
+                self.say(f"resumed after step {self.start}")
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -79,22 +79,18 @@ class Progress:
             self._writer.close()
 
     def warmup(self, step: int, loss: float) -> None:
-        """A supervised step is done."""
+        """Show that a supervised step is done."""
         if self._warming is not None:
             self._bar.update(self._warming, completed=step + 1, numbers=f"loss {loss:.3f}")
         if self._at_interval(step + 1, self._warmup_steps, 4):
-            self._say(f"warm-up {step + 1}/{self._warmup_steps}  loss {loss:.3f}")
-
-    def note(self, line: str) -> None:
-        """Something that the run has found out."""
-        self._say(line)
+            self.say(f"warm-up {step + 1}/{self._warmup_steps}  loss {loss:.3f}")
 
     def phase(self, name: str) -> None:
-        """What the run is doing now."""
+        """Name what the run is doing now."""
         self._bar.update(self._task, description=name)
 
     def log(self, row: dict[str, Any]) -> None:
-        """A step is done: show its row of metrics and hand it to TensorBoard."""
+        """Show the row of metrics of a finished step and pass it to TensorBoard."""
         step = row["step"]
         if self._writer:
             for name, value in row.items():
@@ -104,17 +100,42 @@ class Progress:
         numbers = numbers.replace("reward +", "reward ")
         self._bar.update(self._task, completed=step, numbers=numbers, visible=True)
         if "eval/avg_at_k" in row:
-            self._say(f"step {step}  evaluation: Avg@K {row['eval/avg_at_k']:.3f}")
+            self.say(f"step {step}  evaluation: Avg@K {row['eval/avg_at_k']:.3f}")
         if numbers and self._at_interval(step, self.total, 20):
             spent = time.perf_counter() - self._began
-            self._say(f"step {step}/{self.total}  {numbers}  {spent:.0f} s")
+            self.say(f"step {step}/{self.total}  {numbers}  {spent:.0f} s")
 
     def _at_interval(self, done: int, total: int, lines: int) -> bool:
-        """Whether this step gets a line of its own where there is no terminal to draw a bar on."""
+        """Whether this step gets a line of its own, where there is no terminal for a bar."""
         return not self._interactive and (done == total or done % max(1, total // lines) == 0)
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Show a line about the run."""
         if self._interactive:
             self._bar.console.print(line)
         elif self.enabled:
             print(line, file=sys.stderr, flush=True)
+
+
+class Stopwatch:
+    """Seconds by phase of a step: `with clock("rollout"): ...`."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._seconds: dict[str, float] = {}
+        self._phase, self._start = "", 0.0
+
+    def __call__(self, phase: str) -> Stopwatch:
+        self._phase = phase
+        return self
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exception: object) -> None:
+        self._seconds[self._phase] = time.perf_counter() - self._start
+
+    def times(self) -> dict[str, float]:
+        """time/<phase> of each phase, and time/step since this clock was made."""
+        spent = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        return {**spent, "time/step": time.perf_counter() - self._begin}

@@ -1,4 +1,4 @@
-"""What a run that is done leaves to look at, from its own files."""
+"""The plots and the summary of a finished run, from its own files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def summarize(folder: RunFolder, step: int) -> dict[str, Any]:
     rows = folder.metrics()
     plots = plot_training(rows, folder.plots)
     evaluations = sorted(
-        (folder.path / "evaluations").glob("step-*.json"),
+        folder.evaluations.glob("step-*.json"),
         key=lambda file: int(file.stem.removeprefix("step-")),
     )
     curves, intervals = {}, {}

@@ -28,11 +28,11 @@ from oisd.config import (
 )
 from oisd.data.sums import arithmetic_model, arithmetic_tokenizer
 from oisd.objective import Objective, Totals
-from oisd.optimizer import Learner
+from oisd.optimizer import Optimizer
 from oisd.policy import Policy, load_policy
 from oisd.rollout import Completions
 from oisd.run.processes import Processes
-from oisd.trainer import Trainer
+from oisd.trainer import Trainer, learn
 from tests import ROOT
 from tests.tiny_models import tiny_model
 
@@ -171,7 +171,7 @@ def totals_of(batch: Batch) -> Totals:
 
 def losses_of(policy: Policy, config: TrainConfig, batch: Batch) -> dict[str, torch.Tensor]:
     objective = Objective(policy, config)
-    with objective.tapped():
+    with objective.taps:
         return objective(batch, totals_of(batch), 0)[0]
 
 
@@ -237,9 +237,9 @@ def test_a_loss_without_an_adapter_beneath_it(base, batch):
     model = lora(base, lora_targets=("down_proj",))
     config = config_of(model, student_layers=(1,))
     policy = adapted(base, lora_targets=("down_proj",))
-    learner = Learner(Objective(policy, config), config, Processes("cpu"))
-    with learner.objective.tapped():
-        metrics, norms = learner.learn([(batch, totals_of(batch))], 0)
+    optimizer = Optimizer(policy.model, config, Processes("cpu"))
+    given = [(batch, totals_of(batch))]
+    metrics, norms = learn(Objective(policy, config), optimizer, given, step=0)
     assert norms["grad_norm/attention"] == 0 < norms["grad_norm/think"] < norms["grad_norm"]
     assert metrics["loss/attention"].item() != 0
 
@@ -258,11 +258,10 @@ def test_without_its_adapters_the_policy_is_the_initial_one(base, batch, dtype):
             module.attention_dropout = 0.5  # a frozen copy has none
     modes = [module.training for module in policy.model.modules()]
     names = list(trained(policy.model))
-    with objective.tapped(), frozen.tapped():
-        with adapters.disabled(policy.model):
-            reference = objective.logprobs(batch)
-        assert torch.equal(reference, frozen.logprobs(batch))
-        assert (objective.logprobs(batch) - reference).abs().max() > 1e-2
+    with adapters.disabled(policy.model):
+        reference = objective.logprobs(batch)
+    assert torch.equal(reference, frozen.logprobs(batch))
+    assert (objective.logprobs(batch) - reference).abs().max() > 1e-2
     assert [module.training for module in policy.model.modules()] == modes
     assert list(trained(policy.model)) == names
 
@@ -402,11 +401,11 @@ def test_killed_and_started_again_ends_the_same(base, whole_run, tmp_path, no_pl
         [
             "import os, signal, oisd.trainer",
             "from oisd.config import from_tables",
-            "learn = oisd.trainer.Learner.learn",
-            "def cut(self, minibatches, step):",
-            "    if step == 2: os.kill(os.getpid(), signal.SIGKILL)",
-            "    return learn(self, minibatches, step)",
-            "oisd.trainer.Learner.learn = cut",
+            "learn = oisd.trainer.learn",
+            "def cut(*given):",
+            "    if given[-1] == 2: os.kill(os.getpid(), signal.SIGKILL)",
+            "    return learn(*given)",
+            "oisd.trainer.learn = cut",
             f"oisd.trainer.Trainer(from_tables({tables(base, run)!r})).train()",
         ]
     )
@@ -445,9 +444,7 @@ def test_a_folder_gives_the_policy_that_was_in_memory(base, tmp_path, batch, dty
     found, sampled = [], []
     for one in (policy, loaded):
         sampled.append(one.sample([[1, 10, 2, 11]] * 4, range(4), max_completion_tokens=5))
-        objective = Objective(one, config)
-        with objective.tapped():
-            found.append(objective.logprobs(batch))
+        found.append(Objective(one, config).logprobs(batch))
     assert torch.equal(*found) and found[0].abs().max() > 0.1
     assert torch.equal(sampled[0].ids, sampled[1].ids)
     assert torch.equal(sampled[0].logprobs, sampled[1].logprobs)

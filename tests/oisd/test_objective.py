@@ -12,11 +12,12 @@ from oisd.batch import Batch, assemble
 from oisd.config import AlignmentConfig, GRPOConfig, OptimizerConfig, RunConfig, TrainConfig
 from oisd.data.sums import arithmetic_model, arithmetic_tokenizer
 from oisd.losses import Metrics
-from oisd.objective import Objective, Totals
-from oisd.optimizer import Learner, NonFiniteError
+from oisd.objective import NonFiniteError, Objective, Totals
+from oisd.optimizer import Optimizer
 from oisd.policy import Policy
 from oisd.rollout import Completions
 from oisd.run.processes import Processes
+from oisd.trainer import learn
 
 PAD, ROWS, MAX_TOKENS = 12, 11, 8
 AGGREGATIONS = ["token-mean", "sequence-mean", "dr-grpo"]
@@ -69,9 +70,7 @@ def batch(policy):
         ids, torch.zeros(ids.shape, dtype=torch.float64), lengths, lengths < MAX_TOKENS
     )
     batch = assemble(prompts, sampled, advantages, range(ROWS), PAD)
-    objective = Objective(policy, config_of())
-    with objective.tapped():
-        now = objective.logprobs(batch)
+    now = Objective(policy, config_of()).logprobs(batch)
     noise = torch.randn((2, *now.shape), generator=generator, dtype=torch.float64)
     old = now + 0.4 * noise[0]
     return replace(batch, old_logprobs=old, rollout_logprobs=old + 0.2 * noise[1])
@@ -81,13 +80,13 @@ def totals_of(batch):
     return Totals(len(batch), int(batch.predicts.sum()))
 
 
-class Unmoved(Learner):
-    """A learner that keeps each gradient and leaves the parameters as they are."""
+class Unmoved(Optimizer):
+    """An optimizer that keeps each gradient and leaves the parameters as they are."""
 
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
-        super().__init__(Objective(policy, config), config, Processes("cpu"))
+        super().__init__(policy.model, config, Processes("cpu"))
         self.gradients: list[torch.Tensor] = []
-        self.optimizer.register_step_pre_hook(self._keep)
+        self.adamw.register_step_pre_hook(self._keep)
 
     def _keep(self, *_):
         self.gradients.append(torch.cat([p.grad.flatten().clone() for p in self.parameters]))
@@ -97,11 +96,10 @@ class Unmoved(Learner):
 
 def gradient_of(policy, config, minibatches, step=0):
     """Gradients of all minibatches one after the other, the metrics and the norms."""
-    learner = Unmoved(policy, config)
-    with learner.objective.tapped():
-        metrics, norms = learner.learn(minibatches, step)
-    assert len(learner.gradients) == len(minibatches)
-    return torch.cat(learner.gradients), metrics, norms
+    optimizer = Unmoved(policy, config)
+    metrics, norms = learn(Objective(policy, config), optimizer, minibatches, step)
+    assert len(optimizer.gradients) == len(minibatches)
+    return torch.cat(optimizer.gradients), metrics, norms
 
 
 def values(metrics: Metrics):
@@ -329,13 +327,13 @@ def test_the_gradient_is_clipped_before_the_step(policy, batch):
     assert clipped_norms == norms
 
 
-def test_untapped_forwards_leave_no_captures(policy, batch):
+def test_forwards_outside_the_taps_leave_no_captures(policy, batch):
     objective = Objective(policy, config_of())
-    with objective.tapped():
-        wanted = objective.logprobs(batch)
-        with objective.untapped():
-            policy.model(input_ids=batch.input_ids[:2])
-        assert torch.equal(objective.logprobs(batch), wanted)
+    wanted = objective.logprobs(batch)
+    policy.model(input_ids=batch.input_ids[:2])
+    with pytest.raises(RuntimeError, match="nothing captured"):
+        objective.taps.final_hidden()
+    assert torch.equal(objective.logprobs(batch), wanted)
     assert wanted[batch.predicts].max() < 0 and not wanted[~batch.predicts].any()
 
 
@@ -358,9 +356,16 @@ def assert_untouched(model, before):
         assert torch.equal(parameter.view(torch.int64), before[name].view(torch.int64)), name
 
 
-def learner_of(policy, config=None) -> Learner:
-    config = config or config_of(tokens=40)
-    return Learner(Objective(policy, config), config, Processes("cpu"))
+class Learner:
+    """An objective with its optimizer."""
+
+    def __init__(self, policy: Policy, config: TrainConfig | None = None) -> None:
+        config = config or config_of(tokens=40)
+        self.objective = Objective(policy, config)
+        self.optimizer = Optimizer(policy.model, config, Processes("cpu"))
+
+    def learn(self, minibatches, step):
+        return learn(self.objective, self.optimizer, minibatches, step)
 
 
 def poisoned(batch: Batch, row: int) -> Batch:
@@ -370,8 +375,8 @@ def poisoned(batch: Batch, row: int) -> Batch:
 
 
 def test_a_loss_that_is_not_finite_is_named_with_its_rows(own_policy, batch):
-    learner, before = learner_of(own_policy), snapshot(own_policy.model)
-    with learner.objective.tapped(), pytest.raises(NonFiniteError) as caught:
+    learner, before = Learner(own_policy), snapshot(own_policy.model)
+    with pytest.raises(NonFiniteError) as caught:
         learner.learn([(poisoned(batch, 4), totals_of(batch))], 0)
     assert "loss/grpo is nan" in caught.value.found
     assert 4 in caught.value.batch.rows.tolist()
@@ -380,21 +385,20 @@ def test_a_loss_that_is_not_finite_is_named_with_its_rows(own_policy, batch):
 
 
 def test_a_learner_that_was_stopped_can_go_on_with_a_good_batch(own_policy, batch):
-    learner = learner_of(own_policy)
-    with learner.objective.tapped():
-        with pytest.raises(NonFiniteError):
-            learner.learn([(poisoned(batch, 4), totals_of(batch))], 0)
-        _, norms = learner.learn([(batch, totals_of(batch))], 0)
+    learner = Learner(own_policy)
+    with pytest.raises(NonFiniteError):
+        learner.learn([(poisoned(batch, 4), totals_of(batch))], 0)
+    _, norms = learner.learn([(batch, totals_of(batch))], 0)
     assert math.isfinite(norms["grad_norm"]) and norms["grad_norm"] > 1e-2
 
 
 @pytest.mark.parametrize("name", ["model.layers.3.mlp.up_proj.weight", "lm_head.weight"])
 def test_a_parameter_that_is_not_finite_stops_the_step(own_policy, batch, name):
-    learner = learner_of(own_policy)
+    learner = Learner(own_policy)
     with torch.no_grad():
         own_policy.model.get_parameter(name)[0, 0] = math.nan
     before = snapshot(own_policy.model)
-    with learner.objective.tapped(), pytest.raises(NonFiniteError, match="loss/grpo is nan"):
+    with pytest.raises(NonFiniteError, match="loss/grpo is nan"):
         learner.learn([(batch, totals_of(batch))], 0)
     assert_untouched(own_policy.model, before)
 
@@ -403,8 +407,8 @@ def test_a_gradient_that_is_not_finite_is_named(own_policy, batch):
     name = "model.layers.1.self_attn.o_proj.weight"
     parameter = own_policy.model.get_parameter(name)
     parameter.register_hook(lambda gradient: gradient * math.inf)
-    learner, before = learner_of(own_policy), snapshot(own_policy.model)
-    with learner.objective.tapped(), pytest.raises(NonFiniteError) as caught:
+    learner, before = Learner(own_policy), snapshot(own_policy.model)
+    with pytest.raises(NonFiniteError) as caught:
         learner.learn([(batch, totals_of(batch))], 0)
     assert f"the gradient of {name} is not finite" in caught.value.found
     assert_untouched(own_policy.model, before)
@@ -413,25 +417,23 @@ def test_a_gradient_that_is_not_finite_is_named(own_policy, batch):
 def test_a_step_moves_the_parameters_and_the_schedule(own_policy, batch):
     config = config_of(tokens=40)
     config = replace(config, optimizer=replace(config.optimizer, schedule="cosine"))
-    learner, before = learner_of(own_policy, config), snapshot(own_policy.model)
-    with learner.objective.tapped():
-        learner.learn([(batch, totals_of(batch))] * 2, 0)
+    learner, before = Learner(own_policy, config), snapshot(own_policy.model)
+    learner.learn([(batch, totals_of(batch))] * 2, 0)
     moved = [n for n, p in own_policy.model.named_parameters() if not torch.equal(p, before[n])]
     assert len(moved) == len(before)
     wanted = 1e-2 * (1 + math.cos(math.pi * 2 / 100)) / 2
-    assert learner.schedule.get_last_lr()[0] == pytest.approx(wanted)
-    assert all(p.grad is None for p in learner.parameters)
+    assert learner.optimizer.schedule.get_last_lr()[0] == pytest.approx(wanted)
+    assert all(p.grad is None for p in learner.optimizer.parameters)
 
 
 def test_a_learner_goes_on_from_its_state(own_policy, batch):
     def steps(learner, count):
-        with learner.objective.tapped():
-            for step in range(count):
-                learner.learn([(batch, totals_of(batch))], step)
+        for step in range(count):
+            learner.learn([(batch, totals_of(batch))], step)
 
-    learner = learner_of(own_policy)
+    learner = Learner(own_policy)
     steps(learner, 2)
-    state, middle = learner.state_dict(), snapshot(own_policy.model)
+    state, middle = learner.optimizer.state_dict(), snapshot(own_policy.model)
     state = {part: _copied(inner) for part, inner in state.items()}
     steps(learner, 2)
     wanted = snapshot(own_policy.model)
@@ -439,8 +441,8 @@ def test_a_learner_goes_on_from_its_state(own_policy, batch):
     with torch.no_grad():
         for name, parameter in own_policy.model.named_parameters():
             parameter.copy_(middle[name])
-    fresh = learner_of(own_policy)
-    fresh.load_state_dict(state)
+    fresh = Learner(own_policy)
+    fresh.optimizer.load_state_dict(state)
     steps(fresh, 2)
     assert any(not torch.equal(wanted[name], middle[name]) for name in wanted)
     assert_untouched(own_policy.model, wanted)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from oisd.config import from_tables, to_tables
-from oisd.optimizer import NonFiniteError
+from oisd.objective import NonFiniteError
 from oisd.run.folder import RunFolderError
 from oisd.trainer import Trainer
 
@@ -149,8 +149,8 @@ KILLS = {
         "oisd.warmup.prompt_indices = lambda i, *rest: die() if i == 10 else step(i, *rest)",
     ),
     "in a step": (
-        "learn = oisd.trainer.Learner.learn",
-        "oisd.trainer.Learner.learn = lambda s, m, step: die() if step == 3 else learn(s, m, step)",
+        "learn = oisd.trainer.learn",
+        "oisd.trainer.learn = lambda *given: die() if given[-1] == 3 else learn(*given)",
     ),
     "in the middle of a checkpoint": (
         "save = torch.save",

@@ -136,7 +136,7 @@ def test_a_kill_in_the_middle_changes_nothing(problems, whole, tmp_path):
 
 
 def test_a_finished_evaluation_needs_no_model(problems, whole, monkeypatch, capsys):
-    monkeypatch.setattr("oisd.evaluate.run.load_policy", None)
+    monkeypatch.setattr("oisd.evaluate.run.load_for_command", None)
     before = dumps(whole)[0].read_bytes()
     assert main(command(problems, whole)) == 0
     assert dumps(whole)[0].read_bytes() == before

@@ -1,4 +1,4 @@
-"""The engine of a run: measured where that is open, kept where the run goes on."""
+"""The engine of a run: measured if it may be either, kept when the run is resumed."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_an_engine_that_computes_another_model_is_not_taken(policy):
     choice = choose(policy, shift=0.01)
     assert choice.engine == "generate"
     assert "log-probs are 0.01 nats a token from the learner's" in choice.reason
-    with pytest.raises(ConfigError, match=r'"continuous" cannot be had here: its log-probs are 0'):
+    with pytest.raises(ConfigError, match=r'"continuous" does not work here: its log-probs are 0'):
         choose(policy, replace(AUTO, engine="continuous"), shift=0.01)
 
 
@@ -115,7 +115,7 @@ def test_a_model_that_it_cannot_run_is_left_to_generate():
     policy = Policy(tiny_model("gemma2"), arithmetic_tokenizer(), torch.float32)
     choice = choose(policy)
     assert choice.engine == "generate" and "softcap" in choice.reason
-    with pytest.raises(ConfigError, match='softcap.*; take "generate"'):
+    with pytest.raises(ConfigError, match='softcap.*; use "generate"'):
         choose(policy, replace(AUTO, engine="continuous"))
 
 
@@ -129,7 +129,7 @@ def test_a_version_that_is_not_known_is_left_to_generate(policy, monkeypatch, ve
     assert why in continuous.why_not(policy.model, 8)
     choice = choose(policy)
     assert choice.engine == "generate" and why in choice.reason
-    with pytest.raises(ConfigError, match=re.escape(why) + '; take "generate"'):
+    with pytest.raises(ConfigError, match=re.escape(why) + '; use "generate"'):
         choose(policy, replace(AUTO, engine="continuous"))
 
 

@@ -1,0 +1,61 @@
+"""A run's problems: read by its settings, encoded for its model, their answers checked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from oisd.config import DataConfig
+from oisd.data import encode_prompts, load_examples
+from oisd.data.examples import Example
+from oisd.rewards import MathReward
+
+_SETTINGS = ("split", "subset", "prompt_field", "answer_field", "answer_pattern", "limit")
+
+
+def load_problems(source: str, settings: Any, seed: int) -> list[Example]:
+    """`load_examples` with the settings of a command, those of them that it has.
+
+    settings: a DataConfig, an EvalConfig or the options of `oisd eval` and `oisd lens`.
+    seed: draws `settings.limit` rows.
+    """
+    given = {name: getattr(settings, name) for name in _SETTINGS if hasattr(settings, name)}
+    return load_examples(source, seed=seed, **given)
+
+
+def encode_problems(
+    tokenizer: Any,
+    data: DataConfig,
+    examples: Sequence[Example],
+    overlong: Literal["error", "drop"],
+) -> tuple[list[Example], list[list[int]]]:
+    """The examples with their prompts' token ids, without those dropped as too long."""
+    encoded = encode_prompts(
+        tokenizer,
+        examples,
+        system_prompt=data.system_prompt,
+        chat_template=data.chat_template,
+        max_prompt_tokens=data.max_prompt_tokens,
+        overlong=overlong,
+    )
+    if encoded.dropped:
+        warnings.warn(
+            f"{len(encoded.dropped)} prompts are longer than data.max_prompt_tokens = "
+            f"{data.max_prompt_tokens} and were dropped",
+            stacklevel=3,
+        )
+    return encoded.examples, encoded.token_ids
+
+
+def warn_of_answers(reward: Any, examples: Sequence[Example]) -> None:
+    """Warn of gold answers that the math grader cannot read: every completion would earn 0."""
+    if isinstance(reward, MathReward):
+        answers = [example.answer for example in examples]
+        problems = reward.check_answers(answers)
+        if problems:
+            warnings.warn(
+                f"{len(problems)} of {len(answers)} gold answers looked at do not grade as equal "
+                f"to themselves, so no completion can earn their reward: {problems[:3]}",
+                stacklevel=3,
+            )

@@ -1,0 +1,139 @@
+"""Prompts as a model reads them: rendered with its chat template, tokenized, of limited length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from oisd.data.examples import DataError, Example, Message
+
+
+class EncodedPrompts(NamedTuple):
+    """Prompts as token ids, row by row with the examples they came from."""
+
+    token_ids: list[list[int]]
+    examples: list[Example]
+    dropped: list[Example]
+    """Examples left out because their prompts are too long."""
+
+
+def render_prompt(
+    tokenizer: Any,
+    prompt: str | Sequence[Message],
+    *,
+    system_prompt: str | None = None,
+    chat_template: bool | None = None,
+    enable_thinking: bool = False,
+) -> str:
+    """The text that the model continues.
+
+    tokenizer: a Hugging Face tokenizer.
+    system_prompt: put first, unless the prompt is a conversation with a system message of its own.
+    chat_template: apply the tokenizer's chat template; None: when it has one. Without it, the parts
+        are joined by blank lines.
+    enable_thinking: handed to the chat template; Qwen3's opens a thinking block with it.
+    Raises DataError when a chat template is asked for and absent, or refuses the conversation.
+    """
+    messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
+    if system_prompt and all(message.role != "system" for message in messages):
+        messages = (Message("system", system_prompt), *messages)
+    if not _uses_chat_template(tokenizer, chat_template):
+        return "\n\n".join(message.content for message in messages)
+    try:
+        return tokenizer.apply_chat_template(
+            [message._asdict() for message in messages],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=enable_thinking,
+        )
+    except Exception as error:
+        roles = ", ".join(message.role for message in messages)
+        raise DataError(
+            f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} refuses a "
+            f"conversation of roles {roles}: {error}. If it knows no system role, leave "
+            f"system_prompt empty and put the instruction into the problem"
+        ) from error
+
+
+def _uses_chat_template(tokenizer: Any, chat_template: bool | None) -> bool:
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat_template and not has_template:
+        raise DataError(
+            f"chat_template=True, but {tokenizer.name_or_path or 'the tokenizer'} has no chat "
+            f"template; leave chat_template out for plain text, or take an instruct model's "
+            f"tokenizer"
+        )
+    return has_template if chat_template is None else chat_template
+
+
+def encode_prompts(
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    system_prompt: str | None = None,
+    chat_template: bool | None = None,
+    enable_thinking: bool = False,
+    max_prompt_tokens: int = 1024,
+    overlong: Literal["error", "drop"] = "error",
+) -> EncodedPrompts:
+    """Render and tokenize the prompts; see `render_prompt` for the other options.
+
+    max_prompt_tokens: the longest prompt that is taken.
+    overlong: what to do with a longer one: "error", or "drop" to leave it out and list it.
+    Raises DataError for an overlong or an empty prompt, or if none is left.
+    """
+    if overlong not in ("error", "drop"):
+        raise DataError(f'encode_prompts: overlong must be "error" or "drop", got {overlong!r}')
+    if not examples:
+        return EncodedPrompts([], [], [])
+    texts = [
+        render_prompt(
+            tokenizer,
+            example.prompt,
+            system_prompt=system_prompt,
+            chat_template=chat_template,
+            enable_thinking=enable_thinking,
+        )
+        for example in examples
+    ]
+    # A chat template writes the special tokens itself; a second BOS would shift the whole model.
+    plain = not _uses_chat_template(tokenizer, chat_template)
+    encoded = tokenizer(texts, add_special_tokens=plain, return_attention_mask=False)["input_ids"]
+
+    token_ids, kept, dropped = [], [], []
+    for ids, example in zip(encoded, examples, strict=True):
+        if not ids:
+            raise DataError(f"prompt {example.id} has no tokens")
+        if len(ids) <= max_prompt_tokens:
+            token_ids.append(list(ids))
+            kept.append(example)
+        elif overlong == "drop":
+            dropped.append(example)
+        else:
+            raise DataError(
+                f"prompt {example.id} has {len(ids)} tokens, the limit is {max_prompt_tokens}; "
+                f'raise max_prompt_tokens or, in training, set overlong_prompts="drop"'
+            )
+    if not kept:
+        raise DataError(
+            f"all {len(dropped)} prompts are longer than {max_prompt_tokens} tokens; "
+            f"raise max_prompt_tokens"
+        )
+    return EncodedPrompts(token_ids, kept, dropped)
+
+
+def check_vocabulary(tokenizer: Any, model_config: Any) -> None:
+    """Raise DataError if a tokenizer can produce ids for which the model has no embedding.
+
+    model_config: a transformers configuration. A vocabulary larger than the tokenizer's is fine:
+        models pad theirs.
+    """
+    # Added tokens may leave gaps, so that the largest id is not the number of tokens less one.
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1
+    has = model_config.get_text_config().vocab_size
+    if needed > has:
+        raise DataError(
+            f"vocabulary mismatch: the tokenizer {tokenizer.name_or_path} has token ids up to "
+            f"{needed - 1}, the model {model_config.name_or_path} has {has} embeddings; take the "
+            f"tokenizer that came with the model"
+        )
