@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from oisd_kernels.attention.attention_rows import compute_dtype
 from oisd_kernels.attention.checks import functions
 from oisd_kernels.attention.sampled_torch import (
     SampledTeacher,
@@ -21,6 +20,7 @@ from oisd_kernels.attention.sampled_torch import (
     sampled_divergence,
 )
 from oisd_kernels.attention.spec import Alignment, Geometry, Teacher
+from oisd_kernels.checks import compute_dtype
 
 
 class AttentionPass(NamedTuple):

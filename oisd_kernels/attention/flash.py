@@ -29,7 +29,6 @@ from torch import Tensor
 
 from oisd_kernels import checks, reference
 from oisd_kernels.attention.attention_pass import attention_pass, refuse_double_backward
-from oisd_kernels.attention.attention_rows import compute_dtype
 from oisd_kernels.attention.checks import (
     check_cu_seqlens,
     check_layer,
@@ -46,6 +45,7 @@ from oisd_kernels.attention.spec import (
     packed_geometry,
     unpack_statistic,
 )
+from oisd_kernels.checks import compute_dtype
 
 OP = "flash_attention"
 LOSS = "AttentionAlignment.loss"

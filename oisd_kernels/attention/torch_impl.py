@@ -2,8 +2,8 @@
 
 The twin of the Triton launches: the same functions, the same results, in plain tensor operations on
 blocks of queries x keys, never a map of a whole sequence. The gradient to the scores is
-P * (dP - delta + E), delta = <out, d_out> - d_lse, where E is the divergence's (`attention_rows`);
-with a softcap c it is multiplied by 1 - tanh(scores / c)^2. Matmuls are float32 (float64 where an
+P * (dP - delta + E), delta = <out, d_out> - d_lse, where E is `_Pull`'s; with a softcap c
+it is multiplied by 1 - tanh(scores / c)^2. Matmuls are float32 (float64 where an
 input is), whatever the inputs' dtype. Asks the device for the sequences' lengths and for the rows
 that are kept. Deterministic.
 
@@ -16,9 +16,10 @@ import math
 import torch
 from torch import Tensor
 
-from oisd_kernels.attention.attention_rows import Scratch, compute_dtype, row_sums, score_pull
 from oisd_kernels.attention.spec import Alignment, Geometry, Teacher
-from oisd_kernels.attention.torch_blocks import Block, Group, Tile, groups
+from oisd_kernels.attention.torch_blocks import Block, Group, Scratch, Tile, groups
+from oisd_kernels.checks import compute_dtype
+from oisd_kernels.divergences_torch import gradient_factor, inner, row_terms
 
 
 def forward(
@@ -76,17 +77,24 @@ def statistics(
                 _Layer(tile, *one, scale, compute) for one in zip(q, keys[:-1], lse, strict=True)
             ]
             other = _Layer(tile, teacher.q, keys[-1], teacher.lse, teacher.scale, compute)
-            sums = [_Sums() for _ in layers]
+            sums, means = value.new_zeros(2, len(q), *other.q.shape[:-1]).unbind()  # [S, B, H, r]
             for block in tile.blocks():
                 lp = other.log_probabilities(block, scratch, "lp")
                 p = torch.exp(lp, out=scratch("p", lp.shape))
-                for layer, total in zip(layers, sums, strict=True):
+                for s, layer in enumerate(layers):
                     lq = layer.log_probabilities(block, scratch, "lq")
-                    total.add(*row_sums(lp, lq, p, scratch, divergence, beta))
-            for s, total in enumerate(sums):
+                    q_block = torch.exp(lq, out=scratch("q", lq.shape))
+                    d = torch.sub(lp, lq, out=lq)
+                    out, t = scratch("out", d.shape), scratch("t", d.shape)
+                    terms = row_terms(out, q_block, d, p, t, divergence, beta, has_statistic)
+                    sums[s] += terms[0]
+                    means[s] += terms[1]
+            if divergence == "reverse_kl":
+                means.neg_()
+            for s in range(len(q)):
                 if has_statistic:
-                    tile.put_statistic(statistic[s], total.statistic)
-                tile.put_row(value[s], total.value.mean(1, keepdim=True))
+                    tile.put_statistic(statistic[s], means[s][..., None])
+                tile.put_row(value[s], sums[s].mean(1)[:, None, :, None])
     return value, statistic
 
 
@@ -196,17 +204,6 @@ def _like(x: Tensor, layer: _Layer) -> Tensor:
     return _by_key_head(x, layer.keys)
 
 
-class _Sums:
-    value: Tensor
-    statistic: Tensor
-
-    def add(self, value: Tensor, statistic: Tensor) -> None:
-        if hasattr(self, "value"):
-            self.value, self.statistic = self.value + value, self.statistic + statistic
-        else:
-            self.value, self.statistic = value, statistic
-
-
 class _Plain:
     """What attention's own gradient needs of a tile."""
 
@@ -246,14 +243,18 @@ class _Pull:
         teacher = alignment.teacher
         self.layer = _Layer(tile, teacher.q, keys, teacher.lse, teacher.scale, compute, keep)
         self.weight = tile.take_row(alignment.row_weight.to(compute), keep)
-        self.statistic = None
         if self.divergence != "forward_kl":
-            self.statistic = tile.take_statistic(alignment.statistic, compute, keep)
+            statistic = tile.take_statistic(alignment.statistic, compute, keep)
+            self.mean = statistic if self.divergence == "jsd" else -statistic
+            self.factor = gradient_factor(self.divergence, self.beta) * self.weight
 
     def gradient(self, lq: Tensor, block: Block, scratch: Scratch) -> Tensor:
-        """`score_pull` of a block."""
+        """E of a block; for the forward KL, whose gradient is weight * (P - T), weight * T."""
         lp = self.layer.log_probabilities(block, scratch, "lp")
-        return score_pull(lp, lq, self.weight, self.statistic, scratch, self.divergence, self.beta)
+        if self.divergence == "forward_kl":
+            return lp.exp_().mul_(self.weight)
+        d = inner(lp.sub_(lq), scratch("t", lp.shape), self.divergence, self.beta)
+        return d.sub_(self.mean).mul_(self.factor)
 
 
 def _tile_gradient(
