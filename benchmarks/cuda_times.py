@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from benchmarks.cases.attention import inputs
 from benchmarks.cases.shapes import ATTENTIONS, Attention
 from benchmarks.measure import timer
 from oisd_kernels.attention import cuda_impl, triton_impl
-from oisd_kernels.attention.spec import Alignment, Teacher, dense_geometry
+from oisd_kernels.attention.spec import Alignment, Layer, Plain, dense_geometry
 
 CASES = [("qwen3-4b", 4096), ("qwen3-4b", 8192), ("64-wide", 8192)]
 MATMULS = {"statistics": 2, "plain": 5, "fused": 6, "align": 4}
@@ -57,22 +56,20 @@ class Call:
         settings = self.geometry, self.scale
         self.out, self.lse = triton_impl.forward(self.q, self.k, self.v, *settings)
         lse_teacher = triton_impl.logsumexp(q_teacher, k_teacher, *settings)
-        self.teacher = Teacher(q_teacher, k_teacher, lse_teacher, self.scale)
+        self.teacher = Layer(q_teacher, k_teacher, lse_teacher, self.scale)
+        self.student = Layer(self.q, self.k, self.lse, self.scale)
         self.statistic = self.statistics(triton_impl)[1]
 
     def statistics(self, impl: ModuleType) -> tuple[Tensor, ...]:
-        return impl.statistics(
-            self.q, self.k, self.lse, self.scale, self.teacher, self.weight != 0, "jsd", 0.5,
-            self.geometry,
-        )  # fmt: skip
+        layers = Layer(*(x[None] for x in self.student[:3]), self.scale)
+        settings = self.teacher, self.weight != 0, "jsd", 0.5, self.geometry
+        return tuple(x[0] for x in impl.statistics(layers, *settings))
 
     def backward(self, impl: ModuleType, kind: str) -> tuple[Tensor, ...]:
-        given: dict[str, Any] = {}
-        if kind != "align":
-            given |= {"v": self.v, "out": self.out, "d_out": self.d_out}
-        if kind != "plain":
-            given["alignment"] = Alignment(self.teacher, self.weight, self.statistic, "jsd", 0.5)
-        found = impl.backward(self.q, self.k, self.geometry, self.scale, self.lse, **given)
+        plain = None if kind == "align" else Plain(self.v, self.out, self.d_out)
+        alignment = Alignment(self.teacher, self.weight, self.statistic, "jsd", 0.5)
+        alignment = None if kind == "plain" else alignment
+        found = impl.backward(self.student, self.geometry, plain, alignment)
         return tuple(x for x in found if x is not None)
 
     def run(self, impl: ModuleType, kind: str, by: str | None = None) -> tuple[Tensor, ...]:

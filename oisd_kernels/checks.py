@@ -21,6 +21,12 @@ GATHER = "call the op inside the wrapped forward, where FSDP2 has the parameter 
 _Op = TypeVar("_Op", bound=Callable[..., Any])
 
 
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """What an op computes in, whatever its inputs mix: float32, or float64 where one of them is."""
+    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
+    return torch.float64 if wide else torch.float32
+
+
 def argument_error(
     op: str, argument: str, wanted: str, got: object, remedy: str = ""
 ) -> ValueError:

@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from oisd_kernels.checks import compute_dtype
+
 
 class LensStats(NamedTuple):
     """What `logit_lens_divergence` saw, in nats at its temperature; no gradient, loss's dtype.
@@ -65,7 +67,7 @@ def logit_lens_divergence(
     """`oisd_kernels.logit_lens_divergence` with all logits in memory, whatever `max_bytes` says."""
     del max_bytes
     with torch.autocast(hidden.device.type, enabled=False):
-        dtype = _compute_dtype(hidden, teacher_hidden, weight, bias)
+        dtype = compute_dtype(hidden, teacher_hidden, weight, bias)
         rows = hidden.shape[:-1]  # (S, N) or (N,)
         row_weight = _row_weight(token_weight, rows, dtype, hidden.device)
         keep = row_weight != 0
@@ -123,7 +125,7 @@ def distillation_divergence(
     """`oisd_kernels.distillation_divergence` with all logits in memory."""
     del max_bytes
     with torch.autocast(hidden.device.type, enabled=False):
-        dtype = _compute_dtype(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
+        dtype = compute_dtype(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
         row_weight = _row_weight(token_weight, hidden.shape[:1], dtype, hidden.device)
         keep = row_weight != 0
 
@@ -155,7 +157,7 @@ def linear_logprob(
     """`oisd_kernels.linear_logprob` with all logits in memory, whatever `max_bytes` says."""
     del max_bytes
     with torch.autocast(hidden.device.type, enabled=False):
-        dtype = _compute_dtype(hidden, weight, bias)
+        dtype = compute_dtype(hidden, weight, bias)
         logits = _logits(hidden, weight, bias, temperature, logit_softcap, dtype)  # [N, V]
         lq = _log_softmax(logits)
         logprob = lq.gather(-1, labels[:, None])[:, 0]
@@ -175,7 +177,7 @@ def attention(
 ) -> tuple[Tensor, Tensor]:  # [B, T, H, K] or [N, H, K]; [B, H, T] or [H, N]
     """`oisd_kernels.flash_attention` with the maps [B, H, T, T] in memory."""
     with torch.autocast(q.device.type, enabled=False):
-        dtype = _compute_dtype(q, k, v)
+        dtype = compute_dtype(q, k, v)
         rows = q.shape[:-2]  # (B, T) or (N,)
         index, valid = _sequence_index(rows, cu_seqlens, q.device)
         queries, keys, values = (_take(x.flatten(0, -3), index, valid).to(dtype) for x in (q, k, v))
@@ -226,7 +228,7 @@ def attention_divergence(
     """
     del lse, lse_teacher
     with torch.autocast(q.device.type, enabled=False):
-        dtype = _compute_dtype(q, k, q_teacher, k_teacher)
+        dtype = compute_dtype(q, k, q_teacher, k_teacher)
         row_weight = _row_weight(token_weight, q.shape[:-2], dtype, q.device)
 
         def layer(q: Tensor, k: Tensor, keep: Tensor) -> Tensor:
@@ -354,11 +356,6 @@ def _logits(
 
 def _softcap(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
-
-
-def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
-    return torch.float64 if wide else torch.float32
 
 
 def _row_weight(

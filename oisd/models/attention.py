@@ -32,7 +32,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from oisd_kernels import AttentionAlignment, flash_attention
-from oisd_kernels.attention.checks import choose
+from oisd_kernels.attention.implementation import choose
 
 IMPLEMENTATION = "oisd"
 PLAN = "oisd_plan"  # the argument's name

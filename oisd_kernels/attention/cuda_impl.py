@@ -1,6 +1,6 @@
 """Statistics and backward of attention and its alignment by the CUDA C++ kernels of csrc/.
 
-Functions as in `oisd_kernels.attention.torch_impl`, for bfloat16 and float16 on NVIDIA GPUs from
+The functions are those of `implementation`, for bfloat16 and float16 on NVIDIA GPUs from
 sm_80 on, K of 64 or 128 (the teacher's the same), without softcap, the teacher's key heads dividing
 the student's. Anything else is a ValueError that says so; so are a missing GPU, a missing compiler
 where nothing was built yet, and a driver too old for what was built.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from oisd_kernels import checks
-from oisd_kernels.attention.spec import Alignment, Geometry, Teacher
+from oisd_kernels.attention.spec import Alignment, Geometry, Layer, Plain
 from oisd_kernels.cuda import build, driver, params
 from oisd_kernels.cuda.build import PREPARE_ROWS, PREPARE_THREADS, Tile, Unit
 
@@ -56,8 +56,8 @@ class Work(NamedTuple):
 def forward(
     q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Triton's: there is no forward in csrc, whose peers' are as good as can be."""
-    from oisd_kernels.attention import triton_impl  # triton is not to be had on every machine
+    """Triton's: csrc has no forward, because those of others leave nothing to gain."""
+    from oisd_kernels.attention import triton_impl  # Triton may be missing on CPU-only machines
 
     check_supported(q, k, geometry, None, v)
     return triton_impl.forward(q, k, v, geometry, scale)
@@ -71,48 +71,28 @@ def logsumexp(q: Tensor, k: Tensor, geometry: Geometry, scale: float) -> Tensor:
 
 
 def statistics(
-    q: Tensor,  # [N, H, K] or [S, N, H, K]
-    k: Tensor,  # [N, J, K] or [S, N, J, K]
-    lse: Tensor,  # [H, N] or [S, H, N]
-    scale: float,
-    teacher: Teacher,
-    keep: Tensor | None,  # [N] bool
+    student: Layer,
+    teacher: Layer,
+    keep: Tensor | None,
     divergence: str,
     beta: float,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:
-    """Divergence [N], the mean over heads, 0 where not kept; statistic [H, N] of `Alignment`.
-
-    Of S student layers [S, N] and [S, H, N]; each layer computes the teacher's scores again.
-    """
-    if q.dim() == 3:
-        return _statistics(q, k, lse, scale, teacher, keep, divergence, beta, geometry)
+    """Each of the S layers computes the teacher's scores again."""
     layers = [
-        _statistics(*layer, scale, teacher, keep, divergence, beta, geometry)
-        for layer in zip(q, k, lse, strict=True)
+        _statistics(Layer(*layer, student.scale), teacher, keep, divergence, beta, geometry)
+        for layer in zip(*student[:3], strict=True)
     ]
     value, statistic = zip(*layers, strict=True)
     return torch.stack(value), torch.stack(statistic)
 
 
 def backward(
-    q: Tensor,  # [N, H, K]
-    k: Tensor,  # [N, J, K]
-    geometry: Geometry,
-    scale: float,
-    lse: Tensor,  # [H, N]
-    *,
-    v: Tensor | None = None,  # [N, J, K]
-    out: Tensor | None = None,  # [N, H, K]
-    d_out: Tensor | None = None,  # [N, H, K]
-    d_lse: Tensor | None = None,  # [H, N]
-    alignment: Alignment | None = None,
+    student: Layer, geometry: Geometry, plain: Plain | None, alignment: Alignment | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of q, k, v: of attention where v, out, d_out are given, of the alignment, both."""
-    plain = v is not None
-    assert plain == (out is not None) == (d_out is not None)
-    assert plain or (alignment is not None and d_lse is None)
+    q, k, lse, scale = student
     teacher = None if alignment is None else alignment.teacher
+    v = None if plain is None else plain.v
     check_supported(q, k, geometry, teacher, v)
     dq, dk = _like(q), _like(k)
     dv = None if v is None else _like(v)
@@ -120,15 +100,13 @@ def backward(
     if N == 0:
         return dq, dk, dv
 
-    kind = "plain" if alignment is None else "fused" if plain else "align"
-    tensors = 1 + plain + (alignment is not None)
+    kind = "plain" if alignment is None else "align" if plain is None else "fused"
+    tensors = 1 + (plain is not None) + (alignment is not None)
     work = _work(q, k, geometry, alignment and alignment.divergence, teacher, tensors)
-    scaled = _gradient_scale(q, alignment) if alignment is not None and not plain else None
+    scaled = _gradient_scale(q, alignment) if alignment is not None and plain is None else None
     q, k = _ready(q), _ready(k)
-    prepared = _prepare(work.unit, kind, q, lse, out, d_out, d_lse, alignment, scaled)
-    values, d_output = (
-        (_ready(v), _ready(d_out)) if v is not None and d_out is not None else (None,) * 2
-    )
+    prepared = _prepare(work.unit, kind, q, lse, plain, alignment, scaled)
+    values, d_output = (None, None) if plain is None else (_ready(plain.v), _ready(plain.d_out))
     teacher_q, teacher_k = (_ready(teacher.q), _ready(teacher.k)) if teacher else (None, None)
     beta = alignment.beta if alignment is not None else 0.5
     read = (q, k, values, d_output, teacher_q, teacher_k)
@@ -152,7 +130,7 @@ def check_supported(
     q: Tensor,
     k: Tensor,
     geometry: Geometry,
-    teacher: Teacher | None = None,
+    teacher: Layer | None = None,
     v: Tensor | None = None,
 ) -> None:
     """Raises ValueError with the reason where these kernels cannot do it."""
@@ -283,16 +261,15 @@ def _index(device: torch.device) -> int:
 
 
 def _statistics(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor,
-    scale: float,
-    teacher: Teacher,
+    student: Layer,
+    teacher: Layer,
     keep: Tensor | None,
     divergence: str,
     beta: float,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:
+    """Of one layer: [N], [H, N]."""
+    q, k, lse, scale = student
     check_supported(q, k, geometry, teacher)
     N, H = q.shape[:2]
     value = q.new_empty(H, N, dtype=torch.float32)
@@ -321,7 +298,7 @@ def _work(
     k: Tensor,
     geometry: Geometry,
     divergence: str | None,
-    teacher: Teacher | None,
+    teacher: Layer | None,
     tensors: int,
 ) -> Work:
     tile = choose_tile(q.shape[-1], tensors, shared_limit(q.device), engine(q.device))
@@ -348,9 +325,7 @@ def _prepare(
     kind: str,
     q: Tensor,
     lse: Tensor,
-    out: Tensor | None,
-    d_out: Tensor | None,
-    d_lse: Tensor | None,
+    plain: Plain | None,
     alignment: Alignment | None,
     scaled: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
@@ -365,8 +340,11 @@ def _prepare(
         beta = alignment.beta
         if alignment.divergence != "forward_kl":
             statistic = _rows(alignment.statistic)
-    operands = [None if x is None else _ready(x) for x in (out, d_out)]
-    rows = [_rows(lse), lse_teacher, statistic, None if d_lse is None else _rows(d_lse), row_weight]
+    operands, d_lse = [None, None], None
+    if plain is not None:
+        operands = [_ready(plain.out), _ready(plain.d_out)]
+        d_lse = None if plain.d_lse is None else _rows(plain.d_lse)
+    rows = [_rows(lse), lse_teacher, statistic, d_lse, row_weight]
     arguments = params.Prepare(
         *map(params.operand, operands),
         *map(params.pointer, (*rows, scaled, lse2, lse2_teacher, delta, factor)),

@@ -7,17 +7,33 @@
 cap(s) = c * tanh(s / c) where softcap = c is given, else s. Head h of one layer meets head h of the
 other; within a layer it reads key head h // (H / J). The divergences are those of
 `oisd_kernels.reference`; jsd with beta = 1/2 is eq. 8 to 10 of arXiv 2605.29089.
+
+The forward of the op finds both logsumexps where they are not given, then the divergence and each
+row's statistic; the backward is one more pass over the scores. Nothing between them grows with the
+square of a length. The teacher's scores of a block serve all S student layers.
+
+Letters: S student layers, B sequences, T tokens of each, N tokens of all, H query heads, J key
+heads, K head dimension, M sampled keys.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from oisd_kernels import checks, reference
-from oisd_kernels.attention.attention_pass import attention_pass
-from oisd_kernels.attention.checks import check_cu_seqlens, check_layer, check_masks, choose
-from oisd_kernels.attention.spec import dense_geometry, pack_statistic, packed_geometry
+from oisd_kernels.attention import implementation
+from oisd_kernels.attention.checks import check_cu_seqlens, check_layer, check_masks
+from oisd_kernels.attention.spec import (
+    Alignment,
+    Layer,
+    dense_geometry,
+    geometry_of,
+    pack_statistic,
+    packed_geometry,
+)
+from oisd_kernels.checks import compute_dtype
+from oisd_kernels.op import custom_op, keep, kept
 
 OP = "attention_divergence"
 
@@ -135,70 +151,44 @@ def attention_divergence(
             shape = f"[{'S, ' if own else ''}{layout}]"
             checks.check_tensor(OP, name, x, shape, [*own, *sizes], device=device)
     checks.check_choice(OP, "reduction", reduction, checks.REDUCTIONS)
-    chosen = choose(OP, impl, [q, q_teacher], softcap, sampled=key_index is not None)
-    options = _Options(
-        token_weight, cu_seqlens, causal, window, softcap, scale, scale_teacher, divergence, beta,
-        key_index, lse, lse_teacher, reduction,
-    )  # fmt: skip
+    chosen = implementation.choose(OP, impl, [q, q_teacher], softcap, key_index is not None)
     if chosen == "reference":
-        options = options._asdict()
-        return reference.attention_divergence(q, k, q_teacher, k_teacher, **options)
-    return _fused(q, k, q_teacher, k_teacher, options, chosen)
+        return reference.attention_divergence(
+            q, k, q_teacher, k_teacher, token_weight=token_weight, cu_seqlens=cu_seqlens,
+            causal=causal, window=window, softcap=softcap, scale=scale,
+            scale_teacher=scale_teacher, divergence=divergence, beta=beta, key_index=key_index,
+            lse=lse, lse_teacher=lse_teacher, reduction=reduction,
+        )  # fmt: skip
 
-
-class _Options(NamedTuple):
-    token_weight: Tensor | None
-    cu_seqlens: Tensor | None
-    causal: bool
-    window: int | None
-    softcap: float | None
-    scale: float | None
-    scale_teacher: float | None
-    divergence: str
-    beta: float
-    key_index: Tensor | None
-    lse: Tensor | None
-    lse_teacher: Tensor | None
-    reduction: str
-
-
-def _fused(
-    q: Tensor, k: Tensor, q_teacher: Tensor, k_teacher: Tensor, options: _Options, impl: str
-) -> Tensor:
-    """Everything packed, one layer as S = 1, and back."""
-    stacked = q.dim() > q_teacher.dim()
-    rows = q.shape[:-2]  # with S in front, if there are layers
-    dense = q_teacher.dim() == 4
-    if not stacked:
-        q, k = q[None], k[None]
-    scale = q.shape[-1] ** -0.5 if options.scale is None else options.scale
-    scale_teacher = options.scale if options.scale_teacher is None else options.scale_teacher
+    # The op takes everything packed, and one layer as S = 1.
     if scale_teacher is None:
-        scale_teacher = q_teacher.shape[-1] ** -0.5
-    lse, lse_teacher = options.lse, options.lse_teacher
-    if lse is not None and not stacked:
-        lse = lse[None]
-    masks = options.causal, options.window, options.softcap
-    if dense:
-        geometry = dense_geometry(q, q_teacher.shape[0], q_teacher.shape[1], *masks)
-        lse = None if lse is None else pack_statistic(lse)
-        lse_teacher = None if lse_teacher is None else pack_statistic(lse_teacher)
+        scale_teacher = q_teacher.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    shape = q.shape[:-2]  # with S in front, if there are layers
+    if not layers:
+        q, k, lse = q[None], k[None], None if lse is None else lse[None]
+    masks = causal, window, softcap
+    if packed:
+        geometry = packed_geometry(q, rows[0], cu_seqlens, *masks)
+    else:
+        geometry = dense_geometry(q, rows[0], rows[1], *masks)
         q, k = q.flatten(1, 2), k.flatten(1, 2)
         q_teacher, k_teacher = q_teacher.flatten(0, 1), k_teacher.flatten(0, 1)
-    else:
-        geometry = packed_geometry(q, len(q_teacher), options.cu_seqlens, *masks)
-    weight, key_index = options.token_weight, options.key_index
+        lse = None if lse is None else pack_statistic(lse)
+        lse_teacher = None if lse_teacher is None else pack_statistic(lse_teacher)
+    weight = token_weight
     if weight is not None:
-        weight = weight.detach().expand(rows).reshape(q.shape[:2])
-    loss = attention_pass(
+        weight = weight.detach().expand(shape).reshape(q.shape[:2])
+    call = DivergenceCall(
         q, k, q_teacher.detach(), k_teacher.detach(), weight, geometry.cu_seqlens,
-        None if key_index is None else key_index.flatten(0, -2), _detached(lse),
-        _detached(lse_teacher), geometry.max_length, *masks, float(scale), float(scale_teacher),
-        options.divergence, float(options.beta), impl,
-    )[0].view(rows)  # fmt: skip
-    if options.reduction == "none":
+        None if key_index is None else key_index.flatten(0, -2),
+        _detached(lse), _detached(lse_teacher), geometry.max_length, *masks,
+        float(scale), float(scale_teacher), divergence, float(beta), chosen,
+    )  # fmt: skip
+    loss = divergence_op(*call)[0].view(shape)
+    if reduction == "none":
         return loss
-    if options.reduction == "sum":
+    if reduction == "sum":
         return loss.sum()
     count = loss.numel() if weight is None else (weight != 0).sum()
     return loss.sum() / torch.as_tensor(count, device=loss.device).clamp_min(1)
@@ -225,3 +215,145 @@ def _check_key_index(
         length = cu_seqlens.diff().repeat_interleave(cu_seqlens.diff())[:, None]
     remedy = "positions count from 0 within the query's own sequence, -1 is an empty slot"
     checks.check_values(OP, "key_index", key_index, -1, length, remedy)
+
+
+class DivergenceCall(NamedTuple):
+    """The op's arguments, and those of its backward."""
+
+    q: Tensor  # [S, N, H, K]
+    k: Tensor  # [S, N, J, K]
+    q_teacher: Tensor  # [N, H, Kt]
+    k_teacher: Tensor  # [N, Jt, Kt]
+    weight: Tensor | None  # [S, N]; None for ones
+    cu_seqlens: Tensor  # [B + 1] int32
+    key_index: Tensor | None  # [N, M]
+    lse: Tensor | None  # [S, H, N]
+    lse_teacher: Tensor | None  # [H, N]
+    length: int | None  # of the longest sequence, where the host knows it
+    causal: bool
+    window: int | None
+    softcap: float | None
+    scale: float
+    scale_teacher: float
+    divergence: str
+    beta: float
+    impl: str  # "torch", "triton" or "cuda"
+    statistic: Tensor | None = None  # [S, H, N]; this and the next of the backward alone
+    upstream: Tensor | None = None  # [S, N]
+
+
+class DivergenceResult(NamedTuple):
+    """All but the first carry no gradient, and are empty where not needed."""
+
+    loss: Tensor  # [S, N]: weight * divergence; rows of weight 0 hold 0
+    lse: Tensor  # [S, H, N]
+    lse_teacher: Tensor  # [H, N]
+    statistic: Tensor  # [S, H, N]
+
+
+class DivergenceGradient(NamedTuple):
+    dq: Tensor
+    dk: Tensor
+
+
+def weighted(weight: Tensor | None, value: Tensor) -> Tensor:
+    # 0 * NaN is NaN: a row that one layer keeps may be dropped by another.
+    return value if weight is None else torch.where(weight == 0, 0, weight.to(value.dtype) * value)
+
+
+def _run(call: DivergenceCall) -> DivergenceResult:
+    result, geometry = _allocate(call), geometry_of(call)
+    kept_rows = None if call.weight is None else (call.weight != 0).any(0)
+    kind = kept_rows, call.divergence, call.beta, geometry
+    lse, lse_teacher = call.lse, call.lse_teacher
+    if call.key_index is not None:
+        student = Layer(call.q, call.k, result.lse, call.scale)
+        teacher = Layer(call.q_teacher, call.k_teacher, result.lse_teacher, call.scale_teacher)
+        value, lse, lse_teacher, statistic = implementation.sampled_statistics(
+            call.impl, student, teacher, call.key_index, *kind
+        )
+        result = result._replace(lse=lse, lse_teacher=lse_teacher)
+    else:
+        if lse is None:
+            layers = zip(call.q.unbind(0), call.k.unbind(0), strict=True)
+            found = [
+                implementation.logsumexp(call.impl, *layer, geometry, call.scale, kept_rows)
+                for layer in layers
+            ]
+            lse = torch.stack(found)
+            result = result._replace(lse=lse)
+        if lse_teacher is None:
+            lse_teacher = implementation.logsumexp(
+                call.impl, call.q_teacher, call.k_teacher, geometry, call.scale_teacher, kept_rows
+            )
+            result = result._replace(lse_teacher=lse_teacher)
+        student = Layer(call.q, call.k, lse, call.scale)
+        teacher = Layer(call.q_teacher, call.k_teacher, lse_teacher, call.scale_teacher)
+        value, statistic = implementation.statistics(call.impl, student, teacher, *kind)
+    if call.divergence != "forward_kl":
+        result = result._replace(statistic=statistic)
+    return result._replace(loss=weighted(call.weight, value))
+
+
+def _allocate(call: DivergenceCall) -> DivergenceResult:
+    layers, tokens, heads, _ = call.q.shape
+    compute = compute_dtype(call.q, call.k, call.q_teacher, call.k_teacher)
+
+    def zeros(*shape: int, wanted: bool = True) -> Tensor:
+        return call.q.new_zeros(shape if wanted else [0] * len(shape), dtype=compute)
+
+    # Over sampled keys the torch functions keep nothing.
+    full = call.key_index is None or call.impl != "torch"
+    return DivergenceResult(
+        zeros(layers, tokens),
+        zeros(layers, heads, tokens, wanted=full and call.lse is None),
+        zeros(heads, tokens, wanted=full and call.lse_teacher is None),
+        zeros(layers, heads, tokens, wanted=full and call.divergence != "forward_kl"),
+    )
+
+
+def _save(ctx: Any, call: DivergenceCall, result: DivergenceResult) -> None:
+    ctx.mark_non_differentiable(*result[1:])
+    lse = result.lse if call.lse is None else call.lse
+    lse_teacher = result.lse_teacher if call.lse_teacher is None else call.lse_teacher
+    keep(ctx, call._replace(lse=lse, lse_teacher=lse_teacher, statistic=result.statistic))
+
+
+def _backward(ctx: Any, upstream: DivergenceResult) -> dict[str, Tensor]:
+    (call,) = kept(ctx)
+    dq, dk = divergence_backward(*call._replace(upstream=upstream.loss))
+    return {"q": dq, "k": dk}
+
+
+def _gradient(call: DivergenceCall) -> DivergenceGradient:
+    assert call.upstream is not None
+    row_weight = weighted(call.weight, call.upstream) / call.q.shape[2]
+    layers = [_layer_gradient(call, layer, row_weight[layer]) for layer in range(len(call.q))]
+    return DivergenceGradient(*(torch.stack(x) for x in zip(*layers, strict=True)))
+
+
+def _layer_gradient(call: DivergenceCall, layer: int, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+    assert call.lse is not None and call.lse_teacher is not None and call.statistic is not None
+    lse, statistic = (x[layer] if len(x) else x for x in (call.lse, call.statistic))
+    teacher = Layer(call.q_teacher, call.k_teacher, call.lse_teacher, call.scale_teacher)
+    alignment = Alignment(teacher, row_weight, statistic, call.divergence, call.beta)
+    student, geometry = Layer(call.q[layer], call.k[layer], lse, call.scale), geometry_of(call)
+    if call.key_index is not None:
+        return implementation.sampled_backward(
+            call.impl, student, alignment, call.key_index, geometry
+        )
+    dq, dk, _ = implementation.backward(call.impl, student, geometry, None, alignment)
+    return dq, dk
+
+
+def _allocate_gradient(call: DivergenceCall) -> DivergenceGradient:
+    return DivergenceGradient(call.q.new_empty(call.q.shape), call.k.new_empty(call.k.shape))
+
+
+divergence_backward = custom_op(
+    "attention_pass_backward",
+    DivergenceCall, DivergenceGradient, _gradient, _allocate_gradient,
+)  # fmt: skip
+divergence_op = custom_op(
+    "attention_pass", DivergenceCall, DivergenceResult, _run, _allocate, _save, _backward
+)

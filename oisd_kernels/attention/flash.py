@@ -22,30 +22,29 @@ dimension.
 """
 
 import itertools
+import weakref
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from oisd_kernels import checks, reference
-from oisd_kernels.attention.attention_pass import attention_pass, refuse_double_backward
-from oisd_kernels.attention.attention_rows import compute_dtype
-from oisd_kernels.attention.checks import (
-    check_cu_seqlens,
-    check_layer,
-    check_masks,
-    choose,
-    functions,
-)
+from oisd_kernels.attention import implementation
+from oisd_kernels.attention.checks import check_cu_seqlens, check_layer, check_masks
+from oisd_kernels.attention.divergence import DivergenceCall, divergence_op, weighted
 from oisd_kernels.attention.spec import (
     Alignment,
     Geometry,
-    Teacher,
+    Layer,
+    Plain,
     dense_geometry,
+    geometry_of,
     pack_statistic,
     packed_geometry,
     unpack_statistic,
 )
+from oisd_kernels.checks import compute_dtype
+from oisd_kernels.op import custom_op, keep, kept
 
 OP = "flash_attention"
 LOSS = "AttentionAlignment.loss"
@@ -54,14 +53,16 @@ LOSS = "AttentionAlignment.loss"
 class _Left(NamedTuple):
     """What the backward of a loss leaves for that of the student's attention."""
 
-    teacher: Teacher
+    teacher: Layer
     statistic: Tensor
     divergence: str
     beta: float
 
 
 _NUMBERS = itertools.count(1)
-_LEFT: dict[int, _Left] = {}  # by an alignment's number, between two steps of one backward
+# By an alignment's number, between two steps of one backward. Where that backward fails before the
+# second step, what was left goes with the number, which the alignment and its graph hold.
+_LEFT: dict[int, _Left] = {}
 
 
 def flash_attention(
@@ -116,7 +117,7 @@ def flash_attention(
         check_cu_seqlens(OP, cu_seqlens, rows, q)
     check_masks(OP, causal, window, softcap)
     checks.check_positive(OP, "scale", scale, optional=True)
-    chosen = choose(OP, impl, [q], softcap)
+    chosen = implementation.choose(OP, impl, [q], softcap)
     factor = width**-0.5 if scale is None else float(scale)
     masks = causal, window, softcap
     dense = len(rows) == 2
@@ -137,9 +138,8 @@ def flash_attention(
     if dense:
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     key = None if alignment is None else alignment._key
-    out, lse, handle = flash_attention_op(
-        q, k, v, geometry.cu_seqlens, key, geometry.max_length, *masks, factor, chosen
-    )
+    call = FlashCall(q, k, v, geometry.cu_seqlens, key, geometry.max_length, *masks, factor, chosen)
+    out, lse, handle = flash_attention_op(*call)
     if alignment is not None:
         tensors = q.detach(), k.detach(), lse.detach(), handle
         batch = rows[0] if dense else None
@@ -181,7 +181,9 @@ class AttentionAlignment:
     def __init__(self, divergence: str = "jsd", beta: float = 0.5):
         checks.check_divergence("AttentionAlignment", divergence, beta)
         self.divergence, self.beta = divergence, float(beta)
-        self._key = torch.tensor(next(_NUMBERS), device="cpu")
+        number = next(_NUMBERS)
+        self._key = torch.tensor(number, device="cpu")
+        weakref.finalize(self._key, _LEFT.pop, number, None).atexit = False
         self._student: _Student | None = None
         self._used = False
 
@@ -257,23 +259,25 @@ class AttentionAlignment:
                 window=geometry.window, softcap=geometry.softcap, scale=student.scale,
                 scale_teacher=factor, divergence=self.divergence, beta=self.beta,
             )  # fmt: skip
-        choose(LOSS, student.impl, [student.q, q_teacher], geometry.softcap)
+        implementation.choose(LOSS, student.impl, [student.q, q_teacher], geometry.softcap)
         if not packed:
             q_teacher, k_teacher = q_teacher.flatten(0, 1), k_teacher.flatten(0, 1)
             weight = None if weight is None else weight.flatten()
             lse_teacher = None if lse_teacher is None else pack_statistic(lse_teacher)
         lse_teacher = None if lse_teacher is None else lse_teacher.detach()
-        value, _, found, statistic = attention_pass(
+        call = DivergenceCall(
             student.q[None], student.k[None], q_teacher, k_teacher,
             None if weight is None else weight[None], geometry.cu_seqlens, None, student.lse[None],
             lse_teacher, geometry.max_length, geometry.causal, geometry.window, geometry.softcap,
             student.scale, factor, self.divergence, self.beta, student.impl,
         )  # fmt: skip
+        value, _, found, statistic = divergence_op(*call)
         lse_teacher = found if lse_teacher is None else lse_teacher
-        return hang_on_handle(
+        hung = _LossCall(
             student.handle, value[0], weight, self._key, q_teacher, k_teacher, lse_teacher,
             statistic, factor, self.divergence, self.beta,
-        ).view(rows)  # fmt: skip
+        )  # fmt: skip
+        return hang_on_handle(*hung).view(rows)
 
 
 def _inside_backward() -> bool:
@@ -283,171 +287,150 @@ def _inside_backward() -> bool:
 # The attention
 
 
-@torch.library.custom_op("oisd_kernels::flash_attention", mutates_args=())
-def flash_attention_op(
-    q: Tensor,  # [N, H, K]
-    k: Tensor,  # [N, J, K]
-    v: Tensor,  # [N, J, K]
-    cu_seqlens: Tensor,  # [B + 1] int32
-    key: Tensor | None,  # [] int64 on the CPU: an alignment's number
-    length: int | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # [N, H, K], [H, N], handle [N] or nothing
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        geometry = Geometry(cu_seqlens, len(cu_seqlens) - 1, length, causal, window, softcap)
-        out, lse = functions(impl).forward(q, k, v, geometry, scale)
-        return out, lse, lse.new_zeros(0 if key is None else len(q))
+class FlashCall(NamedTuple):
+    """The arguments of `flash_attention_op`, and those of its backward."""
+
+    q: Tensor  # [N, H, K]
+    k: Tensor  # [N, J, K]
+    v: Tensor  # [N, J, K]
+    cu_seqlens: Tensor  # [B + 1] int32
+    key: Tensor | None  # [] int64 on the CPU: an alignment's number
+    length: int | None  # of the longest sequence, where the host knows it
+    causal: bool
+    window: int | None
+    softcap: float | None
+    scale: float
+    impl: str
+    out: Tensor | None = None  # [N, H, K]; this and the rest of the backward alone
+    lse: Tensor | None = None  # [H, N]
+    d_out: Tensor | None = None
+    d_lse: Tensor | None = None
+    d_handle: Tensor | None = None  # [N]: the divergence's row weights, over H
 
 
-@flash_attention_op.register_fake
-def _(q, k, v, cu_seqlens, key, length, causal, window, softcap, scale, impl):
-    compute = compute_dtype(q, k, v)
-    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=compute)
-    return q.new_empty(q.shape), lse, lse.new_empty(0 if key is None else q.shape[0])
+class FlashResult(NamedTuple):
+    out: Tensor  # [N, H, K]
+    lse: Tensor  # [H, N]
+    handle: Tensor  # [N]; empty without an alignment
 
 
-@torch.library.custom_op("oisd_kernels::flash_attention_backward", mutates_args=())
-def flash_attention_backward(
-    d_out: Tensor | None,
-    d_lse: Tensor | None,
-    d_handle: Tensor | None,  # [N]: the divergence's row weights, over H
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    key: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    length: int | None,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # dv is empty where only the handle has a gradient
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        geometry = Geometry(cu_seqlens, len(cu_seqlens) - 1, length, causal, window, softcap)
-        plain: dict[str, Tensor | None] = {}
-        if d_out is not None or d_lse is not None:
-            d_out = torch.zeros_like(out) if d_out is None else d_out
-            plain = {"v": v, "out": out, "d_out": _unit_stride(d_out), "d_lse": d_lse}
-        alignment = None
-        if d_handle is not None:
-            assert key is not None
-            left = _LEFT.pop(int(key))
-            alignment = Alignment(
-                left.teacher, d_handle, left.statistic, left.divergence, left.beta
-            )
-        dq, dk, dv = functions(impl).backward(
-            q, k, geometry, scale, lse, **plain, alignment=alignment
+class FlashGradient(NamedTuple):
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor  # empty where only the handle has a gradient
+
+
+def _run(call: FlashCall) -> FlashResult:
+    geometry = geometry_of(call)
+    out, lse = implementation.forward(call.impl, *call[:3], geometry, call.scale)
+    return FlashResult(out, lse, lse.new_zeros(0 if call.key is None else len(call.q)))
+
+
+def _allocate(call: FlashCall) -> FlashResult:
+    tokens, heads, _ = call.q.shape
+    lse = call.q.new_empty((heads, tokens), dtype=compute_dtype(call.q, call.k, call.v))
+    handle = lse.new_empty(0 if call.key is None else tokens)
+    return FlashResult(call.q.new_empty(call.q.shape), lse, handle)
+
+
+def _save(ctx: Any, call: FlashCall, result: FlashResult) -> None:
+    keep(ctx, call._replace(out=result.out, lse=result.lse))
+
+
+def _backward(ctx: Any, upstream: FlashResult) -> dict[str, Tensor]:
+    (call,) = kept(ctx)
+    d_handle = None if call.key is None else upstream.handle
+    plain = upstream.out is not None or upstream.lse is not None
+    if not plain and d_handle is None:
+        return {}
+    call = call._replace(d_out=upstream.out, d_lse=upstream.lse, d_handle=d_handle)
+    dq, dk, dv = flash_attention_backward(*call)
+    return {"q": dq, "k": dk, "v": dv} if plain else {"q": dq, "k": dk}
+
+
+def _gradient(call: FlashCall) -> FlashGradient:
+    assert call.out is not None and call.lse is not None
+    plain = alignment = None
+    if call.d_out is not None or call.d_lse is not None:
+        d_out = torch.zeros_like(call.out) if call.d_out is None else call.d_out
+        plain = Plain(call.v, call.out, d_out, call.d_lse)
+    if call.d_handle is not None:
+        assert call.key is not None
+        left = _LEFT.pop(int(call.key))
+        alignment = Alignment(
+            left.teacher, call.d_handle, left.statistic, left.divergence, left.beta
         )
-        return dq, dk, v.new_zeros(0) if dv is None else dv
+    student = Layer(call.q, call.k, call.lse, call.scale)
+    dq, dk, dv = implementation.backward(call.impl, student, geometry_of(call), plain, alignment)
+    return FlashGradient(dq, dk, call.v.new_zeros(0) if dv is None else dv)
 
 
-@flash_attention_backward.register_fake
-def _(d_out, d_lse, d_handle, q, k, v, *_):
-    empty = d_out is None and d_lse is None
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty((0,) if empty else v.shape)
+def _allocate_gradient(call: FlashCall) -> FlashGradient:
+    empty = call.d_out is None and call.d_lse is None
+    dv = call.v.new_empty((0,) if empty else call.v.shape)
+    return FlashGradient(call.q.new_empty(call.q.shape), call.k.new_empty(call.k.shape), dv)
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    out, lse, _ = output
-    ctx.save_for_backward(*inputs[:5], out, lse)
-    ctx.options = inputs[5:]
-
-
-def _attention_backward(
-    ctx: Any, d_out: Tensor | None, d_lse: Tensor | None, d_handle: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    refuse_double_backward()
-    nothing = [None] * (2 + len(ctx.options))
-    tensors = ctx.saved_tensors
-    if tensors[4] is None:  # without an alignment the handle is empty
-        d_handle = None
-    if d_out is None and d_lse is None and d_handle is None:
-        return None, None, None, *nothing
-    dq, dk, dv = flash_attention_backward(d_out, d_lse, d_handle, *tensors, *ctx.options)
-    return dq, dk, None if d_out is None and d_lse is None else dv, *nothing
-
-
-flash_attention_op.register_autograd(_attention_backward, setup_context=_setup_attention)
+flash_attention_backward = custom_op(
+    "flash_attention_backward", FlashCall, FlashGradient, _gradient, _allocate_gradient
+)
+flash_attention_op = custom_op(
+    "flash_attention", FlashCall, FlashResult, _run, _allocate, _save, _backward
+)
 
 
 # The loss on its handle
 
 
-@torch.library.custom_op("oisd_kernels::hang_on_handle", mutates_args=())
-def hang_on_handle(
-    handle: Tensor,  # [N]
-    value: Tensor,  # [N], weighted
-    weight: Tensor | None,  # [N]
-    key: Tensor,
-    q_teacher: Tensor,
-    k_teacher: Tensor,
-    lse_teacher: Tensor,
-    statistic: Tensor,  # [1, H, N]
-    scale_teacher: float,
-    divergence: str,
-    beta: float,
-) -> Tensor:
+class _LossCall(NamedTuple):
+    """The arguments of `hang_on_handle`, and those of its backward, `leave_for_student`."""
+
+    handle: Tensor  # [N]
+    value: Tensor  # [N], weighted
+    weight: Tensor | None  # [N]
+    key: Tensor
+    q_teacher: Tensor
+    k_teacher: Tensor
+    lse_teacher: Tensor
+    statistic: Tensor  # [1, H, N]
+    scale_teacher: float
+    divergence: str
+    beta: float
+    upstream: Tensor | None = None  # [N], of the backward alone
+
+
+class _Rows(NamedTuple):
+    rows: Tensor  # [N]
+
+
+def _hang(call: _LossCall) -> _Rows:
     """`value`, whose gradient goes to the handle."""
-    return value.clone()
+    return _Rows(call.value.clone())
 
 
-@hang_on_handle.register_fake
-def _(handle, value, *_):
-    return torch.empty_like(value)
-
-
-@torch.library.custom_op("oisd_kernels::leave_for_student", mutates_args=())
-def leave_for_student(
-    upstream: Tensor,  # [N]
-    weight: Tensor | None,
-    key: Tensor,
-    q_teacher: Tensor,
-    k_teacher: Tensor,
-    lse_teacher: Tensor,
-    statistic: Tensor,
-    scale_teacher: float,
-    divergence: str,
-    beta: float,
-) -> Tensor:
+def _leave(call: _LossCall) -> _Rows:
     """Leaves the teacher under the number `key`; returns the row weights, the handle's gradient."""
-    teacher = Teacher(q_teacher, k_teacher, lse_teacher, scale_teacher)
-    one = statistic if divergence == "forward_kl" else statistic[0]
-    _LEFT[int(key)] = _Left(teacher, one, divergence, beta)
-    heads = q_teacher.shape[1]
-    if weight is None:
-        return upstream / heads
-    return torch.where(weight == 0, 0, upstream * weight.to(upstream.dtype)) / heads
+    assert call.upstream is not None
+    teacher = Layer(call.q_teacher, call.k_teacher, call.lse_teacher, call.scale_teacher)
+    one = call.statistic if call.divergence == "forward_kl" else call.statistic[0]
+    _LEFT[int(call.key)] = _Left(teacher, one, call.divergence, call.beta)
+    return _Rows(weighted(call.weight, call.upstream) / call.q_teacher.shape[1])
 
 
-@leave_for_student.register_fake
-def _(upstream, *_):
-    return torch.empty_like(upstream)
+def _allocate_rows(call: _LossCall) -> _Rows:
+    return _Rows(torch.empty_like(call.value))
 
 
-def _setup_hanging(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[2:8])
-    ctx.options = inputs[8:]
+def _save_loss(ctx: Any, call: _LossCall, result: _Rows) -> None:
+    keep(ctx, call)
 
 
-def _hanging_backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-    refuse_double_backward()
-    nothing = [None] * 10
-    if upstream is None:
-        return None, *nothing
-    return leave_for_student(upstream, *ctx.saved_tensors, *ctx.options), *nothing
+def _loss_backward(ctx: Any, upstream: _Rows) -> dict[str, Tensor]:
+    (call,) = kept(ctx)
+    return {"handle": leave_for_student(*call._replace(upstream=upstream.rows))}
 
 
-hang_on_handle.register_autograd(_hanging_backward, setup_context=_setup_hanging)
+leave_for_student = custom_op("leave_for_student", _LossCall, _Rows, _leave, _allocate_rows)
+hang_on_handle = custom_op(
+    "hang_on_handle", _LossCall, _Rows, _hang, _allocate_rows, _save_loss, _loss_backward
+)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from oisd_kernels.attention.spec import Alignment, Geometry
-from oisd_kernels.lens.tiled.tiles import GFX942, machine
+from oisd_kernels.gpu import GFX942, machine
 
 LOG2E = 1.4426950408889634
 

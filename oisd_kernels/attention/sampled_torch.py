@@ -1,86 +1,74 @@
 """The attention divergence over sampled keys, renormalised over them, in torch.
 
-`attention_sampled_triton` is the same in Triton.
-
-Rows are taken in blocks, each with its own keys gathered; a row's M scores are in memory at once,
-so that nothing need be kept for the backward. Of the M slots of a row those count that are not -1,
-not hidden by the masks and not a duplicate. Matmuls are float32 (float64 where an input is). The
-gradient to the keys is a sum by `index_add_`: deterministic on a CPU, on a GPU only under
-`torch.use_deterministic_algorithms`.
+`sampled_triton` is the same in Triton. Rows are taken in blocks, each with its own keys gathered; a
+row's M scores are in memory at once, so that nothing need be kept for the backward. Of the M slots
+of a row those count that are not -1, not hidden by the masks and not a duplicate. Matmuls are
+float32 (float64 where an input is). The gradient to the keys is a sum by `index_add_`:
+deterministic on a CPU, on a GPU only under `torch.use_deterministic_algorithms`.
 
 Letters: N tokens, H query heads, J key heads, K head dimension, M slots, R rows of a block.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from oisd_kernels.attention.attention_rows import Scratch, compute_dtype, row_sums, score_pull
-from oisd_kernels.attention.spec import Geometry
+from oisd_kernels.attention.spec import Alignment, Geometry, Layer, SampledStatistics
+from oisd_kernels.checks import compute_dtype
+from oisd_kernels.divergences_torch import row_gradient, row_terms
 
 # Elements of a block's gathered keys.
 BLOCK = 1 << 19
 
 
-class SampledTeacher(NamedTuple):
-    q: Tensor  # [N, H, Kt]
-    k: Tensor  # [N, Jt, Kt]
-    scale: float
-
-
-def sampled_divergence(
-    q: Sequence[Tensor],  # S of [N, H, K]
-    k: Sequence[Tensor],
-    scale: float,
-    teacher: SampledTeacher,
-    key_index: Tensor,  # [N, M]
-    keep: Tensor | None,  # [N] bool
+def statistics(
+    student: Layer,
+    teacher: Layer,
+    key_index: Tensor,
+    keep: Tensor | None,
     divergence: str,
     beta: float,
     geometry: Geometry,
-) -> Tensor:
-    """Mean over heads [S, N]; 0 where not kept and where no key is left."""
-    compute = compute_dtype(*q, *k, teacher.q, teacher.k)
+) -> SampledStatistics:
+    q, k = student.q, student.k
+    compute = compute_dtype(q, k, teacher.q, teacher.k)
     value = teacher.q.new_zeros(len(q), len(key_index), dtype=compute)
-    scratch = Scratch(compute, value.device)
-    size = max(x.shape[-2] * x.shape[-1] for x in (*k, teacher.k))
+    size = max(x.shape[-2] * x.shape[-1] for x in (k, teacher.k))
     for block in _blocks(key_index, keep, geometry, size):
-        lp = block.log_probabilities(*teacher, geometry.softcap, compute)
+        lp = block.log_probabilities(teacher.q, teacher.k, teacher.scale, geometry.softcap, compute)
         p = lp.exp()
         for s, one in enumerate(zip(q, k, strict=True)):
-            lq = block.log_probabilities(*one, scale, geometry.softcap, compute)
-            total, _ = row_sums(lp, lq, p, scratch, divergence, beta)
-            value[s, block.rows] = total[..., 0].mean(1)
-    return value
+            lq = block.log_probabilities(*one, student.scale, geometry.softcap, compute)
+            q_block = lq.exp()
+            d = torch.sub(lp, lq, out=lq)
+            out, t = torch.empty_like(d), torch.empty_like(d)
+            total, _ = row_terms(out, q_block, d, p, t, divergence, beta, False)
+            value[s, block.rows] = total.mean(1)
+    nothing = (value.new_zeros([0] * dims) for dims in (3, 2, 3))
+    return SampledStatistics(value, *nothing)
 
 
-def sampled_backward(
-    q: Tensor,
-    k: Tensor,
-    scale: float,
-    teacher: SampledTeacher,
-    key_index: Tensor,
-    row_weight: Tensor,  # [N]: upstream gradient times token weight, divided by H
-    divergence: str,
-    beta: float,
-    geometry: Geometry,
+def backward(
+    student: Layer, alignment: Alignment, key_index: Tensor, geometry: Geometry
 ) -> tuple[Tensor, Tensor]:
-    """dq, dk."""
+    """dq, dk; finds both logsumexps and the statistic again."""
+    q, k, _, scale = student
+    teacher, row_weight, _, divergence, beta = alignment
     compute = compute_dtype(q, k, teacher.q, teacher.k)
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     dk = torch.zeros(k.shape, dtype=compute, device=k.device)
-    scratch = Scratch(compute, k.device)
-    size = max(k.shape[-2] * k.shape[-1], teacher.k.shape[-2] * teacher.k.shape[-1])
+    size = max(x.shape[-2] * x.shape[-1] for x in (k, teacher.k))
     for block in _blocks(key_index, row_weight != 0, geometry, size):
-        lp = block.log_probabilities(*teacher, geometry.softcap, compute)
+        lp = block.log_probabilities(teacher.q, teacher.k, teacher.scale, geometry.softcap, compute)
         lq = block.log_probabilities(q, k, scale, geometry.softcap, compute)
-        q_ = lq.exp()
-        weight = row_weight.to(compute)[block.rows, None, None]
-        _, statistic = row_sums(lp, lq.clone(), lp.exp(), scratch, divergence, beta)
-        pulled = score_pull(lp, lq, weight, statistic, scratch, divergence, beta)
-        d = q_ * weight - pulled if divergence == "forward_kl" else pulled.mul_(q_)
+        p, q_block = lp.exp(), lq.exp()
+        inner = torch.sub(lp, lq, out=lp)
+        d = torch.empty_like(lq)
+        _, mean = row_terms(d, q_block, inner, p, lq, divergence, beta, True)
+        row_gradient(d, q_block, inner, mean, divergence, beta)
+        d.mul_(row_weight.to(compute)[block.rows, None, None])
         queries, keys = block.gather(q, k, compute)
         if geometry.softcap is not None:
             scores = block.scores(queries, keys, scale, geometry.softcap)

@@ -1,8 +1,8 @@
 """The attention divergence over sampled keys by Triton kernels: launches and tiles.
 
-Beside its results it keeps what `Slots` holds: 4 bytes a slot, and 16 more while the gradient to
+Beside its results it keeps what `_slots` holds: 4 bytes a slot, and 16 more while the gradient to
 the keys is computed. Each student layer gathers the teacher's keys again. Nothing waits for the
-device; deterministic. Dtypes as in `attention_triton`.
+device; deterministic. Dtypes as in `triton_impl`.
 
 Letters: S student layers, N tokens, H query heads, J key heads, K head dimension, M slots.
 """
@@ -11,7 +11,7 @@ Letters: S student layers, N tokens, H query heads, J key heads, K head dimensio
 # (a launch has keywords and unpacked tuples that the kernel's signature does not show)
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,33 +32,25 @@ from oisd_kernels.attention.sampled_kernels import (
     sampled_dq_kernel,
     sampled_statistics_kernel,
 )
-from oisd_kernels.attention.sampled_torch import SampledTeacher, slots_of
-from oisd_kernels.attention.spec import Alignment, Geometry
+from oisd_kernels.attention.sampled_torch import slots_of
+from oisd_kernels.attention.spec import Alignment, Geometry, Layer, SampledStatistics
 from oisd_kernels.attention.tiles import launch_tile
 
 # Elements of key_index that are sorted at once.
 SORTED = 1 << 24
 
 
-class SampledStatistics(NamedTuple):
-    value: Tensor  # [S, N]: mean over heads; 0 where not kept and where no key is left
-    lse: Tensor  # [S, H, N], over the slots that count; 0 where there is none
-    lse_teacher: Tensor  # [H, N]
-    statistic: Tensor  # [S, H, N] of `Alignment`; empty for forward_kl
-
-
 def statistics(
-    q: Tensor,  # [S, N, H, K]
-    k: Tensor,  # [S, N, J, K]
-    scale: float,
-    teacher: SampledTeacher,
-    key_index: Tensor,  # [N, M]
-    keep: Tensor | None,  # [N] bool
+    student: Layer,
+    teacher: Layer,
+    key_index: Tensor,
+    keep: Tensor | None,
     divergence: str,
     beta: float,
     geometry: Geometry,
     capability: int | None = None,
 ) -> SampledStatistics:
+    q, k, _, scale = student
     dtype = common_dtype(q, k, teacher.q, teacher.k)
     compute = compute_of(dtype)
     S, N, H, _ = q.shape
@@ -82,23 +74,19 @@ def statistics(
 
 
 def backward(
-    q: Tensor,  # [N, H, K]
-    k: Tensor,  # [N, J, K]
-    scale: float,
-    lse: Tensor,  # [H, N]
-    alignment: Alignment,  # its teacher's lse over the slots, too
-    key_index: Tensor,  # [N, M]
+    student: Layer,
+    alignment: Alignment,
+    key_index: Tensor,
     geometry: Geometry,
     capability: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """dq, dk."""
+    q, k, lse, scale = student
     teacher = alignment.teacher
     dtype = common_dtype(q, k, teacher.q, teacher.k)
     compute = compute_of(dtype)
     width = q.shape[-1]
     N, H = q.shape[:2]
-    sampled = SampledTeacher(teacher.q, teacher.k, teacher.scale)
-    call = _Call(q, k, scale, sampled, dtype, geometry, capability)
+    call = _Call(q, k, scale, teacher, dtype, geometry, capability)
     dq, dk = (x.new_zeros(y.shape) for x, y in zip((q, k), call.tensors[:2], strict=True))
     if N > 0:
         terms = RowTerms.of(lse.to(compute), None, alignment)
@@ -132,7 +120,7 @@ class _Call:
         q: Tensor,
         k: Tensor,
         scale: float,
-        teacher: SampledTeacher,
+        teacher: Layer,
         dtype: torch.dtype,
         geometry: Geometry,
         capability: int | None,

@@ -5,7 +5,7 @@ heads (J divides H) head h reads key head h // (H / J). Logsumexp and row statis
 natural logarithm, FlashAttention's layout.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,24 +26,52 @@ class Geometry(NamedTuple):
     softcap: float | None  # c of c * tanh(scores / c), after the scale
 
 
-class Teacher(NamedTuple):
-    """The other layer of an alignment; H as the student's, heads' width and J its own."""
+class Layer(NamedTuple):
+    """Student or teacher; both have the same H, heads' width K and J are each one's own.
 
-    q: Tensor  # [N, H, Kt]
-    k: Tensor  # [N, Jt, Kt]
+    Statistics take S student layers at once, with S in front of all three shapes.
+    """
+
+    q: Tensor  # [N, H, K]
+    k: Tensor  # [N, J, K]
     lse: Tensor  # [H, N]
     scale: float
+
+
+class Plain(NamedTuple):
+    """What attention's own gradient needs beside its `Layer`."""
+
+    v: Tensor  # [N, J, K]
+    out: Tensor  # [N, H, K]
+    d_out: Tensor  # [N, H, K]
+    d_lse: Tensor | None = None  # [H, N]
 
 
 class Alignment(NamedTuple):
     """What a backward adds for one student layer; rows of weight 0 cost nothing."""
 
-    teacher: Teacher
+    teacher: Layer
     row_weight: Tensor  # [N]: upstream gradient times token weight, divided by H
     # [H, N]: <P, softplus(log T - log P + log(beta/(1-beta)))> for jsd, KL(P||T) for reverse_kl
     statistic: Tensor
     divergence: str  # "jsd" | "forward_kl" | "reverse_kl"; forward_kl's statistic is empty
     beta: float  # the teacher's share of jsd's mixture
+
+
+class SampledStatistics(NamedTuple):
+    """Of the divergence over sampled keys; "torch" keeps the value alone, the others are empty."""
+
+    value: Tensor  # [S, N]: mean over heads; 0 where not kept and where no key is left
+    lse: Tensor  # [S, H, N], over the slots that count; 0 where there is none
+    lse_teacher: Tensor  # [H, N]
+    statistic: Tensor  # [S, H, N] of `Alignment`; empty for forward_kl
+
+
+def geometry_of(call: Any) -> Geometry:
+    """Of an op's record, which holds its parts."""
+    sequences = call.cu_seqlens.numel() - 1
+    masks = call.causal, call.window, call.softcap
+    return Geometry(call.cu_seqlens, sequences, call.length, *masks)
 
 
 def dense_geometry(

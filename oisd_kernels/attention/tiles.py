@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from oisd_kernels.attention.spec import Geometry
-from oisd_kernels.lens.tiled.tiles import GFX942
+from oisd_kernels.gpu import GFX942
 
 
 class Tile(NamedTuple):

@@ -10,7 +10,7 @@ K head dimension, r rows and c keys of a block.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,21 @@ from oisd_kernels.attention.spec import Geometry
 CPU_BLOCK, OTHER_BLOCK = 1 << 17, 1 << 24
 # How much of a group may be padding: its shortest sequence against its longest.
 LIKE_LENGTH = 0.75
+
+
+class Scratch:
+    """Tensors by name, made once each and used again."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
+        self.tensors: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, shape: Sequence[int]) -> Tensor:
+        count = math.prod(shape)
+        x = self.tensors.get(name)
+        if x is None or x.numel() < count:
+            x = self.tensors[name] = torch.empty(count, dtype=self.dtype, device=self.device)
+        return x[:count].view(*shape)
 
 
 class Block(NamedTuple):

@@ -1,14 +1,13 @@
 """Attention, its divergence and both their gradients in blocks, in torch: for CPUs above all.
 
-The twin of the Triton launches: the same functions, the same results, in plain tensor operations on
-blocks of queries x keys, never a map of a whole sequence. The gradient to the scores is
-P * (dP - delta + E), delta = <out, d_out> - d_lse, where E is the divergence's (`attention_rows`);
-with a softcap c it is multiplied by 1 - tanh(scores / c)^2. Matmuls are float32 (float64 where an
-input is), whatever the inputs' dtype. Asks the device for the sequences' lengths and for the rows
-that are kept. Deterministic.
+The functions of `implementation`, which says what they are given, in plain tensor operations on
+blocks of queries x keys, never a map of a whole sequence. The gradient to the scores is P * (dP -
+delta + E), delta = <out, d_out> - d_lse, where E is `_Pull`'s; with a softcap c it is multiplied by
+1 - tanh(scores / c)^2. Matmuls are float32 (float64 where an input is), whatever the inputs' dtype.
+Asks the device for the sequences' lengths and for the rows that are kept. Deterministic.
 
 Letters: N tokens, H query heads, J key heads, K head dimension, S student layers; those of a block
-as in `attention_blocks`.
+as in `torch_blocks`.
 """
 
 import math
@@ -16,15 +15,15 @@ import math
 import torch
 from torch import Tensor
 
-from oisd_kernels.attention.attention_rows import Scratch, compute_dtype, row_sums, score_pull
-from oisd_kernels.attention.spec import Alignment, Geometry, Teacher
-from oisd_kernels.attention.torch_blocks import Block, Group, Tile, groups
+from oisd_kernels.attention.spec import Alignment, Geometry, Layer, Plain
+from oisd_kernels.attention.torch_blocks import Block, Group, Scratch, Tile, groups
+from oisd_kernels.checks import compute_dtype
+from oisd_kernels.divergences_torch import gradient_factor, inner, row_terms
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """out [N, H, K] in q's dtype and lse [H, N]; a row without keys has 0 and -inf."""
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
     return out, _softmax_pass(q, k, v, out, geometry, scale)
 
@@ -32,34 +31,19 @@ def forward(
 def logsumexp(
     q: Tensor, k: Tensor, geometry: Geometry, scale: float, keep: Tensor | None = None
 ) -> Tensor:
-    """lse [H, N] of the scaled and capped scores of the visible keys.
-
-    keep: [N] bool, the rows that are wanted; the others hold -inf.
-    """
     return _softmax_pass(q, k, None, None, geometry, scale, keep)
 
 
 def statistics(
-    q: Tensor,  # [N, H, K] or [S, N, H, K]
-    k: Tensor,  # [N, J, K] or [S, N, J, K]
-    lse: Tensor,  # [H, N] or [S, H, N]
-    scale: float,
-    teacher: Teacher,
-    keep: Tensor | None,  # [N] bool
+    student: Layer,
+    teacher: Layer,
+    keep: Tensor | None,
     divergence: str,
     beta: float,
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:
-    """Mean over heads of the divergence [N] (0 where not kept), and the statistic [H, N].
-
-    With S layers both have S in front, and a block of the teacher's scores serves all of them. The
-    statistic is the `Alignment`'s.
-    """
-    if q.dim() == 3:
-        value, statistic = statistics(
-            q[None], k[None], lse[None], scale, teacher, keep, divergence, beta, geometry
-        )
-        return value[0], statistic[0]
+    """A block of the teacher's scores serves all S layers."""
+    q, k, lse, scale = student
     tokens, heads, _ = teacher.q.shape
     compute = compute_dtype(q, k, teacher.q, teacher.k)
     value = teacher.q.new_zeros(len(q), tokens, dtype=compute)
@@ -73,49 +57,40 @@ def statistics(
         keys = [group.gather(x, None, compute) for x in (*k, teacher.k)]
         for tile in group.rows(kept).tiles():
             layers = [
-                _Layer(tile, *one, scale, compute) for one in zip(q, keys[:-1], lse, strict=True)
+                _Scores(tile, *one, scale, compute) for one in zip(q, keys[:-1], lse, strict=True)
             ]
-            other = _Layer(tile, teacher.q, keys[-1], teacher.lse, teacher.scale, compute)
-            sums = [_Sums() for _ in layers]
+            other = _Scores(tile, teacher.q, keys[-1], teacher.lse, teacher.scale, compute)
+            sums, means = value.new_zeros(2, len(q), *other.q.shape[:-1]).unbind()  # [S, B, H, r]
             for block in tile.blocks():
                 lp = other.log_probabilities(block, scratch, "lp")
                 p = torch.exp(lp, out=scratch("p", lp.shape))
-                for layer, total in zip(layers, sums, strict=True):
+                for s, layer in enumerate(layers):
                     lq = layer.log_probabilities(block, scratch, "lq")
-                    total.add(*row_sums(lp, lq, p, scratch, divergence, beta))
-            for s, total in enumerate(sums):
+                    q_block = torch.exp(lq, out=scratch("q", lq.shape))
+                    d = torch.sub(lp, lq, out=lq)
+                    out, t = scratch("out", d.shape), scratch("t", d.shape)
+                    terms = row_terms(out, q_block, d, p, t, divergence, beta, has_statistic)
+                    sums[s] += terms[0]
+                    means[s] += terms[1]
+            if divergence == "reverse_kl":
+                means.neg_()
+            for s in range(len(q)):
                 if has_statistic:
-                    tile.put_statistic(statistic[s], total.statistic)
-                tile.put_row(value[s], total.value.mean(1, keepdim=True))
+                    tile.put_statistic(statistic[s], means[s][..., None])
+                tile.put_row(value[s], sums[s].mean(1)[:, None, :, None])
     return value, statistic
 
 
 def backward(
-    q: Tensor,
-    k: Tensor,
-    geometry: Geometry,
-    scale: float,
-    lse: Tensor,
-    *,
-    v: Tensor | None = None,
-    out: Tensor | None = None,
-    d_out: Tensor | None = None,
-    d_lse: Tensor | None = None,
-    alignment: Alignment | None = None,
+    student: Layer, geometry: Geometry, plain: Plain | None, alignment: Alignment | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv of attention (given v, out, d_out), of its divergence (alignment), or of both.
-
-    P is computed once for both. dv is None without v.
-    """
-    compute = compute_dtype(q, k, v, d_out)
+    q, k, lse, scale = student
+    v = None if plain is None else plain.v
+    compute = compute_dtype(q, k, v, None if plain is None else plain.d_out)
     dq, dk = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     dv = None if v is None else torch.zeros_like(v, memory_format=torch.contiguous_format)
     scratch = Scratch(compute, q.device)
-    delta = None
-    if v is not None:
-        assert out is not None and d_out is not None
-        delta = (out.to(compute) * d_out.to(compute)).sum(-1).T  # [H, N]
-        delta = delta if d_lse is None else delta - d_lse
+    delta = None if plain is None else _delta(plain, compute)
     keep = None if alignment is None else alignment.row_weight != 0
     for group in groups(geometry, q.shape[1]):
         kept = None if keep is None else keep[group.index] & group.exists
@@ -132,15 +107,15 @@ def backward(
         d_keys = torch.zeros_like(keys)
         d_values = None if values is None else torch.zeros_like(values)
         for tile in group.rows(kept if v is None else None).tiles():
-            layer = _Layer(tile, q, keys, lse, scale, compute)
-            plain = None
-            if values is not None and d_values is not None:
-                assert d_out is not None and delta is not None
-                plain = _Plain(tile, values, d_values, d_out, delta, compute)
+            layer = _Scores(tile, q, keys, lse, scale, compute)
+            own = None
+            if plain is not None and values is not None and d_values is not None:
+                assert delta is not None
+                own = _Own(tile, values, d_values, plain.d_out, delta, compute)
             pull = None
             if alignment is not None and other is not None:
                 pull = _Pull(tile, alignment, other, compute)
-            d_tile = _tile_gradient(tile, layer, d_keys, plain, pull, scratch)
+            d_tile = _tile_gradient(tile, layer, d_keys, own, pull, scratch)
             tile.put(dq, d_tile.mul_(scale))
         _put_keys(group, dk, d_keys)
         if dv is not None and d_values is not None:
@@ -148,7 +123,13 @@ def backward(
     return dq, dk, dv
 
 
-class _Layer:
+def _delta(plain: Plain, compute: torch.dtype) -> Tensor:
+    """<out, d_out> - d_lse, [H, N]."""
+    delta = (plain.out.to(compute) * plain.d_out.to(compute)).sum(-1).T
+    return delta if plain.d_lse is None else delta - plain.d_lse
+
+
+class _Scores:
     """A tile's queries of one layer, its keys, and their scores."""
 
     def __init__(
@@ -192,22 +173,11 @@ def _flat(keys: Tensor, block: Block) -> Tensor:
     return keys.flatten(0, 1)[:, block.keys]
 
 
-def _like(x: Tensor, layer: _Layer) -> Tensor:
+def _like(x: Tensor, layer: _Scores) -> Tensor:
     return _by_key_head(x, layer.keys)
 
 
-class _Sums:
-    value: Tensor
-    statistic: Tensor
-
-    def add(self, value: Tensor, statistic: Tensor) -> None:
-        if hasattr(self, "value"):
-            self.value, self.statistic = self.value + value, self.statistic + statistic
-        else:
-            self.value, self.statistic = value, statistic
-
-
-class _Plain:
+class _Own:
     """What attention's own gradient needs of a tile."""
 
     def __init__(
@@ -244,23 +214,27 @@ class _Pull:
         if not self.any:
             return
         teacher = alignment.teacher
-        self.layer = _Layer(tile, teacher.q, keys, teacher.lse, teacher.scale, compute, keep)
+        self.layer = _Scores(tile, teacher.q, keys, teacher.lse, teacher.scale, compute, keep)
         self.weight = tile.take_row(alignment.row_weight.to(compute), keep)
-        self.statistic = None
         if self.divergence != "forward_kl":
-            self.statistic = tile.take_statistic(alignment.statistic, compute, keep)
+            statistic = tile.take_statistic(alignment.statistic, compute, keep)
+            self.mean = statistic if self.divergence == "jsd" else -statistic
+            self.factor = gradient_factor(self.divergence, self.beta) * self.weight
 
     def gradient(self, lq: Tensor, block: Block, scratch: Scratch) -> Tensor:
-        """`score_pull` of a block."""
+        """E of a block; for the forward KL, whose gradient is weight * (P - T), weight * T."""
         lp = self.layer.log_probabilities(block, scratch, "lp")
-        return score_pull(lp, lq, self.weight, self.statistic, scratch, self.divergence, self.beta)
+        if self.divergence == "forward_kl":
+            return lp.exp_().mul_(self.weight)
+        d = inner(lp.sub_(lq), scratch("t", lp.shape), self.divergence, self.beta)
+        return d.sub_(self.mean).mul_(self.factor)
 
 
 def _tile_gradient(
     tile: Tile,
-    layer: _Layer,
+    layer: _Scores,
     d_keys: Tensor,  # [B, J, T, K], added to
-    plain: _Plain | None,
+    own: _Own | None,
     pull: _Pull | None,
     scratch: Scratch,
 ) -> Tensor:
@@ -268,14 +242,14 @@ def _tile_gradient(
     d_tile = torch.zeros_like(layer.q)
     d_rows, q_rows = _by_key_head(d_tile, layer.keys), _by_key_head(layer.q, layer.keys)
     pull = pull if pull is not None and pull.any else None
-    if plain is None and pull is None:
+    if own is None and pull is None:
         return d_tile
     for block in tile.blocks():
         lq = layer.log_probabilities(block, scratch, "lq")
         p = torch.exp(lq, out=scratch("p", lq.shape))
-        if plain is not None:
-            plain.add_to_values(p, block)
-        d = _score_gradient(lq, p, block, plain, pull, scratch)
+        if own is not None:
+            own.add_to_values(p, block)
+        d = _score_gradient(lq, p, block, own, pull, scratch)
         if layer.softcap is not None:
             # A masked score is the lowest number, whose slope would be infinite; d is 0 there.
             assert layer.lse is not None
@@ -291,12 +265,12 @@ def _score_gradient(
     lq: Tensor,
     p: Tensor,
     block: Block,
-    plain: _Plain | None,
+    own: _Own | None,
     pull: _Pull | None,
     scratch: Scratch,
 ) -> Tensor:
     """dS of a block, before the softcap's slope."""
-    d = None if plain is None else plain.gradient(block, scratch("d", p.shape))
+    d = None if own is None else own.gradient(block, scratch("d", p.shape))
     if pull is None:
         assert d is not None
         return d.mul_(p)
@@ -325,7 +299,7 @@ def _softmax_pass(
         keys = group.gather(k, None, compute)
         values = None if v is None else group.gather(v, None, compute)
         for tile in group.rows(kept).tiles():
-            layer = _Layer(tile, q, keys, None, scale, compute)
+            layer = _Scores(tile, q, keys, None, scale, compute)
             largest = torch.full_like(layer.q[..., :1], layer.lowest)
             total, mixed = torch.zeros_like(largest), torch.zeros_like(layer.q)
             for block in tile.blocks():

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from oisd_kernels.attention import sampled_triton, triton_impl
-from oisd_kernels.attention.sampled_torch import SampledTeacher
-from oisd_kernels.attention.spec import Alignment, Geometry, Teacher
+from oisd_kernels.attention.spec import Alignment, Geometry, Layer, Plain
 from oisd_kernels.attention.tiles import widest
 from oisd_kernels.audit.case import DTYPES, Case, empty
 
@@ -65,68 +64,65 @@ def _cases(
     causal, window, softcap = FORMS[form]
     offsets = empty(SEQUENCES + 1, dtype=torch.int32)
     geometry = Geometry(offsets, SEQUENCES, None, causal, window, softcap)
-    teacher = Teacher(qt, kt, lse, width_t**-0.5)
+    teacher = Layer(qt, kt, lse, width_t**-0.5)
     scale = width**-0.5
-    student = q, k, geometry, scale
-    plain = {"v": k, "out": q, "d_out": q, "d_lse": lse}
+    student = Layer(q, k, lse, scale)
+    plain = Plain(k, q, q, lse)
     usual = (name, width, width_t, form) == CONFIGURATIONS[0][:4]
     if width == width_t:
         forward = partial(triton_impl.forward, q, k, k, geometry, scale, **target)
         yield Case(f"forward, {label}", forward, not usual)
-        alone = partial(triton_impl.logsumexp, *student, **target)
+        alone = partial(triton_impl.logsumexp, q, k, geometry, scale, **target)
         yield Case(f"logsumexp, {label}", alone, True)
-        backward = partial(triton_impl.backward, *student, lse, **plain, **target)
+        backward = partial(triton_impl.backward, student, geometry, plain, None, **target)
         yield Case(f"plain, {label}", backward, True)
     for divergence in divergences:
         full = not usual or divergence != "jsd"
         statistics = partial(
             triton_impl.statistics,
-            q, k, lse, scale, teacher, row != 0, divergence, 0.5, geometry, **target,
+            _stacked(student), teacher, row != 0, divergence, 0.5, geometry, **target,
         )  # fmt: skip
         yield Case(f"{divergence}, {label}", statistics, full)
         if form == "causal" and width == width_t:
-            settings = scale, teacher, row != 0, divergence, 0.5, geometry
-            yield from _several(settings, label, capability, name, width)
-            yield from _sampled(settings, label, capability, name, width, full)
+            settings = teacher, row != 0, divergence, 0.5, geometry
+            yield from _several(scale, settings, label, capability, name)
+            yield from _sampled(student, settings, label, capability, full)
         alignment = Alignment(teacher, row, lse, divergence, 0.5)
-        for extra, what in ((plain, "and plain"), ({}, "alone")):
-            backward = partial(
-                triton_impl.backward,
-                *student, lse, **extra, alignment=alignment, **target,
-            )  # fmt: skip
-            yield Case(f"{divergence} {what}, {label}", backward, full or not extra)
+        for extra, what in ((plain, "and plain"), (None, "alone")):
+            backward = partial(triton_impl.backward, student, geometry, extra, alignment, **target)
+            yield Case(f"{divergence} {what}, {label}", backward, full or extra is None)
+
+
+def _stacked(student: Layer) -> Layer:
+    return Layer(*(x[None] for x in student[:3]), student.scale)
 
 
 def _several(
-    settings: tuple[Any, ...], label: str, capability: int, name: str, width: int
+    scale: float, settings: tuple[Any, ...], label: str, capability: int, name: str
 ) -> Iterator[Case]:
     """The statistics of several students in one launch."""
+    width = settings[0].q.shape[-1]
     for students in (2, 4):
         q, k = (
             empty(students, TOKENS, heads, width, dtype=DTYPES[name])
             for heads in (HEADS, KEY_HEADS)
         )
-        lse = empty(students, HEADS, TOKENS)
-        launch = partial(triton_impl.statistics, q, k, lse, *settings, capability=capability)
-        yield Case(f"{settings[3]} of {students}, {label}", launch, True)
+        layers = Layer(q, k, empty(students, HEADS, TOKENS), scale)
+        launch = partial(triton_impl.statistics, layers, *settings, capability=capability)
+        yield Case(f"{settings[2]} of {students}, {label}", launch, True)
 
 
 def _sampled(
-    settings: tuple[Any, ...], label: str, capability: int, name: str, width: int, full: bool
+    student: Layer, settings: tuple[Any, ...], label: str, capability: int, full: bool
 ) -> Iterator[Case]:
     """Over sampled keys: statistics, and both gradients."""
-    scale, teacher, keep, divergence, beta, geometry = settings
-    q, k = (empty(TOKENS, heads, width, dtype=DTYPES[name]) for heads in (HEADS, KEY_HEADS))
+    teacher, keep, divergence, beta, geometry = settings
     index = empty(TOKENS, SLOTS, dtype=torch.int64)
-    other = SampledTeacher(teacher.q, teacher.k, teacher.scale)
     statistics = partial(
         sampled_triton.statistics,
-        q[None], k[None], scale, other, index, keep, divergence, beta, geometry, capability,
+        _stacked(student), teacher, index, keep, divergence, beta, geometry, capability,
     )  # fmt: skip
     yield Case(f"{divergence} sampled, {label}", statistics, full)
     alignment = Alignment(teacher, empty(TOKENS), teacher.lse, divergence, beta)
-    backward = partial(
-        sampled_triton.backward,
-        q, k, scale, teacher.lse, alignment, index, geometry, capability,
-    )  # fmt: skip
+    backward = partial(sampled_triton.backward, student, alignment, index, geometry, capability)
     yield Case(f"{divergence} sampled gradient, {label}", backward, full)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from oisd_kernels import checks, reference
+from oisd_kernels.checks import compute_dtype
 from oisd_kernels.lens import logit_lens, vocab_parallel
 from oisd_kernels.lens.chunked import chunks
-from oisd_kernels.lens.chunked.head_loop import compute_dtype
 from oisd_kernels.lens.chunked.two_heads import TwoHeads, rows_of_a_token, two_heads
 from oisd_kernels.lens.vocab_parallel import Part
 

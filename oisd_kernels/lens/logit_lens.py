@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from oisd_kernels import checks, reference
+from oisd_kernels.checks import compute_dtype
 from oisd_kernels.lens import vocab_parallel
 from oisd_kernels.lens.chunked import chunks
-from oisd_kernels.lens.chunked.head_loop import HeadPass, compute_dtype
+from oisd_kernels.lens.chunked.head_loop import HeadPass
 from oisd_kernels.lens.chunked.head_pass import NO_POLICY, head_pass
 from oisd_kernels.lens.vocab_parallel import Part
 from oisd_kernels.reference import LensStats

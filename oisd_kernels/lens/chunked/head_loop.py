@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from oisd_kernels.checks import compute_dtype
 from oisd_kernels.lens.chunked import chunks, rows_torch
 from oisd_kernels.lens.chunked.chunks import Chunk, Plan
 from oisd_kernels.lens.chunked.projection import Projection
@@ -288,8 +289,3 @@ def allocate(
         d_weight=zeros(*weight.shape, wanted=weight_grad),
         d_bias=zeros(len(weight), wanted=weight_grad and bias is not None),
     )
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
-    return torch.float64 if wide else torch.float32

@@ -13,14 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from oisd_kernels.divergences_torch import row_gradient, row_terms
 from oisd_kernels.lens.chunked.chunks import SCRATCH_ROWS
 from oisd_kernels.lens.chunked.rows_torch import (
     FinalRows,
     RowMath,
     StudentRows,
     likeliest,
-    row_gradient,
-    row_terms,
     scores,
     slope,
     tiles,
@@ -120,6 +119,7 @@ class ParallelRows:
         operand: torch.dtype,
     ) -> StudentRows:
         logsumexp, top1, top_logprob = self._log_softmax(z, bias, math_, stats)
+        kind = math_.divergence, math_.beta
         # Of each row the divergence, <q, inner> and the entropy.
         partial = z.new_zeros(3, len(z))
         pieces = list(tiles(z, SCRATCH_ROWS))  # one scratch for both turns
@@ -127,7 +127,7 @@ class ParallelRows:
             _probabilities(z[tile], z_final, slot[tile], q, d, p)
             if stats:
                 partial[2, tile] = -torch.mul(z[tile], q, out=t).sum(-1)
-            partial[0, tile], partial[1, tile] = row_terms(out, q, d, p, t, math_, gradient)
+            partial[0, tile], partial[1, tile] = row_terms(out, q, d, p, t, *kind, gradient)
         divergence, mean, entropy = self.sum(partial)
         agreement = (top1 == final.top1[slot]).to(z.dtype) if stats else torch.zeros_like(mean)
         values = divergence, entropy, agreement, top1, top_logprob
@@ -140,8 +140,8 @@ class ParallelRows:
             if math_.softcap is not None:
                 slope(torch.add(tile_z, logsumexp[tile, None], out=bend), math_)
             _probabilities(tile_z, z_final, slot[tile], q, d, p)
-            row_terms(tile_z, q, d, p, t, math_, False)
-            row_gradient(tile_z, q, d, mean[tile], math_)
+            row_terms(tile_z, q, d, p, t, *kind, False)
+            row_gradient(tile_z, q, d, mean[tile], *kind)
             tile_z.mul_(row_factor[tile])
             if math_.softcap is not None:
                 tile_z.mul_(bend)

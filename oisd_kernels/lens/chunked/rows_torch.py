@@ -1,18 +1,17 @@
 """Row arithmetic of a chunk in place, in torch: `rows_triton` for machines without a GPU.
 
 Rows are taken a few at a time, such that the scratch stays in the processor's cache, and student
-rows of one token together, so that the teacher's exponentials are taken once. The formulas
-are those of `reference`, whose docstring names the letters; the gradient of the JSD is taken in its
-centred form, `-(1-beta) * q * (s - <q,s>)` with `s = softplus(D + log(beta/(1-beta)))`.
+rows of one token together, so that the teacher's exponentials are taken once. The formulas are
+those of `divergences_torch`, whose docstring names the letters.
 """
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from oisd_kernels.divergences_torch import row_gradient, row_terms
 from oisd_kernels.lens.chunked.chunks import SCRATCH_ROWS, tile_rows
 
 BLOCK = 128  # entries of a row whose maximum is taken at once where its place is wanted
@@ -125,6 +124,7 @@ def student_rows(
     divergence, entropy, log_sums = (z.new_zeros(len(z)) for _ in range(3))
     top1 = torch.zeros(len(z), dtype=torch.int64, device=z.device)
     row_factor = (factor / math_.temperature)[:, None]
+    kind = math_.divergence, math_.beta
     capped = gradient and math_.softcap is not None
     step, scratch = tile_scratch(z, SCRATCH_ROWS)
     p_of = None  # the teacher row whose exponentials the scratch holds
@@ -155,9 +155,9 @@ def student_rows(
         p_of = shared
         if stats:
             entropy[tile] = -tile_z.mul_(q).sum(-1)
-        divergence[tile], mean = row_terms(tile_z, q, d, p, t, math_, gradient)
+        divergence[tile], mean = row_terms(tile_z, q, d, p, t, *kind, gradient)
         if gradient:
-            row_gradient(tile_z, q, d, mean, math_)
+            row_gradient(tile_z, q, d, mean, *kind)
             tile_z.mul_(row_factor[tile])
             if capped:
                 tile_z.mul_(bend)
@@ -182,59 +182,6 @@ def _pieces(slot: Tensor, step: int) -> Iterator[tuple[slice, int | None]]:
         row += count
     if row > start:
         yield slice(start, row), None
-
-
-def row_terms(
-    out: Tensor, q: Tensor, d: Tensor, p: Tensor, t: Tensor, math_: RowMath, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """Sums over the entries given, of which a row may have more elsewhere, each [R].
-
-    They are the divergence's and, for the gradient, `<q, inner>` (0 for the forward KL), `inner`
-    being s = softplus(x) or D. All [R, V], p perhaps [1, V]; d holds D before and `inner` after, p
-    and q stay, t is scratch, and `out` is left holding what `row_gradient` needs of it.
-    """
-    return _TERMS[math_.divergence](out, q, d, p, t, math_.beta, gradient)
-
-
-def row_gradient(out: Tensor, q: Tensor, inner: Tensor, mean: Tensor, math_: RowMath) -> None:
-    """out = the divergence's gradient to the scores, from what `row_terms` left and summed."""
-    if math_.divergence == "forward_kl":
-        return  # it holds q - p
-    torch.mul(inner.sub_(mean[:, None]), q, out=out)
-    out.mul_(math_.beta - 1 if math_.divergence == "jsd" else -1.0)
-
-
-def _jsd(
-    out: Tensor, q: Tensor, d: Tensor, p: Tensor, t: Tensor, beta: float, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    x = d.add_(math.log(beta / (1 - beta))) if beta != 0.5 else d
-    l1p = torch.abs(x, out=out).neg_().exp_().log1p_()  # log(1 + e^-|x|)
-    # log(p/m) = min(x, 0) - l1p - log(beta); log(q/m) = -s - log(1-beta).
-    torch.clamp_max(x, 0, out=t).sub_(l1p).sub_(math.log(beta)).mul_(p)
-    loss = beta * t.sum(-1)
-    s = x.clamp_min_(0).add_(l1p)
-    torch.add(s, math.log1p(-beta), out=t).mul_(q)
-    loss -= (1 - beta) * t.sum(-1)
-    return loss, torch.mul(s, q, out=t).sum(-1) if gradient else torch.zeros_like(loss)
-
-
-def _forward_kl(
-    out: Tensor, q: Tensor, d: Tensor, p: Tensor, t: Tensor, beta: float, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    torch.sub(q, p, out=out)
-    loss = d.mul_(p).add_(out).sum(-1)
-    return loss, torch.zeros_like(loss)
-
-
-def _reverse_kl(
-    out: Tensor, q: Tensor, d: Tensor, p: Tensor, t: Tensor, beta: float, gradient: bool
-) -> tuple[Tensor, Tensor]:
-    torch.mul(d, q, out=out)
-    mean = out.sum(-1)  # <q, D>
-    return torch.sub(p, q, out=t).sub_(out).sum(-1), mean
-
-
-_TERMS = {"jsd": _jsd, "forward_kl": _forward_kl, "reverse_kl": _reverse_kl}
 
 
 def tiles(z: Tensor, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:

@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from oisd_kernels.checks import compute_dtype
 from oisd_kernels.lens.chunked import chunks
-from oisd_kernels.lens.chunked.head_loop import compute_dtype, parallel_rows, row_functions
+from oisd_kernels.lens.chunked.head_loop import parallel_rows, row_functions
 from oisd_kernels.lens.chunked.projection import Projection
 from oisd_kernels.lens.chunked.rows_torch import RowMath
 

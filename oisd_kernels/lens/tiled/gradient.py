@@ -45,6 +45,7 @@ import torch
 import triton
 from torch import Tensor
 
+from oisd_kernels.gpu import GFX942, TL, is_aligned, row_strides, table_key
 from oisd_kernels.lens.tiled.gradient_kernels import (
     tiled_lens_gradient_kernel,
     tiled_live_kernel,
@@ -54,17 +55,12 @@ from oisd_kernels.lens.tiled.gradient_kernels import (
 )
 from oisd_kernels.lens.tiled.plan import Plan, plan_slabs, plan_slices
 from oisd_kernels.lens.tiled.tiles import (
-    GFX942,
     ROW_BYTES,
-    TL,
     Head,
     Scores,
     Work,
-    is_aligned,
     launch_tile,
     operand_kind,
-    row_strides,
-    table_key,
 )
 
 # An eighth of the rounding of what dZ is multiplied as; fp16 as tf32.

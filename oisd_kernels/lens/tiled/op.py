@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from oisd_kernels import checks
+from oisd_kernels.checks import compute_dtype
 from oisd_kernels.lens.tiled.gradient import (
     Backward,
     Gradients,
@@ -134,11 +135,6 @@ def linear_logprob_tiled(
     softcap = None if logit_softcap is None else float(logit_softcap)
     got = tiled_logprob(hidden, weight, bias, labels, float(temperature), softcap, max_bytes)
     return LinearLogprob(*got)
-
-
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    wide = any(x is not None and x.dtype == torch.float64 for x in tensors)
-    return torch.float64 if wide else torch.float32
 
 
 def _check(op: str, hidden: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor | None) -> None:

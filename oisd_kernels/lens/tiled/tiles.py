@@ -3,17 +3,16 @@
 Letters: S student layers, N tokens, T of them in a slab, R = S*T rows, D width, V vocabulary.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+from oisd_kernels.gpu import GFX942, is_aligned, machine, table_key, unit_stride
 from oisd_kernels.lens.tiled.kernels import tiled_jsd_kernel
 
 WORKSPACE = 32 << 20
 ROW_BYTES = 192  # of a row once: order of work, sort, statistics, combined values in float64
-GFX942 = 942  # stands for AMD's CDNA 3 among the compute capabilities
 
 # The interpreter has to be chosen before Triton is imported.
 INTERPRETED_KERNELS = type(tiled_jsd_kernel).__name__ == "InterpretedFunction"
@@ -80,22 +79,6 @@ TILES[100] = TILES[90] | {
 }
 INTERPRETED = Tile(16, 32, 16, 4, 1)
 
-TL = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
-
-
-def table_key(capability: int, known: Any) -> int:
-    """The entry of a table for a compute capability (90 for sm_90)."""
-    if capability == GFX942:
-        return GFX942
-    if capability >= 120:
-        return 86  # consumer cards, with their shared memory
-    return max((c for c in known if c <= capability), default=86)
-
 
 def operand_kind(operand: torch.dtype, aligned: bool, plain: bool) -> str:
     if not aligned:
@@ -124,8 +107,8 @@ class Head:
         compute: torch.dtype,
         capability: int | None = None,
     ):
-        self.states = [_unit_stride(x.detach()) for x in states]
-        self.weight = _unit_stride(weight.detach())
+        self.states = [unit_stride(x.detach()) for x in states]
+        self.weight = unit_stride(weight.detach())
         self.bias = None if bias is None else bias.detach().contiguous()
         self.compute = compute
         self.aligned = all(is_aligned(x) for x in (*self.states, self.weight))
@@ -167,29 +150,3 @@ class Work(NamedTuple):
     def of(cls, keep: Tensor) -> "Work":
         order = keep.flatten().to(torch.uint8).argsort(descending=True, stable=True)
         return cls(keep, order, keep.sum())
-
-
-def row_strides(x: Tensor) -> tuple[int, int]:
-    """Strides of the layers and of the tokens of [S, T, D]; one layer is every layer's."""
-    return (x.stride(0) if len(x) > 1 else 0), x.stride(1)
-
-
-def is_aligned(x: Tensor) -> bool:
-    """Whether Triton sees that rows start at multiples of 16 bytes."""
-    sixteen = [x.shape[-1], x.data_ptr(), *(s for s in x.stride()[:-1])]
-    return all(number % 16 == 0 for number in sixteen)
-
-
-def machine(device: torch.device) -> tuple[int, int]:
-    """Compute capability, and how many programs are wanted at once: two waves of them."""
-    if device.type == "cpu":
-        return 0, 4
-    properties = torch.cuda.get_device_properties(device)
-    programs = 2 * properties.multi_processor_count
-    if torch.version.hip is not None:
-        return GFX942, programs
-    return 10 * properties.major + properties.minor, programs
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

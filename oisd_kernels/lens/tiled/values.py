@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from oisd_kernels import checks
+from oisd_kernels.gpu import TL, row_strides
 from oisd_kernels.lens.tiled.kernels import (
     tiled_jsd_kernel,
     tiled_kl_kernel,
@@ -23,13 +24,11 @@ from oisd_kernels.lens.tiled.kernels import (
 )
 from oisd_kernels.lens.tiled.tiles import (
     ROW_BYTES,
-    TL,
     WORKSPACE,
     Head,
     Scores,
     Work,
     launch_tile,
-    row_strides,
 )
 
 FIELDS = 9  # of a row and a split, 4 bytes each: the most that a kernel leaves behind

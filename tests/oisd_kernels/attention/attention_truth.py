@@ -7,7 +7,7 @@ from torch import Tensor
 
 from oisd_kernels import reference
 from oisd_kernels.attention import triton_impl
-from oisd_kernels.attention.spec import Alignment, Geometry, Teacher
+from oisd_kernels.attention.spec import Alignment, Geometry, Layer
 from tests.oisd_kernels.test_reference import assert_gradient_close, leaf, normal
 
 SCALE, SCALE_T = 0.4, 0.25
@@ -72,14 +72,20 @@ class Truth:
         return rows.detach(), torch.autograd.grad(rows.sum(), (self.q, self.k))
 
 
+def statistics(student: Layer, *settings) -> tuple[Tensor, Tensor]:
+    """Value [N] and statistic [H, N] of one student layer."""
+    layers = Layer(*(x[None] for x in student[:3]), student.scale)
+    value, statistic = triton_impl.statistics(layers, *settings)
+    return value[0], statistic[0]
+
+
 def aligned(q, k, qt, kt, geometry, divergence, beta, weight):
     """Value, statistic, lse and the alignment for a backward, all by the kernels."""
     lse = triton_impl.logsumexp(q, k, geometry, SCALE)
-    teacher = Teacher(qt, kt, triton_impl.logsumexp(qt, kt, geometry, SCALE_T), SCALE_T)
+    teacher = Layer(qt, kt, triton_impl.logsumexp(qt, kt, geometry, SCALE_T), SCALE_T)
     keep = weight != 0
-    value, statistic = triton_impl.statistics(
-        q, k, lse, SCALE, teacher, keep, divergence, beta, geometry
-    )
+    student = Layer(q, k, lse, SCALE)
+    value, statistic = statistics(student, teacher, keep, divergence, beta, geometry)
     alignment = Alignment(teacher, weight / q.shape[1], statistic, divergence, beta)
     return value, lse, alignment
 

@@ -23,7 +23,7 @@ from tests.oisd_kernels.test_reference import (
 pytest.importorskip("triton")
 
 from oisd_kernels.attention import triton_impl
-from oisd_kernels.attention.spec import Alignment, Teacher
+from oisd_kernels.attention.spec import Alignment, Layer, Plain
 from tests.oisd_kernels.attention.attention_truth import (
     SCALE,
     SCALE_T,
@@ -35,6 +35,7 @@ from tests.oisd_kernels.attention.attention_truth import (
     inputs,
     row_loss,
     signed_weights,
+    statistics,
 )
 
 BOUND = GRADIENT_BOUND | {torch.float64: 1e-10}
@@ -86,7 +87,7 @@ def test_attention(form):
     torch.testing.assert_close(lse, truth.lse.detach(), rtol=0, atol=1e-12)
     assert out.is_contiguous() and torch.equal(triton_impl.logsumexp(q, k, where, SCALE), lse)
     d_out, d_lse = normal(*out.shape, seed=7), normal(*lse.shape, seed=8)
-    got = triton_impl.backward(q, k, where, SCALE, lse, v=v, out=out, d_out=d_out, d_lse=d_lse)
+    got = triton_impl.backward(Layer(q, k, lse, SCALE), where, Plain(v, out, d_out, d_lse), None)
     assert all(x.is_contiguous() for x in got)
     check_alignment(got, truth.plain(d_out, d_lse), 1e-12)
 
@@ -142,14 +143,14 @@ def compare(form, divergence, beta, dtype, lengths=(17, 0, 1, 2), heads=(2, 1, 2
         assert alignment.statistic.shape == (0, 0)
     else:
         check_statistic(truth, alignment, weight)
-    alone = triton_impl.backward(q, k, where, SCALE, lse, alignment=alignment)
+    alone = triton_impl.backward(Layer(q, k, lse, SCALE), where, None, alignment)
     assert alone[2] is None
     check_alignment(alone[:2], gradient, BOUND[dtype])
     assert not alone[0][weight == 0].any()
     out, _ = triton_impl.forward(q, k, v, where, SCALE)
     d_out, d_lse = normal(*out.shape, seed=7).to(dtype), normal(*lse.shape, seed=8).to(dtype)
     both = triton_impl.backward(
-        q, k, where, SCALE, lse, v=v, out=out, d_out=d_out, d_lse=d_lse, alignment=alignment
+        Layer(q, k, lse, SCALE), where, Plain(v, out, d_out, d_lse), alignment
     )
     plain = truth.plain(d_out, d_lse)
     check_alignment(
@@ -185,12 +186,10 @@ def test_a_teacher_equal_to_the_student(divergence, beta):
     where, weight = geometry([17]), torch.ones(17, dtype=torch.float64)
     q, k, _, _, _ = inputs(17)
     lse = triton_impl.logsumexp(q, k, where, SCALE)
-    teacher = Teacher(q, k, lse, SCALE)
-    value, statistic = triton_impl.statistics(
-        q, k, lse, SCALE, teacher, None, divergence, beta, where
-    )
+    teacher = Layer(q, k, lse, SCALE)
+    value, statistic = statistics(Layer(q, k, lse, SCALE), teacher, None, divergence, beta, where)
     alignment = Alignment(teacher, weight, statistic, divergence, beta)
-    got = triton_impl.backward(q, k, where, SCALE, lse, alignment=alignment)
+    got = triton_impl.backward(Layer(q, k, lse, SCALE), where, None, alignment)
     if divergence == "jsd":
         statistic = statistic + math.log1p(-beta)
     for x in (value, statistic, *got[:2]):
@@ -223,7 +222,7 @@ def test_extreme_scores(case, divergence, beta):
     assert_loss_close(value, loss, 1e-5)
     if case == "near":
         assert (value - loss).abs().max() < 2e-7
-    got = triton_impl.backward(q, k, where, SCALE, lse, alignment=alignment)
+    got = triton_impl.backward(Layer(q, k, lse, SCALE), where, None, alignment)
     # Of maps 1e-3 apart scores of size 6, rounded at 1e-7, leave 1e-4.
     bound = 1e-3 if case == "near" else 1e-4
     check_alignment(got[:2], gradient, bound, floor=1e-4 if case == "near" else 1e-3)
@@ -244,7 +243,7 @@ def test_disjoint_maps(beta):
     q, k, qt, kt = (x.float() for x in (q, k, qt, kt))
     weight = signed_weights(N, torch.float32)
     _, lse, alignment = aligned(q, k, qt, kt, where, "jsd", beta, weight)
-    got = triton_impl.backward(q, k, where, SCALE, lse, alignment=alignment)
+    got = triton_impl.backward(Layer(q, k, lse, SCALE), where, None, alignment)
     hidden = torch.ones(N, N, dtype=torch.bool).triu(1)
     lq, lp = (
         (scale * x[:, 0].double() @ y[:, 0].double().T).masked_fill(hidden, -1e9).log_softmax(-1)
@@ -274,13 +273,13 @@ def test_half_precision_inputs(dtype):
     assert value.dtype == lse.dtype == torch.float32
     assert_loss_close(1e9 * weight * value, 1e9 * loss, 1e-4)
     # Outputs of the student's dtype would underflow in float16; a float32 student keeps them.
-    got = triton_impl.backward(q.float(), k.float(), where, SCALE, lse, alignment=alignment)
+    got = triton_impl.backward(Layer(q.float(), k.float(), lse, SCALE), where, None, alignment)
     check_alignment(got[:2], gradient, 1e-4, floor=1e-11)
     out, _ = triton_impl.forward(q, k, v, where, SCALE)
     torch.testing.assert_close(out.double(), truth.out.detach(), rtol=1e-2, atol=1e-3)
     out = truth.out.detach().to(dtype)  # rounded as on a GPU: delta would double the truncation
     d_out, d_lse = normal(*out.shape, seed=7).to(dtype), torch.zeros_like(lse)
-    got = triton_impl.backward(q, k, where, SCALE, lse, v=v, out=out, d_out=d_out)
+    got = triton_impl.backward(Layer(q, k, lse, SCALE), where, Plain(v, out, d_out), None)
     assert [x.dtype for x in (out, *got)] == [dtype] * 4
     check_alignment(got, truth.plain(d_out, d_lse), HALF_BOUND[dtype])
 
@@ -297,7 +296,7 @@ def test_strides_and_mixed_dtypes():
     loss, gradient = truth.alignment(weight, "jsd", 0.5)
     value, lse, alignment = aligned(q, k, qt, kt, where, "jsd", 0.5, weight)
     assert_loss_close(weight * value, loss, 1e-6)
-    got = triton_impl.backward(q, k, where, SCALE, lse, alignment=alignment)
+    got = triton_impl.backward(Layer(q, k, lse, SCALE), where, None, alignment)
     check_alignment(got[:2], gradient, 1e-6)
 
 
@@ -311,16 +310,16 @@ def test_several_students(students, divergence):
     q, k = (torch.stack([(1 + n / 4) * x.roll(n, 0) for n in range(students)]) for x in (q, k))
     keep = signed_weights(N) != 0
     lse = torch.stack([triton_impl.logsumexp(*x, where, SCALE) for x in zip(q, k, strict=True)])
-    teacher = Teacher(qt, kt, triton_impl.logsumexp(qt, kt, where, SCALE_T), SCALE_T)
-    settings = SCALE, teacher, keep, divergence, 0.3, where
+    teacher = Layer(qt, kt, triton_impl.logsumexp(qt, kt, where, SCALE_T), SCALE_T)
+    settings = teacher, keep, divergence, 0.3, where
     want = [row_loss(*x, qt, kt, where, divergence, 0.3) for x in zip(q, k, strict=True)]
     q[:, ~keep], qt[~keep] = math.nan, math.nan
-    value, statistic = triton_impl.statistics(q, k, lse, *settings)
+    value, statistic = triton_impl.statistics(Layer(q, k, lse, SCALE), *settings)
     assert value.shape == (students, N)
     torch.testing.assert_close(value, torch.stack(want) * keep, rtol=1e-10, atol=1e-12)
     assert float((value[0] - value[-1]).abs().max()) > 1e-2
     for n in range(students):
-        alone = triton_impl.statistics(q[n], k[n], lse[n], *settings)
+        alone = statistics(Layer(q[n], k[n], lse[n], SCALE), *settings)
         assert torch.equal(value[n], alone[0]) and torch.equal(statistic[n], alone[1])
 
 
@@ -333,8 +332,6 @@ def test_two_runs_are_equal():
     for _ in range(2):
         value, lse, alignment = aligned(q, k, qt, kt, where, "jsd", 0.5, weight)
         out, _ = triton_impl.forward(q, k, v, where, SCALE)
-        got = triton_impl.backward(
-            q, k, where, SCALE, lse, v=v, out=out, d_out=d_out, alignment=alignment
-        )
+        got = triton_impl.backward(Layer(q, k, lse, SCALE), where, Plain(v, out, d_out), alignment)
         runs.append((value, lse, alignment.statistic, out, *got))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -14,7 +14,7 @@ from tests.oisd_kernels.test_reference import assert_loss_close, normal
 pytest.importorskip("triton")
 
 from oisd_kernels.attention import triton_impl
-from oisd_kernels.attention.spec import Alignment, Teacher
+from oisd_kernels.attention.spec import Alignment, Layer, Plain
 from tests.oisd_kernels.attention.attention_truth import (
     SCALE,
     SCALE_T,
@@ -23,6 +23,7 @@ from tests.oisd_kernels.attention.attention_truth import (
     check_alignment,
     geometry,
     inputs,
+    statistics,
 )
 
 
@@ -47,21 +48,22 @@ def test_rows_of_weight_0_may_hold_nan(depth, both):
     lse = triton_impl.logsumexp(q, k, where, SCALE)
     qt[dead], kt[unseen] = math.nan, math.nan
     d_out, d_lse = normal(*q.shape, seed=7), normal(*lse.shape, seed=8)
-    extra = {}
+    plain = None
     if both:
         out = truth.out.detach()
-        extra = {"v": v, "out": out, "d_out": d_out, "d_lse": d_lse}
-        plain = truth.plain(d_out, d_lse)[:2]
-        gradient = [a + b for a, b in zip(plain, gradient, strict=True)]
+        plain = Plain(v, out, d_out, d_lse)
+        alone = truth.plain(d_out, d_lse)[:2]
+        gradient = [a + b for a, b in zip(alone, gradient, strict=True)]
     else:
         q[dead], k[unseen], lse[:, dead] = math.nan, math.nan, math.nan
     lse_t = triton_impl.logsumexp(qt, kt, where, SCALE_T)
     assert lse_t[:, dead].isnan().all() and not lse_t[:, ~dead].isnan().any()
-    teacher = Teacher(qt, kt, lse_t, SCALE_T)
-    value, statistic = triton_impl.statistics(q, k, lse, SCALE, teacher, ~dead, "jsd", 0.5, where)
+    teacher = Layer(qt, kt, lse_t, SCALE_T)
+    student = Layer(q, k, lse, SCALE)
+    value, statistic = statistics(student, teacher, ~dead, "jsd", 0.5, where)
     assert_loss_close(weight * value, loss, 1e-12)
     alignment = Alignment(teacher, weight / 2, statistic, "jsd", 0.5)
-    got = triton_impl.backward(q, k, where, SCALE, lse, alignment=alignment, **extra)
+    got = triton_impl.backward(student, where, plain, alignment)
     check_alignment(got[:2], gradient, 1e-12)
 
 
@@ -84,7 +86,7 @@ def test_keys_between_the_windows_of_kept_rows_may_hold_nan(causal, divergence, 
     for x in (q, qt):
         x[weight == 0] = math.nan
     _, lse, alignment = aligned(q, k, qt, kt, where, divergence, 0.3, weight)
-    got = triton_impl.backward(q, k, where, SCALE, lse, alignment=alignment)
+    got = triton_impl.backward(Layer(q, k, lse, SCALE), where, None, alignment)
     check_alignment(got[:2], gradient, 1e-12)
 
 
@@ -98,9 +100,7 @@ def test_nan_and_infinity_stay_in_their_sequence():
     value, lse, alignment = aligned(q, k, qt, kt, where, "jsd", 0.5, weight)
     out, _ = triton_impl.forward(q, k, v, where, SCALE)
     d_out = normal(*out.shape, seed=7)
-    got = triton_impl.backward(
-        q, k, where, SCALE, lse, v=v, out=out, d_out=d_out, alignment=alignment
-    )
+    got = triton_impl.backward(Layer(q, k, lse, SCALE), where, Plain(v, out, d_out), alignment)
     assert value[17].isnan() and value[30].isnan() and not value[:17].isnan().any()
     clean = slice(18, 23)
     middle = geometry(lengths[1:2])
@@ -122,7 +122,7 @@ def test_all_rows_of_weight_0():
     q, k, _, qt, kt = inputs(N)
     weight = torch.zeros(N, dtype=torch.float64)
     value, lse, alignment = aligned(q, k, qt, kt, where, "jsd", 0.5, weight)
-    got = triton_impl.backward(q, k, where, SCALE, lse, alignment=alignment)
+    got = triton_impl.backward(Layer(q, k, lse, SCALE), where, None, alignment)
     for x in (value, alignment.statistic, *got[:2]):
         assert torch.equal(x, torch.zeros_like(x))
 
@@ -135,8 +135,6 @@ def test_no_tokens(lengths):
     weight = torch.zeros(0, dtype=torch.float64)
     value, lse, alignment = aligned(q, k, qt, kt, where, "jsd", 0.5, weight)
     out, _ = triton_impl.forward(q, k, v, where, SCALE)
-    got = triton_impl.backward(
-        q, k, where, SCALE, lse, v=v, out=out, d_out=out, alignment=alignment
-    )
+    got = triton_impl.backward(Layer(q, k, lse, SCALE), where, Plain(v, out, out), alignment)
     assert value.shape == (0,) and lse.shape == (2, 0) and out.shape == q.shape
     assert [x.shape for x in got] == [q.shape, k.shape, v.shape]

@@ -3,7 +3,6 @@
 Emulated, the forward is torch's, because csrc/ has none.
 """
 
-import importlib
 import math
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from oisd_kernels import AttentionAlignment, attention_divergence, flash_attention, reference
-from oisd_kernels.attention import cuda_impl, torch_impl
+from oisd_kernels.attention import cuda_impl, implementation, torch_impl
 from tests.oisd_kernels.cuda.csrc_cases import (
     BF16,
     GRADIENT_BOUND,
@@ -30,9 +29,7 @@ def set_up_ops(machine: str, monkeypatch, gpu: tuple[int, str]) -> None:
     if machine == "cpu":
         for name in ("forward", "logsumexp"):
             monkeypatch.setattr(cuda_impl, name, getattr(torch_impl, name))
-        for name in ("flash", "divergence"):
-            module = importlib.import_module(f"oisd_kernels.attention.{name}")
-            monkeypatch.setattr(module, "choose", lambda op, impl, *rest, **options: impl)
+        monkeypatch.setattr(implementation, "choose", lambda op, impl, *rest: impl)
 
 
 class Given:

@@ -6,6 +6,7 @@ Triton kernels.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import re
@@ -360,6 +361,46 @@ def test_two_layers_and_two_forwards_keep_apart():
     torch.stack(wanted).sum().backward()
     for a, b in zip(x[:2], y[:2], strict=True):
         assert_gradient_close(a.grad, b.grad, 1e-10)
+
+
+def test_a_failed_backward_leaves_nothing_behind():
+    """It fails between the loss and the student's attention; then the graph goes."""
+
+    def fail(gradient):
+        raise RuntimeError("on the way")
+
+    def run():
+        inputs = packed()
+        x = leaves(inputs[:3])
+        alignment = AttentionAlignment()
+        out, _ = flash_attention(*x, alignment=alignment, impl=IMPL)
+        out.register_hook(fail)
+        total = out.sum() + alignment.loss(*inputs[3:]).sum()
+        with pytest.raises(RuntimeError, match="on the way"):
+            total.backward()
+        assert len(flash._LEFT) == 1  # the graph may be used again
+
+    run()
+    gc.collect()
+    assert not flash._LEFT
+
+
+def test_the_number_lives_as_long_as_the_graph():
+    inputs, wanted = packed(), []
+    for drop in (False, True):
+        x = leaves(inputs[:3])
+        alignment = AttentionAlignment()
+        out, _ = flash_attention(*x, alignment=alignment, impl=IMPL)
+        total = out.sum() + alignment.loss(*inputs[3:]).sum()
+        if drop:
+            del alignment
+            gc.collect()
+        total.backward(retain_graph=True)
+        total.backward()
+        wanted.append([y.grad for y in x])
+    for a, b in zip(*wanted, strict=True):
+        assert torch.equal(a, b) and a.norm() > 1e-3
+    assert not flash._LEFT
 
 
 def test_without_gradient():

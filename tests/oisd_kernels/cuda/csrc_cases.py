@@ -9,7 +9,7 @@ from torch import Tensor
 
 from oisd_kernels import reference
 from oisd_kernels.attention import cuda_impl
-from oisd_kernels.attention.spec import Alignment, Geometry, Teacher
+from oisd_kernels.attention.spec import Alignment, Geometry, Layer, Plain
 from oisd_kernels.cuda import build
 from tests.oisd_kernels.cuda import emulation
 
@@ -197,29 +197,29 @@ class Inputs:
             "fused": (*both, plain_gradient[2]),
         }
 
-    def teacher(self, answers) -> Teacher:
+    def teacher(self, answers) -> Layer:
         lse = answers["lse_teacher"].float()
-        return Teacher(self.q_teacher, self.k_teacher, lse, self.scale_teacher)
+        return Layer(self.q_teacher, self.k_teacher, lse, self.scale_teacher)
 
     def statistics(self, answers, keep: Tensor | None) -> tuple[Tensor, Tensor]:
-        return cuda_impl.statistics(
-            self.q, self.k, answers["lse"].float(), self.scale, self.teacher(answers), keep,
-            self.case.divergence, self.case.beta, self.geometry(),
+        student = Layer(self.q[None], self.k[None], answers["lse"].float()[None], self.scale)
+        value, statistic = cuda_impl.statistics(
+            student, self.teacher(answers), keep, self.case.divergence, self.case.beta,
+            self.geometry(),
         )  # fmt: skip
+        return value[0], statistic[0]
 
     def backward(self, answers, kind: str, statistic: Tensor) -> tuple[Tensor, ...]:
-        arguments = {}
+        plain = alignment = None
         if kind != "align":
             out = guarded(answers["out"].to(self.case.dtype))
-            arguments |= {"v": self.v, "out": out, "d_out": self.d_out, "d_lse": self.d_lse}
+            plain = Plain(self.v, out, self.d_out, self.d_lse)
         if kind != "plain":
             row_weight = self.weight / self.case.heads[0]
             divergence, beta = self.case.divergence, self.case.beta
-            arguments["alignment"] = Alignment(
-                self.teacher(answers), row_weight, statistic, divergence, beta
-            )
-        lse = answers["lse"].float()
-        got = cuda_impl.backward(self.q, self.k, self.geometry(), self.scale, lse, **arguments)
+            alignment = Alignment(self.teacher(answers), row_weight, statistic, divergence, beta)
+        student = Layer(self.q, self.k, answers["lse"].float(), self.scale)
+        got = cuda_impl.backward(student, self.geometry(), plain, alignment)
         assert (got[2] is None) == (kind == "align")
         return tuple(x for x in got if x is not None)
 

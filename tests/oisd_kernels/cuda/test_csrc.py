@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from oisd_kernels.attention import cuda_impl
-from oisd_kernels.attention.spec import Alignment, Teacher
+from oisd_kernels.attention.spec import Alignment, Layer
 from oisd_kernels.cuda import build, params
 from oisd_kernels.cuda.build import Unit
 from tests.oisd_kernels.cuda import emulation
@@ -170,11 +170,12 @@ def test_several_students_meet_one_teacher(emulator):
     layers = [torch.stack((x, 0.5 * x)) for x in (inputs.q, inputs.k)]
     lse = torch.stack([inputs.eager(q.double(), k.double(), k.double(), inputs.scale)[1].float()
                        for q, k in zip(*layers, strict=True)])  # fmt: skip
-    rest = (inputs.scale, inputs.teacher(answers), None, "jsd", 0.5, inputs.geometry())
-    value, statistic = cuda_impl.statistics(*layers, lse, *rest)
+    rest = (inputs.teacher(answers), None, "jsd", 0.5, inputs.geometry())
+    value, statistic = cuda_impl.statistics(Layer(*layers, lse, inputs.scale), *rest)
     assert value.shape == (2, 20) and statistic.shape == (2, 2, 20)
-    single = cuda_impl.statistics(layers[0][1], layers[1][1], lse[1], *rest)
-    assert torch.equal(value[1], single[0]) and torch.equal(statistic[1], single[1])
+    second = Layer(layers[0][1:], layers[1][1:], lse[1:], inputs.scale)
+    single = cuda_impl.statistics(second, *rest)
+    assert torch.equal(value[1], single[0][0]) and torch.equal(statistic[1], single[1][0])
     assert not torch.equal(value[0], value[1])
 
 
@@ -182,15 +183,13 @@ def test_several_students_meet_one_teacher(emulator):
 def test_no_tokens(emulator):
     inputs = Inputs(replace(CASES[0], lengths=(0, 0)))
     empty = torch.empty(2, 0)
-    teacher = Teacher(inputs.q_teacher, inputs.k_teacher, empty, 1.0)
-    value, statistic = cuda_impl.statistics(
-        inputs.q, inputs.k, empty, 1.0, teacher, None, "jsd", 0.5, inputs.geometry()
-    )
-    assert value.shape == (0,) and statistic.shape == (2, 0)
-    alignment = Alignment(teacher, torch.empty(0), statistic, "jsd", 0.5)
-    dq, dk, dv = cuda_impl.backward(
-        inputs.q, inputs.k, inputs.geometry(), 1.0, empty, alignment=alignment
-    )
+    teacher = Layer(inputs.q_teacher, inputs.k_teacher, empty, 1.0)
+    student = Layer(inputs.q, inputs.k, empty, 1.0)
+    layers = Layer(inputs.q[None], inputs.k[None], empty[None], 1.0)
+    value, statistic = cuda_impl.statistics(layers, teacher, None, "jsd", 0.5, inputs.geometry())
+    assert value.shape == (1, 0) and statistic.shape == (1, 2, 0)
+    alignment = Alignment(teacher, torch.empty(0), statistic[0], "jsd", 0.5)
+    dq, dk, dv = cuda_impl.backward(student, inputs.geometry(), None, alignment)
     assert dq.shape == (0, 2, 128) and dk.shape == (0, 1, 128) and dv is None
     assert not emulator.launches
 

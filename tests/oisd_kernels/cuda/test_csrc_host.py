@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from oisd_kernels.attention import cuda_impl
-from oisd_kernels.attention.spec import Geometry, Teacher
+from oisd_kernels.attention.spec import Geometry, Layer
 from oisd_kernels.cuda import build, driver, params
 from oisd_kernels.cuda.build import Unit, Usage
 from tests import ROOT
@@ -85,7 +85,7 @@ def test_tile_that_fits_the_gpu():
 )
 def test_unsupported_input(change, message, emulator):
     inputs = Inputs(replace(CASES[0], lengths=(3,), **change))
-    teacher = Teacher(inputs.q_teacher, inputs.k_teacher, torch.zeros(2, 3), 1.0)
+    teacher = Layer(inputs.q_teacher, inputs.k_teacher, torch.zeros(2, 3), 1.0)
     with pytest.raises(ValueError, match=message):
         cuda_impl.check_supported(inputs.q, inputs.k, inputs.geometry(), teacher)
 

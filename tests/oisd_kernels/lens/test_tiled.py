@@ -15,6 +15,7 @@ from tests.interpreter import INTERPRETED, interpreted, outside, passes_in_the_i
 pytest.importorskip("triton")
 
 from oisd_kernels import reference
+from oisd_kernels.gpu import GFX942
 from oisd_kernels.lens.tiled import tiles, values
 from oisd_kernels.lens.tiled.op import lens_divergence_tiled
 from oisd_kernels.lens.tiled.tiles import TILES, Head, Scores, launch_tile
@@ -273,4 +274,4 @@ def test_every_tile_table_is_complete():
     assert launch_tile(103, 2, bf16, True, True) == TILES[100][2, "half"]
     assert launch_tile(120, 2, torch.float32, True, True) == TILES[86][2, "fp32"]
     assert launch_tile(90, 2, torch.float32, False, True) == TILES[90][2, "odd"]
-    assert launch_tile(tiles.GFX942, 2, bf16, True, True) == TILES[942][2, "half"]
+    assert launch_tile(GFX942, 2, bf16, True, True) == TILES[942][2, "half"]

@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from oisd_kernels.gpu import GFX942, table_key
 from oisd_kernels.lens.tiled import gradient
 from oisd_kernels.lens.tiled.gradient import (
     PRODUCTS,
@@ -13,7 +14,7 @@ from oisd_kernels.lens.tiled.gradient import (
     LogprobLoss,
     allocate_gradients,
 )
-from oisd_kernels.lens.tiled.tiles import GFX942, TILES, Head, Scores, table_key
+from oisd_kernels.lens.tiled.tiles import TILES, Head, Scores
 from tests.oisd_kernels.lens.test_tiled import INTERPRETED, Largest
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="is about the launches, not the kernels")
