@@ -6,7 +6,7 @@ the public function through the op and its autograd to the launch.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_type_hints
 
 import torch
@@ -30,11 +30,17 @@ def custom_op(
     result: type,  # NamedTuple of Tensor
     run: Callable[[Any], tuple[Tensor, ...]],
     allocate: Callable[[Any], tuple[Tensor, ...]],
+    save: Callable[[Any, Any, Any], None] | None = None,
+    backward: Callable[[Any, Any], Mapping[str, Tensor | None]] | None = None,
 ) -> Any:
     """The op "oisd_kernels::name", called as `op(*record)`.
 
     run: computes the results of a record, without recording and outside autocast.
     allocate: tensors of the results' shapes and dtypes, for `torch.compile`.
+    save: `save(ctx, record, results)`, says which results have no gradient and calls `keep`.
+    backward: `backward(ctx, upstream)` returns gradients by field. `upstream` is a `result` that
+        holds None where nothing flows, `ctx.wanted` a `call` of booleans. Gradients are cast to
+        their input's dtype; those that nobody wants are dropped. It cannot be differentiated.
     """
 
     def kernel(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
@@ -49,7 +55,62 @@ def custom_op(
     kernel.__signature__ = _signature(call, result)
     op = torch.library.custom_op(f"oisd_kernels::{name}", kernel, mutates_args=())
     op.register_fake(fake)
+    if save is not None and backward is not None:
+        _register_autograd(op, call, result, save, backward)
     return op
+
+
+def keep(ctx: Any, *records: Any) -> None:
+    """Keeps records, or tuples, for the backward, where `kept(ctx)` returns them."""
+    fields = [x for record in records for x in record]
+    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in fields))
+    ctx.records = [without_tensors(record) for record in records]
+
+
+def kept(ctx: Any) -> list[Any]:
+    saved = iter(ctx.saved_tensors)
+    records = []
+    for record in ctx.records:
+        tensors = [next(saved) for _ in record]
+        fields = (x if y is None else y for x, y in zip(record, tensors, strict=True))
+        records.append(_like(record, fields))
+    return records
+
+
+def without_tensors(record: Any) -> Any:
+    return _like(record, (None if isinstance(x, Tensor) else x for x in record))
+
+
+def _like(record: Any, fields: Iterable[Any]) -> Any:
+    return record._make(fields) if hasattr(record, "_make") else tuple(fields)
+
+
+def _register_autograd(
+    op: Any,
+    call: Any,
+    result: Any,
+    save: Callable[[Any, Any, Any], None],
+    backward: Callable[[Any, Any], Mapping[str, Tensor | None]],
+) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)  # zeros may be as large as the unembedding
+        ctx.dtypes = [x.dtype if isinstance(x, Tensor) else None for x in inputs]
+        save(ctx, call(*inputs), result(*((output,) if isinstance(output, Tensor) else output)))
+
+    def gradients(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        if all(g is None for g in upstream):
+            return (None,) * len(call._fields)
+        # The dispatcher drops trailing arguments that have their default.
+        wanted = (*ctx.needs_input_grad, *[False] * len(call._fields))
+        ctx.wanted = call(*wanted[: len(call._fields)])
+        got = backward(ctx, result(*upstream))
+        return tuple(
+            x.to(dtype) if wanted and (x := got.get(name)) is not None else None
+            for name, wanted, dtype in zip(call._fields, ctx.wanted, ctx.dtypes, strict=True)
+        )
+
+    op.register_autograd(gradients, setup_context=setup_context)
 
 
 def _returned(results: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
