@@ -5,8 +5,8 @@ key positions) run on CPU tensors only: on an accelerator they would stall the c
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ OFFSET_DTYPES = (torch.int32, torch.int64)
 DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 REDUCTIONS = ("none", "sum", "mean")
 GATHER = "call the op inside the wrapped forward, where FSDP2 has the parameter whole"
-
-_Op = TypeVar("_Op", bound=Callable[..., Any])
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -96,6 +94,43 @@ def check_dims(op: str, argument: str, x: Any, layouts: Mapping[int, str]) -> No
         raise argument_error(op, argument, wanted, list(x.shape))
 
 
+def check_rows(op: str, argument: str, x: Any, layout: str = "[N, D]") -> None:
+    """Hidden states of any number of tokens and any width."""
+    check_dims(op, argument, x, {2: layout})
+    check_tensor(op, argument, x, layout, x.shape)
+
+
+def check_layers(op: str, argument: str, x: Any, like: Tensor | None = None) -> None:
+    """Hidden states of one or more layers; with `like` [N, D] given, as many, as wide as that."""
+    check_dims(op, argument, x, {2: "[N, D]", 3: "[S, N, D]"})
+    *layers, _, _ = x.shape
+    sizes = x.shape if like is None else (*layers, *like.shape)
+    device = None if like is None else like.device
+    check_tensor(op, argument, x, "[S, N, D]" if layers else "[N, D]", sizes, device=device)
+
+
+def check_token_weight(op: str, token_weight: Any, hidden: Tensor) -> None:
+    """None, or a weight for each row of `hidden` [S, N, D] or [N, D], or for each token."""
+    if token_weight is None:
+        return
+    *layers, tokens, _ = hidden.shape
+    check_dims(op, "token_weight", token_weight, {1: "[N]", 2: "[S, N]"})
+    per_layer = bool(layers) and token_weight.dim() == 2
+    layout, sizes = ("[S, N]", (*layers, tokens)) if per_layer else ("[N]", (tokens,))
+    check_tensor(op, "token_weight", token_weight, layout, sizes, device=hidden.device)
+
+
+def check_labels(op: str, labels: Any, hidden: Tensor) -> None:
+    """One for each row of `hidden` [N, D]; their values are checked by `check_label_values`."""
+    sizes, device = hidden.shape[:1], hidden.device
+    check_tensor(op, "labels", labels, "[N]", sizes, dtypes=INDEX_DTYPES, device=device)
+
+
+def check_label_values(op: str, labels: Tensor, vocabulary: int) -> None:
+    remedy = "leave rows without a label out, or weight them by 0"
+    check_values(op, "labels", labels, 0, vocabulary, remedy)
+
+
 def check_head(
     op: str, hidden: Tensor, weight: Any, bias: Any, *, empty: bool = False, prefix: str = ""
 ) -> None:
@@ -158,23 +193,6 @@ def check_count(op: str, argument: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         remedy = "None leaves it unset"
         raise argument_error(op, argument, "be an integer of at least 1", repr(value), remedy)
-
-
-def choose(op: str, impl: Any, available: Mapping[str, _Op], names: Sequence[str]) -> _Op:
-    """The function behind `impl`; "auto" is the first of `available`, so order it by preference.
-
-    `names` are all the implementations that the op's documentation speaks of: one of them that is
-    absent from `available` is an error and never a silent fallback.
-    """
-    if impl == "auto":
-        return next(iter(available.values()))
-    if isinstance(impl, str) and impl in available:
-        return available[impl]
-    here = _quoted(["auto", *available])
-    if isinstance(impl, str) and impl in names:
-        remedy = f"{impl!r} is not available in this installation"
-        raise argument_error(op, "impl", f"be one of {here}", repr(impl), remedy)
-    raise argument_error(op, "impl", f"be one of {here}", repr(impl))
 
 
 def _is_number(value: Any) -> bool:

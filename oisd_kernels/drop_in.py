@@ -10,10 +10,10 @@ Both state the generalised JSD of arXiv 2306.13649 with P the teacher and Q the 
 which here is `distillation_divergence`, and let beta = 0 stand for KL(P || Q), beta = 1 for
 KL(Q || P). As there, autocast rounds hidden states and heads to its dtype, the loss is float32 (and
 float64 where an input is), gradient goes to the student alone, and ignored rows give none. What
-differs: rows that are ignored are left out before any matmul, logits and accumulated gradients are
-float32 always, and bad arguments are a ValueError. A head that is a DTensor is one, but for
-`chunked_divergence_loss`, which gathers it as TRL's does; a tensor-parallel pair of heads that is
-to stay in parts goes to `distillation_divergence`.
+differs: ignored rows are left out before any matmul, logits and accumulated gradients are always
+float32, and a bad argument raises ValueError. So does a head that is a DTensor, except in
+`chunked_divergence_loss`, which gathers it as TRL's does. To keep a tensor-parallel pair of heads
+in parts, call `distillation_divergence`.
 
 Letters: N tokens, D width, E the teacher's width, V vocabulary.
 """
@@ -35,7 +35,7 @@ class LigerFusedLinearJSD(torch.nn.Module):
             KL(student||teacher).
         ignore_index: rows with this label are left out.
         temperature: divides both models' logits, above 0.
-        accum_dtype: taken for the signature's sake: gradients are accumulated in float32 always.
+        accum_dtype: ignored; gradients are always accumulated in float32.
 
     Raises:
         ValueError: a value is not as above.
@@ -188,20 +188,7 @@ class ChunkedDivergenceFunction:
             "student_final_logit_softcapping": student_final_logit_softcapping,
             "teacher_final_logit_softcapping": teacher_final_logit_softcapping,
         }
-        check_two_heads(op, tensors, positive, softcaps)
-        device = student_hidden.device
-        return distillation_divergence(
-            *_autocast(device, student_hidden, student_weight, teacher_hidden, teacher_weight),
-            bias=student_bias,
-            teacher_bias=teacher_bias,
-            temperature=temperature,
-            logit_scale=student_logit_scale,
-            teacher_logit_scale=teacher_logit_scale,
-            logit_softcap=student_final_logit_softcapping,
-            teacher_logit_softcap=teacher_final_logit_softcapping,
-            return_entropy=True,
-            **_divergence(op, "beta", beta),
-        )
+        return _two_heads(op, tensors, positive, softcaps, beta)
 
 
 def chunked_divergence_loss(
@@ -279,21 +266,9 @@ def chunked_divergence_loss(
         "student_final_logit_softcapping": student_final_logit_softcapping,
         "teacher_final_logit_softcapping": teacher_final_logit_softcapping,
     }
-    check_two_heads(op, tensors, positive, softcaps)
     valid = completion_mask.flatten() != 0
-    loss, entropy = distillation_divergence(
-        *_autocast(student.device, student, weight, teacher, teacher_weight),
-        bias=bias,
-        teacher_bias=teacher_bias,
-        token_weight=valid.float(),
-        temperature=temperature,
-        logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale,
-        logit_softcap=student_final_logit_softcapping,
-        teacher_logit_softcap=teacher_final_logit_softcapping,
-        reduction="sum",
-        return_entropy=True,
-        **_divergence(op, "beta", beta),
+    loss, entropy = _two_heads(
+        op, tensors, positive, softcaps, beta, token_weight=valid.float(), reduction="sum"
     )
     count = valid.sum()
     if num_items_in_batch is None:
@@ -303,6 +278,37 @@ def chunked_divergence_loss(
             num_items_in_batch = num_items_in_batch.to(loss.device)
         loss = loss / num_items_in_batch
     return loss, entropy.sum(), count
+
+
+def _two_heads(
+    op: str,
+    tensors: dict[str, Any],
+    positive: dict[str, Any],
+    softcaps: dict[str, Any],
+    beta: Any,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """`distillation_divergence` with the entropy, of arguments under the names of `op`.
+
+    `tensors` as in `check_two_heads`; `positive` the temperature and both logit scales.
+    """
+    check_two_heads(op, tensors, positive, softcaps)
+    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias = tensors.values()
+    temperature, logit_scale, teacher_logit_scale = positive.values()
+    logit_softcap, teacher_logit_softcap = softcaps.values()
+    return distillation_divergence(
+        *_autocast(hidden.device, hidden, weight, teacher_hidden, teacher_weight),
+        bias=bias,
+        teacher_bias=teacher_bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
+        logit_softcap=logit_softcap,
+        teacher_logit_softcap=teacher_logit_softcap,
+        return_entropy=True,
+        **_divergence(op, "beta", beta),
+        **options,
+    )
 
 
 def _divergence(op: str, argument: str, beta: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from oisd_kernels.audit.attention_cases import attention_cases
 from oisd_kernels.audit.case import DTYPES, Case
 from oisd_kernels.audit.case import empty as _empty
 from oisd_kernels.lens.chunked import rows_triton
-from oisd_kernels.lens.chunked.rows_torch import FinalRows, RowMath
+from oisd_kernels.lens.chunked.rows import FinalRows, RowMath
 from oisd_kernels.lens.tiled import gradient, values
 from oisd_kernels.lens.tiled.tiles import Head, Scores
 

@@ -6,175 +6,28 @@
     loss = token_weight * divergence(p, q)
 
 cap(z) = c * tanh(z / c) where logit_softcap = c is given, else z; cap' with teacher_logit_softcap.
-The divergences are those of `oisd_kernels.reference`. A head that student and teacher share goes
-through `logit_lens_divergence`.
+The divergences are those of `oisd_kernels.reference`. A head that student and teacher share is
+projected through once, as in `logit_lens_divergence`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from oisd_kernels import checks, reference
-from oisd_kernels.checks import compute_dtype
-from oisd_kernels.lens import logit_lens, vocab_parallel
-from oisd_kernels.lens.chunked import chunks
-from oisd_kernels.lens.chunked.two_heads import TwoHeads, rows_of_a_token, two_heads
-from oisd_kernels.lens.vocab_parallel import Part
+from oisd_kernels.lens import vocab_parallel
+from oisd_kernels.lens.chunked.head_pass import head_pass
+from oisd_kernels.lens.chunked.record import HeadCall, HeadResult
+from oisd_kernels.lens.token_weight import row_count, row_weight
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 OP = "distillation_divergence"
-NAMES = ("reference", "chunked")
-
-
-def _chunked(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    *,
-    bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    token_weight: Tensor | None,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    logit_scale: float,
-    teacher_logit_scale: float,
-    logit_softcap: float | None,
-    teacher_logit_softcap: float | None,
-    reduction: str,
-    return_entropy: bool,
-    max_bytes: int | None,
-    part: Part | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    part = part or vocab_parallel.whole(weight, bias)
-    softcap = None if logit_softcap is None else logit_softcap / logit_scale
-    teacher_softcap = (
-        None if teacher_logit_softcap is None else teacher_logit_softcap / teacher_logit_scale
-    )
-    temperatures = temperature / logit_scale, temperature / teacher_logit_scale
-    one_head = weight is teacher_weight and bias is teacher_bias
-    if one_head and softcap == teacher_softcap and temperatures[0] == temperatures[1]:
-        out = logit_lens.IMPLEMENTATIONS["chunked"](
-            hidden,
-            teacher_hidden,
-            weight,
-            bias=bias,
-            token_weight=token_weight,
-            divergence=divergence,
-            beta=beta,
-            temperature=temperatures[0],
-            logit_softcap=softcap,
-            reduction=reduction,
-            grad_weight=True,
-            return_stats=True,
-            max_bytes=max_bytes,
-            part=part,
-        )
-        return (out[0], out[1].student_entropy) if return_entropy else out[0]
-
-    compute = compute_dtype(hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias)
-    capacity = chunks.row_capacity(
-        OP,
-        max_bytes,
-        hidden.device,
-        part.largest,
-        max(hidden.shape[1], teacher_hidden.shape[1]),
-        compute.itemsize,
-        rows_of_a_token(softcap),
-        bool(part.group),
-    )
-    factor = None if token_weight is None else token_weight.detach().to(compute)
-    recording = torch.is_grad_enabled()
-    to_weight = recording and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    reduce = reduction != "none"
-    later = to_weight and not reduce
-    out = TwoHeads(
-        *two_heads(
-            hidden,
-            weight,
-            bias,
-            teacher_hidden.detach(),
-            teacher_weight.detach(),
-            None if teacher_bias is None else teacher_bias.detach(),
-            factor,
-            divergence,
-            float(beta),
-            temperatures[0],
-            softcap,
-            temperatures[1],
-            teacher_softcap,
-            capacity,
-            drop=factor is not None,
-            reduce=reduce,
-            hidden_grad=recording and hidden.requires_grad and not later,
-            weight_grad=to_weight and not later,
-            later=later,
-            stats=return_entropy,
-            group=part.group,
-        )
-    )
-    loss = out.loss
-    if reduction == "mean":
-        count = max(len(hidden), 1) if factor is None else (factor != 0).sum().clamp_min(1)
-        loss = loss / count
-    return (loss, out.entropy) if return_entropy else loss
-
-
-def check_two_heads(
-    op: str,
-    tensors: Mapping[str, Any],
-    positive: Mapping[str, Any],
-    softcaps: Mapping[str, Any],
-) -> None:
-    """The arguments of two heads under the names of `op`.
-
-    `tensors` in the order hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias.
-    """
-    (hidden, rows), (head, weight), (bias, b), *teacher = tensors.items()
-    (teacher_hidden, teacher_rows), (teacher_head, teacher_weight), (teacher_bias, c) = teacher
-    _check_rows(op, {hidden: rows, teacher_hidden: teacher_rows})
-    device, width = rows.device, rows.shape[1]
-    checks.check_tensor(op, head, weight, "[V, D]", (None, width), device=device)
-    if len(weight) == 0:
-        raise checks.argument_error(op, head, "have at least one row", list(weight.shape))
-    sizes = len(weight), teacher_rows.shape[1]
-    remedy = "student and teacher must share the vocabulary"
-    checks.check_tensor(
-        op, teacher_head, teacher_weight, "[V, E]", sizes, device=device, remedy=remedy
-    )
-    for name, x in ((bias, b), (teacher_bias, c)):
-        if x is not None:
-            checks.check_tensor(op, name, x, "[V]", sizes[:1], device=device)
-    _check_options(op, positive, softcaps)
-
-
-def _check_rows(op: str, tensors: Mapping[str, Any]) -> None:
-    """Hidden states of the student and of the teacher."""
-    (name, rows), (teacher_name, teacher_rows) = tensors.items()
-    checks.check_tensor(op, name, rows, "[N, D]", (None, None))
-    sizes = len(rows), None
-    checks.check_tensor(op, teacher_name, teacher_rows, "[N, E]", sizes, device=rows.device)
-
-
-def _check_options(op: str, positive: Mapping[str, Any], softcaps: Mapping[str, Any]) -> None:
-    for name, value in positive.items():
-        checks.check_positive(op, name, value)
-    for name, value in softcaps.items():
-        checks.check_positive(op, name, value, optional=True)
-
-
-# In order of preference: "auto" takes the first. Each takes every argument but `impl`.
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "chunked": _chunked,
-    "reference": reference.distillation_divergence,
-}
+IMPLEMENTATIONS = ("auto", "chunked", "reference")
 
 
 @overload
@@ -184,21 +37,8 @@ def distillation_divergence(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     *,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    divergence: str = "jsd",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    teacher_logit_softcap: float | None = None,
-    reduction: str = "none",
     return_entropy: Literal[False] = False,
-    impl: str = "auto",
-    max_bytes: int | None = None,
-    tp_group: ProcessGroup | None = None,
+    **options: Any,
 ) -> Tensor: ...
 
 
@@ -209,25 +49,12 @@ def distillation_divergence(
     teacher_hidden: Tensor,
     teacher_weight: Tensor,
     *,
-    bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    divergence: str = "jsd",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    logit_softcap: float | None = None,
-    teacher_logit_softcap: float | None = None,
-    reduction: str = "none",
     return_entropy: Literal[True],
-    impl: str = "auto",
-    max_bytes: int | None = None,
-    tp_group: ProcessGroup | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]: ...
 
 
-def distillation_divergence(
+def distillation_divergence(  # pyright: ignore[reportInconsistentOverload]  # shorter
     hidden: Tensor,
     weight: Tensor,
     teacher_hidden: Tensor,
@@ -307,26 +134,84 @@ def distillation_divergence(
     checks.check_choice(OP, "reduction", reduction, checks.REDUCTIONS)
     checks.check_flag(OP, "return_entropy", return_entropy)
     checks.check_count(OP, "max_bytes", max_bytes)
-    run = checks.choose(OP, impl, IMPLEMENTATIONS, NAMES)
+    checks.check_choice(OP, "impl", impl, IMPLEMENTATIONS)
     part, teacher = vocab_parallel.two_parts(
         OP, hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, tp_group
     )
-    return vocab_parallel.bind(OP, impl, run, part)(
-        hidden,
-        part.weight,
-        teacher_hidden,
-        teacher.weight,
-        bias=part.bias,
-        teacher_bias=teacher.bias,
-        token_weight=token_weight,
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        logit_scale=logit_scale,
-        teacher_logit_scale=teacher_logit_scale,
-        logit_softcap=logit_softcap,
-        teacher_logit_softcap=teacher_logit_softcap,
-        reduction=reduction,
-        return_entropy=return_entropy,
-        max_bytes=max_bytes,
+    part.check_impl(OP, impl)
+    if impl == "reference":
+        return reference.distillation_divergence(
+            hidden, part.weight, teacher_hidden, teacher.weight, bias=part.bias,
+            teacher_bias=teacher.bias, token_weight=token_weight, divergence=divergence, beta=beta,
+            temperature=temperature, logit_scale=logit_scale,
+            teacher_logit_scale=teacher_logit_scale, logit_softcap=logit_softcap,
+            teacher_logit_softcap=teacher_logit_softcap, reduction=reduction,
+            return_entropy=return_entropy,
+        )  # fmt: skip
+    # cap_c(s z) / tau = cap_(c/s)(z) / (tau/s)
+    taus = temperature / logit_scale, temperature / teacher_logit_scale
+    softcap = None if logit_softcap is None else logit_softcap / logit_scale
+    teacher_softcap = teacher_logit_softcap
+    if teacher_softcap is not None:
+        teacher_softcap = teacher_softcap / teacher_logit_scale
+    shared = part.weight is teacher.weight and part.bias is teacher.bias
+    shared = shared and softcap == teacher_softcap and taus[0] == taus[1]
+    teacher = teacher.detach()
+    heads = part.weight, part.bias, teacher.weight, teacher.bias
+    compute = checks.compute_dtype(hidden, teacher_hidden, *heads)
+    factor = row_weight(token_weight, hidden[None], compute)
+    call = HeadCall(
+        hidden[None], teacher_hidden.detach(), part.weight, part.bias,
+        teacher_weight=None if shared else teacher.weight,
+        teacher_bias=None if shared else teacher.bias, teacher_temperature=taus[1],
+        teacher_softcap=teacher_softcap, factor=factor, divergence=divergence, beta=beta,
+        temperature=taus[0], softcap=softcap, reduce=reduction != "none", stats=return_entropy,
+    ).complete(OP, part, max_bytes, True)  # fmt: skip
+    out = HeadResult(*head_pass(*call))
+    loss = out.loss if call.reduce else out.loss[0]
+    if reduction == "mean":
+        loss = loss / row_count(factor, hidden)
+    return (loss, out.student_entropy[0]) if return_entropy else loss
+
+
+def check_two_heads(
+    op: str,
+    tensors: Mapping[str, Any],
+    positive: Mapping[str, Any],
+    softcaps: Mapping[str, Any],
+) -> None:
+    """The arguments of two heads under the names of `op`.
+
+    `tensors` in the order hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias.
+    """
+    (hidden, rows), (head, weight), (bias, b), *teacher = tensors.items()
+    (teacher_hidden, teacher_rows), (teacher_head, teacher_weight), (teacher_bias, c) = teacher
+    _check_rows(op, {hidden: rows, teacher_hidden: teacher_rows})
+    device, width = rows.device, rows.shape[1]
+    checks.check_tensor(op, head, weight, "[V, D]", (None, width), device=device)
+    if len(weight) == 0:
+        raise checks.argument_error(op, head, "have at least one row", list(weight.shape))
+    sizes = len(weight), teacher_rows.shape[1]
+    remedy = "student and teacher must share the vocabulary"
+    checks.check_tensor(
+        op, teacher_head, teacher_weight, "[V, E]", sizes, device=device, remedy=remedy
     )
+    for name, x in ((bias, b), (teacher_bias, c)):
+        if x is not None:
+            checks.check_tensor(op, name, x, "[V]", sizes[:1], device=device)
+    _check_options(op, positive, softcaps)
+
+
+def _check_rows(op: str, tensors: Mapping[str, Any]) -> None:
+    """Hidden states of the student and of the teacher."""
+    (name, rows), (teacher_name, teacher_rows) = tensors.items()
+    checks.check_tensor(op, name, rows, "[N, D]", (None, None))
+    sizes = len(rows), None
+    checks.check_tensor(op, teacher_name, teacher_rows, "[N, E]", sizes, device=rows.device)
+
+
+def _check_options(op: str, positive: Mapping[str, Any], softcaps: Mapping[str, Any]) -> None:
+    for name, value in positive.items():
+        checks.check_positive(op, name, value)
+    for name, value in softcaps.items():
+        checks.check_positive(op, name, value, optional=True)

@@ -9,93 +9,21 @@ cap(z) = c * tanh(z / c) where logit_softcap = c is given, else z.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from oisd_kernels import checks, reference
-from oisd_kernels.checks import compute_dtype
 from oisd_kernels.lens import vocab_parallel
-from oisd_kernels.lens.chunked import chunks
-from oisd_kernels.lens.chunked.head_loop import HeadPass
-from oisd_kernels.lens.chunked.head_pass import NO_POLICY, head_pass
-from oisd_kernels.lens.vocab_parallel import Part
+from oisd_kernels.lens.chunked.head_pass import head_pass
+from oisd_kernels.lens.chunked.record import HeadCall, HeadResult
 from oisd_kernels.reference import LinearLogprob
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 OP = "linear_logprob"
-NAMES = ("reference", "chunked", "tiled")
-
-
-def _chunked(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float,
-    logit_softcap: float | None,
-    max_bytes: int | None,
-    part: Part | None = None,
-) -> LinearLogprob:
-    compute = compute_dtype(hidden, weight, bias)
-    part = part or vocab_parallel.whole(weight, bias)
-    capacity = chunks.row_capacity(
-        OP, max_bytes, hidden.device, part.largest, weight.shape[1], compute.itemsize, 1,
-        bool(part.group),
-    )  # fmt: skip
-    recording = torch.is_grad_enabled()
-    to_weight = recording and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    out = HeadPass(
-        *head_pass(
-            hidden.detach()[None, :][:0],  # no student layers
-            hidden,
-            weight,
-            bias,
-            labels=labels,
-            factor=None,
-            final_factor=None,
-            **NO_POLICY,
-            divergence="jsd",
-            beta=0.5,
-            temperature=float(temperature),
-            final_temperature=float(temperature),
-            softcap=None if logit_softcap is None else float(logit_softcap),
-            capacity=capacity,
-            drop=False,
-            reduce=False,
-            hidden_grad=False,
-            final_grad=recording and hidden.requires_grad and not to_weight,
-            hidden_weight_grad=False,
-            final_weight_grad=False,
-            hidden_later=False,
-            final_later=to_weight,
-            stats=True,
-            group=part.group,
-            start=part.start,
-        )
-    )
-    return LinearLogprob(out.logprob, out.final_entropy, out.logsumexp)
-
-
-def _tiled(*inputs: Tensor, **options: Any) -> LinearLogprob:
-    from oisd_kernels.lens.tiled.op import (
-        linear_logprob_tiled,  # triton is not to be had on every CPU
-    )
-
-    return linear_logprob_tiled(*inputs, **options)
-
-
-# In order of preference: "auto" takes the first. Each takes every argument but `impl`.
-IMPLEMENTATIONS: dict[str, Callable[..., LinearLogprob]] = {
-    "chunked": _chunked,
-    "reference": reference.linear_logprob,
-    "tiled": _tiled,
-}
+IMPLEMENTATIONS = ("auto", "chunked", "reference", "tiled")
 
 
 def linear_logprob(
@@ -143,30 +71,34 @@ def linear_logprob(
 
     Source: the log-probability in the policy ratio of GRPO (Shao et al., arXiv 2402.03300, eq. 3).
     """
-    checks.check_dims(OP, "hidden", hidden, {2: "[N, D]"})
-    checks.check_tensor(OP, "hidden", hidden, "[N, D]", hidden.shape)
-    checks.check_tensor(
-        OP,
-        "labels",
-        labels,
-        "[N]",
-        hidden.shape[:1],
-        dtypes=checks.INDEX_DTYPES,
-        device=hidden.device,
-    )
+    checks.check_rows(OP, "hidden", hidden)
+    checks.check_labels(OP, labels, hidden)
     checks.check_positive(OP, "temperature", temperature)
     checks.check_positive(OP, "logit_softcap", logit_softcap, optional=True)
     checks.check_count(OP, "max_bytes", max_bytes)
-    run = checks.choose(OP, impl, IMPLEMENTATIONS, NAMES)
+    checks.check_choice(OP, "impl", impl, IMPLEMENTATIONS)
     part = vocab_parallel.part(OP, hidden, weight, bias, tp_group, True)
-    remedy = "leave rows without a label out, or weight them by 0"
-    checks.check_values(OP, "labels", labels, 0, part.vocabulary, remedy)
-    return vocab_parallel.bind(OP, impl, run, part)(
-        hidden,
-        part.weight,
-        labels,
-        bias=part.bias,
-        temperature=temperature,
-        logit_softcap=logit_softcap,
-        max_bytes=max_bytes,
-    )
+    checks.check_label_values(OP, labels, part.vocabulary)
+    part.check_impl(OP, impl)
+    if impl == "reference":
+        return reference.linear_logprob(
+            hidden, part.weight, labels, bias=part.bias, temperature=temperature,
+            logit_softcap=logit_softcap,
+        )  # fmt: skip
+    if impl == "tiled":
+        from oisd_kernels.lens.tiled import (
+            op as tiled,  # Triton may be missing on CPU-only machines
+        )
+
+        tiled.check(OP, hidden, checks.compute_dtype(hidden, part.weight, part.bias))
+        call = tiled.LogprobCall(
+            hidden, part.weight, part.bias, labels, temperature, logit_softcap, max_bytes
+        )
+        return LinearLogprob(*tiled.tiled_logprob(*call))
+    call = HeadCall(
+        hidden.detach()[None, :][:0],  # no student layers
+        hidden, part.weight, part.bias, labels=labels, temperature=temperature,
+        final_temperature=temperature, softcap=logit_softcap, stats=True,
+    ).complete(OP, part, max_bytes, False)  # fmt: skip
+    out = HeadResult(*head_pass(*call))
+    return LinearLogprob(out.logprob, out.final_entropy, out.logsumexp)

@@ -11,26 +11,25 @@ its eq. 6.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from oisd_kernels import checks, reference
-from oisd_kernels.checks import compute_dtype
 from oisd_kernels.lens import vocab_parallel
-from oisd_kernels.lens.chunked import chunks
-from oisd_kernels.lens.chunked.head_loop import HeadPass
-from oisd_kernels.lens.chunked.head_pass import NO_POLICY, head_pass
-from oisd_kernels.lens.vocab_parallel import Part
+from oisd_kernels.lens.chunked.head_pass import head_pass
+from oisd_kernels.lens.chunked.record import HeadCall, HeadResult
+from oisd_kernels.lens.token_weight import row_count, row_weight
 from oisd_kernels.reference import LensStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from oisd_kernels.lens.tiled.values import LensValues
+
 OP = "logit_lens_divergence"
-NAMES = ("reference", "chunked", "tiled")
+IMPLEMENTATIONS = ("auto", "chunked", "reference", "tiled")
 
 
 class LensTop(NamedTuple):
@@ -42,140 +41,14 @@ class LensTop(NamedTuple):
     teacher_logprob: Tensor  # [N]
 
 
-def _chunked_pass(
-    hidden: Tensor,
-    teacher_hidden: Tensor,
-    weight: Tensor,
-    *,
-    bias: Tensor | None,
-    token_weight: Tensor | None,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    logit_softcap: float | None,
-    reduction: str,
-    grad_weight: bool,
-    return_stats: bool,
-    max_bytes: int | None,
-    part: Part | None = None,
-) -> HeadPass:
-    compute = compute_dtype(hidden, teacher_hidden, weight, bias)
-    part = part or vocab_parallel.whole(weight, bias)
-    capacity = chunks.row_capacity(
-        OP, max_bytes, hidden.device, part.largest, weight.shape[1], compute.itemsize, 2,
-        bool(part.group),
-    )  # fmt: skip
-    layers = hidden if hidden.dim() == 3 else hidden[None]
-    factor = None
-    if token_weight is not None:
-        factor = token_weight.detach().to(compute).expand(layers.shape[:-1])
-    if not grad_weight:
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
-
-    recording = torch.is_grad_enabled()
-    to_weight = recording and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    reduce = reduction != "none"
-    later = to_weight and not reduce
-    return HeadPass(
-        *head_pass(
-            layers,
-            teacher_hidden.detach(),
-            weight,
-            bias,
-            labels=None,
-            factor=factor,
-            final_factor=None,
-            **NO_POLICY,
-            divergence=divergence,
-            beta=float(beta),
-            temperature=float(temperature),
-            final_temperature=float(temperature),
-            softcap=None if logit_softcap is None else float(logit_softcap),
-            capacity=capacity,
-            drop=factor is not None,
-            reduce=reduce,
-            hidden_grad=recording and hidden.requires_grad and not later,
-            final_grad=False,
-            hidden_weight_grad=to_weight and not later,
-            final_weight_grad=False,
-            hidden_later=later,
-            final_later=False,
-            stats=return_stats,
-            group=part.group,
-            start=part.start,
-        )
-    )
-
-
-def _chunked(
-    hidden: Tensor,
-    *inputs: Tensor,
-    token_weight: Tensor | None,
-    reduction: str,
-    return_stats: bool,
-    **options: Any,
-) -> Tensor | tuple[Tensor, LensStats]:
-    out = _chunked_pass(
-        hidden,
-        *inputs,
-        token_weight=token_weight,
-        reduction=reduction,
-        return_stats=return_stats,
-        **options,
-    )
-    rows = hidden.shape[:-1]
-    loss = out.loss if reduction != "none" else out.loss.view(rows)
-    if reduction == "mean":
-        count = max(rows.numel(), 1)
-        if token_weight is not None:
-            count = (token_weight.to(loss.dtype) != 0).expand(rows).sum().clamp_min(1)
-        loss = loss / count
-    return (loss, _stats(out, rows)) if return_stats else loss
-
-
-def _stats(out: HeadPass, rows: torch.Size) -> LensStats:
-    return LensStats(
-        out.student_entropy.view(rows),
-        out.final_entropy,
-        out.agreement.view(rows),
-        out.divergence.view(rows),
-    )
-
-
-def _tiled(*inputs: Tensor, **options: Any) -> Tensor | tuple[Tensor, LensStats]:
-    from oisd_kernels.lens.tiled.op import (
-        lens_divergence_tiled,  # triton is not to be had on every CPU
-    )
-
-    return lens_divergence_tiled(*inputs, **options)
-
-
-# In order of preference: "auto" takes the first. Each takes every argument but `impl`.
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    "chunked": _chunked,
-    "reference": reference.logit_lens_divergence,
-    "tiled": _tiled,
-}
-
-
 @overload
 def logit_lens_divergence(
     hidden: Tensor,
     teacher_hidden: Tensor,
     weight: Tensor,
     *,
-    bias: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    divergence: str = "jsd",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    logit_softcap: float | None = None,
-    reduction: str = "none",
-    grad_weight: bool = False,
     return_stats: Literal[False] = False,
-    impl: str = "auto",
-    max_bytes: int | None = None,
-    tp_group: ProcessGroup | None = None,
+    **options: Any,
 ) -> Tensor: ...
 
 
@@ -185,22 +58,12 @@ def logit_lens_divergence(
     teacher_hidden: Tensor,
     weight: Tensor,
     *,
-    bias: Tensor | None = None,
-    token_weight: Tensor | None = None,
-    divergence: str = "jsd",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    logit_softcap: float | None = None,
-    reduction: str = "none",
-    grad_weight: bool = False,
     return_stats: Literal[True],
-    impl: str = "auto",
-    max_bytes: int | None = None,
-    tp_group: ProcessGroup | None = None,
+    **options: Any,
 ) -> tuple[Tensor, LensStats]: ...
 
 
-def logit_lens_divergence(
+def logit_lens_divergence(  # pyright: ignore[reportInconsistentOverload]  # shorter
     hidden: Tensor,
     teacher_hidden: Tensor,
     weight: Tensor,
@@ -267,12 +130,7 @@ def logit_lens_divergence(
     Source: arXiv 2605.29089, eq. 6 and 7; the weight is its clipped advantage.
     """
     _check_states(hidden, teacher_hidden)
-    if token_weight is not None:
-        *layers, tokens, _ = hidden.shape
-        checks.check_dims(OP, "token_weight", token_weight, {1: "[N]", 2: "[S, N]"})
-        per_layer = bool(layers) and token_weight.dim() == 2
-        layout, sizes = ("[S, N]", (*layers, tokens)) if per_layer else ("[N]", (tokens,))
-        checks.check_tensor(OP, "token_weight", token_weight, layout, sizes, device=hidden.device)
+    checks.check_token_weight(OP, token_weight, hidden)
     checks.check_divergence(OP, divergence, beta)
     checks.check_positive(OP, "temperature", temperature)
     checks.check_positive(OP, "logit_softcap", logit_softcap, optional=True)
@@ -280,33 +138,52 @@ def logit_lens_divergence(
     checks.check_flag(OP, "grad_weight", grad_weight)
     checks.check_flag(OP, "return_stats", return_stats)
     checks.check_count(OP, "max_bytes", max_bytes)
-    run = checks.choose(OP, impl, IMPLEMENTATIONS, NAMES)
+    checks.check_choice(OP, "impl", impl, IMPLEMENTATIONS)
     part = vocab_parallel.part(OP, hidden, weight, bias, tp_group, grad_weight)
-    return vocab_parallel.bind(OP, impl, run, part)(
-        hidden,
-        teacher_hidden,
-        part.weight,
-        bias=part.bias,
-        token_weight=token_weight,
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        logit_softcap=logit_softcap,
-        reduction=reduction,
-        grad_weight=grad_weight,
-        return_stats=return_stats,
-        max_bytes=max_bytes,
-    )
+    part.check_impl(OP, impl)
+    if impl == "reference":
+        return reference.logit_lens_divergence(
+            hidden, teacher_hidden, part.weight, bias=part.bias, token_weight=token_weight,
+            divergence=divergence, beta=beta, temperature=temperature, logit_softcap=logit_softcap,
+            reduction=reduction, grad_weight=grad_weight, return_stats=return_stats,
+        )  # fmt: skip
+    if not grad_weight:
+        part = part.detach()
+    layers, teacher = hidden if hidden.dim() == 3 else hidden[None], teacher_hidden.detach()
+    compute = checks.compute_dtype(hidden, teacher, part.weight, part.bias)
+    weight_of_row = row_weight(token_weight, layers, compute)
+    reduce = reduction != "none"
+    if impl == "tiled":
+        from oisd_kernels.lens.tiled import (
+            op as tiled,  # Triton may be missing on CPU-only machines
+        )
 
-
-def _check_states(hidden: Tensor, teacher_hidden: Tensor) -> None:
-    checks.check_dims(OP, "hidden", hidden, {2: "[N, D]", 3: "[S, N, D]"})
-    *layers, tokens, width = hidden.shape
-    shape = "[S, N, D]" if layers else "[N, D]"
-    checks.check_tensor(OP, "hidden", hidden, shape, hidden.shape)
-    checks.check_tensor(
-        OP, "teacher_hidden", teacher_hidden, "[N, D]", (tokens, width), device=hidden.device
-    )
+        tiled.check(OP, hidden, compute)
+        recording = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (hidden, part.weight, part.bias)
+        )
+        call = tiled.LensCall(
+            layers, teacher, part.weight, part.bias, weight_of_row, divergence, beta, temperature,
+            logit_softcap, max_bytes, return_stats, recording,
+        )  # fmt: skip
+        out = tiled.LensValues(*tiled.tiled_lens(*call))
+        loss = out.divergence
+        if weight_of_row is not None:  # 0 * inf is NaN
+            loss = torch.where(weight_of_row != 0, weight_of_row * loss, 0)
+        loss = loss.sum() if reduce else loss
+    else:
+        call = HeadCall(
+            layers, teacher, part.weight, part.bias, factor=weight_of_row, divergence=divergence,
+            beta=beta, temperature=temperature, softcap=logit_softcap, reduce=reduce,
+            stats=return_stats,
+        ).complete(OP, part, max_bytes, grad_weight)  # fmt: skip
+        out = HeadResult(*head_pass(*call))
+        loss = out.loss
+    if not reduce:
+        loss = loss.view(hidden.shape[:-1])
+    if reduction == "mean":
+        loss = loss / row_count(weight_of_row, layers)
+    return (loss, lens_stats(out, hidden)) if return_stats else loss
 
 
 @torch.no_grad()
@@ -325,10 +202,26 @@ def lens_with_top(
     checks.check_divergence(OP, divergence, beta)
     checks.check_positive(OP, "logit_softcap", logit_softcap, optional=True)
     part = vocab_parallel.part(OP, hidden, weight, bias, None, False)
-    out = _chunked_pass(
-        hidden, teacher_hidden, part.weight, bias=part.bias, token_weight=None,
-        divergence=divergence, beta=beta, temperature=1.0, logit_softcap=logit_softcap,
-        reduction="none", grad_weight=False, return_stats=True, max_bytes=None, part=part,
-    )  # fmt: skip
+    call = HeadCall(
+        hidden, teacher_hidden, part.weight, part.bias, divergence=divergence, beta=beta,
+        softcap=logit_softcap, stats=True,
+    ).complete(OP, part, None, False)  # fmt: skip
+    out = HeadResult(*head_pass(*call))
     top = out.student_top1, out.student_top_logprob, out.final_top1, out.final_top_logprob
-    return _stats(out, hidden.shape[:-1]), LensTop(*top)
+    return lens_stats(out, hidden), LensTop(*top)
+
+
+def lens_stats(out: HeadResult | LensValues, hidden: Tensor) -> LensStats:
+    rows = hidden.shape[:-1]
+    return LensStats(
+        out.student_entropy.view(rows),
+        out.teacher_entropy,
+        out.agreement.view(rows),
+        out.divergence.detach().view(rows),
+    )
+
+
+def _check_states(hidden: Tensor, teacher_hidden: Tensor) -> None:
+    checks.check_layers(OP, "hidden", hidden)
+    sizes, device = hidden.shape[-2:], hidden.device
+    checks.check_tensor(OP, "teacher_hidden", teacher_hidden, "[N, D]", sizes, device=device)

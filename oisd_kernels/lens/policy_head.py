@@ -15,28 +15,24 @@ the final logits are computed again.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from oisd_kernels import checks, reference
-from oisd_kernels.checks import compute_dtype
 from oisd_kernels.lens import vocab_parallel
-from oisd_kernels.lens.chunked import chunks
-from oisd_kernels.lens.chunked.head_loop import HeadPass
-from oisd_kernels.lens.chunked.head_pass import NO_POLICY, head_pass
+from oisd_kernels.lens.chunked.head_pass import head_pass
+from oisd_kernels.lens.chunked.record import HeadCall, HeadResult, policy_fields
+from oisd_kernels.lens.logit_lens import lens_stats
 from oisd_kernels.lens.policy_loss import PolicyTerms, policy_loss
-from oisd_kernels.lens.vocab_parallel import Part
+from oisd_kernels.lens.token_weight import row_weight
 from oisd_kernels.reference import LensStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 OP = "policy_head"
-NAMES = ("reference", "chunked")
+IMPLEMENTATIONS = ("auto", "chunked", "reference")
 
 
 class PolicyHead(NamedTuple):
@@ -105,191 +101,62 @@ def policy_head(
 
     Source: arXiv 2605.29089, eq. 6 and 7; arXiv 2402.03300, eq. 3.
     """
-    checks.check_dims(OP, "hidden_final", hidden_final, {2: "[N, D]"})
-    checks.check_tensor(OP, "hidden_final", hidden_final, "[N, D]", hidden_final.shape)
-    tokens, width = hidden_final.shape
-    device = hidden_final.device
-    integer = checks.INDEX_DTYPES
-    checks.check_tensor(OP, "labels", labels, "[N]", (tokens,), dtypes=integer, device=device)
+    checks.check_rows(OP, "hidden_final", hidden_final)
+    checks.check_labels(OP, labels, hidden_final)
     if student_hidden is None:
-        student_hidden = hidden_final.detach().new_zeros(0, tokens, width)
-        token_weight = None
-    checks.check_dims(OP, "student_hidden", student_hidden, {2: "[N, D]", 3: "[S, N, D]"})
-    *layers, _, _ = student_hidden.shape
-    layout = "[S, N, D]" if layers else "[N, D]"
-    sizes = (*layers, tokens, width)
-    checks.check_tensor(OP, "student_hidden", student_hidden, layout, sizes, device=device)
-    if token_weight is not None:
-        checks.check_dims(OP, "token_weight", token_weight, {1: "[N]", 2: "[S, N]"})
-        per_layer = bool(layers) and token_weight.dim() == 2
-        layout, sizes = ("[S, N]", (*layers, tokens)) if per_layer else ("[N]", (tokens,))
-        checks.check_tensor(OP, "token_weight", token_weight, layout, sizes, device=device)
+        student_hidden, token_weight = hidden_final.detach()[None][:0], None
+    checks.check_layers(OP, "student_hidden", student_hidden, hidden_final)
+    checks.check_token_weight(OP, token_weight, student_hidden)
     checks.check_divergence(OP, divergence, beta)
     checks.check_positive(OP, "temperature", temperature)
     checks.check_positive(OP, "lens_temperature", lens_temperature, optional=True)
     if policy is not None:
-        _check_policy(policy, tokens, device)
+        _check_policy(policy, hidden_final)
     checks.check_positive(OP, "logit_softcap", logit_softcap, optional=True)
     checks.check_flag(OP, "grad_weight", grad_weight)
     checks.check_count(OP, "max_bytes", max_bytes)
-    run = checks.choose(OP, impl, IMPLEMENTATIONS, NAMES)
+    checks.check_choice(OP, "impl", impl, IMPLEMENTATIONS)
     part = vocab_parallel.part(OP, hidden_final, weight, bias, tp_group, True)
-    remedy = "leave rows without a label out, or weight them by 0"
-    checks.check_values(OP, "labels", labels, 0, part.vocabulary, remedy)
-    return vocab_parallel.bind(OP, impl, run, part)(
-        hidden_final,
-        part.weight,
-        labels,
-        student_hidden,
-        bias=part.bias,
-        token_weight=token_weight,
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        lens_temperature=temperature if lens_temperature is None else lens_temperature,
-        logit_softcap=logit_softcap,
-        grad_weight=grad_weight,
-        policy=policy,
-        max_bytes=max_bytes,
+    checks.check_label_values(OP, labels, part.vocabulary)
+    part.check_impl(OP, impl)
+    if lens_temperature is None:
+        lens_temperature = temperature
+    if impl == "reference":
+        head: dict[str, Any] = {"bias": part.bias, "logit_softcap": logit_softcap}
+        token = reference.linear_logprob(
+            hidden_final, part.weight, labels, temperature=temperature, **head
+        )
+        loss = token.logprob.new_zeros(())
+        if policy is not None:
+            loss = policy_loss(token.logprob, policy).loss.sum()
+            token = token._replace(logprob=token.logprob.detach())
+        lens = reference.logit_lens_divergence(
+            student_hidden, hidden_final.detach(), part.weight, token_weight=token_weight,
+            divergence=divergence, beta=beta, temperature=lens_temperature,
+            grad_weight=grad_weight, return_stats=True, **head,
+        )  # fmt: skip
+        assert isinstance(lens, tuple)
+        return PolicyHead(*token, *lens, loss)
+    layers = student_hidden if student_hidden.dim() == 3 else student_hidden[None]
+    compute = checks.compute_dtype(hidden_final, student_hidden, part.weight, part.bias)
+    call = HeadCall(
+        layers, hidden_final, part.weight, part.bias, labels=labels,
+        factor=row_weight(token_weight, layers, compute) if len(layers) > 0 else None,
+        divergence=divergence, beta=beta, temperature=lens_temperature,
+        final_temperature=temperature, softcap=logit_softcap, stats=True,
+        **policy_fields(policy),
+    ).complete(OP, part, max_bytes, grad_weight)  # fmt: skip
+    out = HeadResult(*head_pass(*call))
+    divergences = out.loss.view(student_hidden.shape[:-1])
+    stats = lens_stats(out, student_hidden)
+    return PolicyHead(
+        out.logprob, out.final_entropy, out.logsumexp, divergences, stats, out.policy_loss
     )
 
 
-def _check_policy(policy: PolicyTerms, tokens: int, device: torch.device) -> None:
+def _check_policy(policy: PolicyTerms, hidden: Tensor) -> None:
     for name, x in policy._asdict().items():
         if isinstance(x, Tensor):
-            checks.check_tensor(OP, f"policy.{name}", x, "[N]", (tokens,), device=device)
+            sizes, device = hidden.shape[:1], hidden.device
+            checks.check_tensor(OP, f"policy.{name}", x, "[N]", sizes, device=device)
     checks.check_positive(OP, "policy.dual_clip", policy.dual_clip, optional=True)
-
-
-def _chunked(
-    hidden_final: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    student_hidden: Tensor,
-    *,
-    bias: Tensor | None,
-    token_weight: Tensor | None,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    lens_temperature: float,
-    logit_softcap: float | None,
-    grad_weight: bool,
-    policy: PolicyTerms | None,
-    max_bytes: int | None,
-    part: Part | None = None,
-) -> PolicyHead:
-    compute = compute_dtype(hidden_final, student_hidden, weight, bias)
-    part = part or vocab_parallel.whole(weight, bias)
-    capacity = chunks.row_capacity(
-        OP, max_bytes, weight.device, part.largest, weight.shape[1], compute.itemsize, 2,
-        bool(part.group),
-    )  # fmt: skip
-    rows = student_hidden.shape[:-1]
-    layers = student_hidden if student_hidden.dim() == 3 else student_hidden[None]
-    factor = None
-    if token_weight is not None and len(layers) > 0:
-        factor = token_weight.detach().to(compute).expand(layers.shape[:-1])
-    recording = torch.is_grad_enabled()
-    to_weight = recording and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    student_later = to_weight and grad_weight
-    final_later = to_weight and policy is None
-    out = HeadPass(
-        *head_pass(
-            layers,
-            hidden_final,
-            weight,
-            bias,
-            labels=labels,
-            factor=factor,
-            final_factor=None,
-            **_policy_arguments(policy),
-            divergence=divergence,
-            beta=float(beta),
-            temperature=float(lens_temperature),
-            final_temperature=float(temperature),
-            softcap=None if logit_softcap is None else float(logit_softcap),
-            capacity=capacity,
-            drop=factor is not None,
-            reduce=False,
-            hidden_grad=recording and student_hidden.requires_grad and not student_later,
-            final_grad=recording and hidden_final.requires_grad and not final_later,
-            hidden_weight_grad=False,
-            final_weight_grad=to_weight and not final_later,
-            hidden_later=student_later,
-            final_later=final_later,
-            stats=True,
-            group=part.group,
-            start=part.start,
-        )
-    )
-    stats = LensStats(
-        out.student_entropy.view(rows),
-        out.teacher_entropy,
-        out.agreement.view(rows),
-        out.divergence.view(rows),
-    )
-    return PolicyHead(
-        out.logprob,
-        out.final_entropy,
-        out.logsumexp,
-        out.loss.view(rows),
-        stats,
-        out.policy_loss,
-    )
-
-
-def _policy_arguments(policy: PolicyTerms | None) -> dict[str, Any]:
-    if policy is None:
-        return NO_POLICY
-    dual_clip = math.inf if policy.dual_clip is None else policy.dual_clip
-    options = policy.clip_low, policy.clip_high, dual_clip, policy.tis_cap, policy.kl_coef
-    return {
-        "advantage": policy.advantage,
-        "loss_weight": policy.weight,
-        "old_logprob": policy.old_logprob,
-        "rollout_logprob": policy.rollout_logprob,
-        "ref_logprob": policy.ref_logprob,
-        "policy_options": [float(x) for x in options],
-    }
-
-
-def _reference(
-    hidden_final: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    student_hidden: Tensor,
-    *,
-    bias: Tensor | None,
-    temperature: float,
-    lens_temperature: float,
-    logit_softcap: float | None,
-    policy: PolicyTerms | None,
-    max_bytes: int | None,
-    **lens: Any,
-) -> PolicyHead:
-    del max_bytes
-    head: dict[str, Any] = {"bias": bias, "logit_softcap": logit_softcap}
-    out = reference.linear_logprob(hidden_final, weight, labels, temperature=temperature, **head)
-    loss = out.logprob.new_zeros(())
-    if policy is not None:
-        loss = policy_loss(out.logprob, policy).loss.sum()
-        out = out._replace(logprob=out.logprob.detach())
-    result = reference.logit_lens_divergence(
-        student_hidden,
-        hidden_final.detach(),
-        weight,
-        return_stats=True,
-        temperature=lens_temperature,
-        **head,
-        **lens,
-    )
-    assert isinstance(result, tuple)
-    return PolicyHead(*out, *result, loss)
-
-
-# In order of preference: "auto" takes the first.
-IMPLEMENTATIONS: dict[str, Callable[..., PolicyHead]] = {
-    "chunked": _chunked,
-    "reference": _reference,
-}

@@ -22,9 +22,7 @@ Letters: V vocabulary, D width.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +31,6 @@ from oisd_kernels import checks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_Result = TypeVar("_Result")
 
 TENSOR_PARALLEL = "tp"  # the name of a mesh dimension
 
@@ -53,6 +49,16 @@ class Part(NamedTuple):
     def largest(self) -> int:
         """Rows of the largest part, from which all ranks take the size of their chunks."""
         return max(self.rows)
+
+    def detach(self) -> Part:
+        """The same, to which no gradient flows."""
+        bias = None if self.bias is None else self.bias.detach()
+        return self._replace(weight=self.weight.detach(), bias=bias)
+
+    def check_impl(self, op: str, impl: str) -> None:
+        if self.group and impl not in ("auto", "chunked"):
+            wanted = 'be "auto" or "chunked" where the vocabulary is in parts'
+            raise checks.argument_error(op, "impl", wanted, repr(impl))
 
 
 def part(
@@ -140,16 +146,6 @@ def two_parts(
     else:
         return student, teacher
     raise checks.argument_error(op, "teacher_weight", wanted, got, remedy)
-
-
-def bind(op: str, impl: str, run: Callable[..., _Result], part: Part) -> Callable[..., _Result]:
-    """`run`, the implementation behind `impl`, for this part of the unembedding."""
-    if not part.group:
-        return run
-    if impl not in ("auto", "chunked"):
-        wanted = 'be "auto" or "chunked" where the vocabulary is in parts'
-        raise checks.argument_error(op, "impl", wanted, repr(impl))
-    return functools.partial(run, part=part)
 
 
 def whole(weight: Tensor, bias: Tensor | None) -> Part:

@@ -1,8 +1,8 @@
 """One chunked pass over the unembedding: final-layer statistics, divergences, gradients.
 
-`logit_lens_divergence`, `linear_logprob` and `policy_head` are this op with parts left out. The
-final logits of a chunk are computed once; each layer's logits become their gradient in place. With
-G = one 2*N*D*V matmul the cost is
+`logit_lens_divergence`, `linear_logprob`, `policy_head` and `distillation_divergence` are this op
+with parts left out. The final logits of a chunk are computed once; each layer's logits become their
+gradient in place. With G = one 2*N*D*V matmul the cost is
 
     1 + S           values
     + S, + 1        gradient to `hidden`, to `final`
@@ -13,173 +13,305 @@ an upstream gradient scales their rows; to `weight` where the upstream gradient 
 is so for a reduced divergence and for the policy loss. Otherwise the backward runs the pass again
 with the upstream gradient folded into the factors.
 
+A teacher may have a head of its own, of another width: its logits then come through a projection of
+their own, and receive no gradient. A logit scale s needs no arithmetic: cap_c(s z) / tau =
+cap_(c/s)(z) / (tau/s). Where two heads differ in bias, softcap or temperature, their scores are
+made before the row functions see them, in the memory of the logits, and the softcap's slope is kept
+beside.
+
 Letters: S student layers, N tokens, D width, V vocabulary, C tokens and R student rows of a chunk.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from oisd_kernels.lens.chunked import chunks
-from oisd_kernels.lens.chunked.head_loop import HeadLoop, HeadPass, allocate
-from oisd_kernels.lens.chunked.rows_torch import RowMath
-from oisd_kernels.lens.policy_loss import PolicyTerms
-
-NO_POLICY: dict[str, Any] = {
-    "advantage": None,
-    "loss_weight": None,
-    "old_logprob": None,
-    "rollout_logprob": None,
-    "ref_logprob": None,
-    "policy_options": (),
-}
+from oisd_kernels.lens.chunked import chunks, rows_torch
+from oisd_kernels.lens.chunked.chunks import Chunk
+from oisd_kernels.lens.chunked.projection import Projection
+from oisd_kernels.lens.chunked.record import HeadCall, HeadResult, allocate
+from oisd_kernels.lens.chunked.rows import FinalRows, RowMath, Rows
+from oisd_kernels.lens.policy_loss import policy_loss, policy_slope
+from oisd_kernels.op import custom_op, keep, kept, without_tensors
 
 
-@torch.library.custom_op("oisd_kernels::head_pass", mutates_args=())
-def head_pass(
-    hidden: Tensor,  # [S, N, D]
-    final: Tensor,  # [N, D]
-    weight: Tensor,  # [V, D]
-    bias: Tensor | None,  # [V]
-    labels: Tensor | None,  # [N]
-    factor: Tensor | None,  # [S, N]; None for ones
-    final_factor: Tensor | None,  # [N]; None for ones
-    advantage: Tensor | None,  # [N], and with it the terms of `policy_loss`, [N] each
-    loss_weight: Tensor | None,
-    old_logprob: Tensor | None,
-    rollout_logprob: Tensor | None,
-    ref_logprob: Tensor | None,
-    policy_options: Sequence[float],  # clip_low, clip_high, dual_clip, tis_cap, kl_coef
-    divergence: str,
-    beta: float,
-    temperature: float,  # of the divergence
-    final_temperature: float,  # of the log-probability
-    softcap: float | None,
-    capacity: int,  # rows of logits in memory
-    drop: bool,  # leave out rows whose factor is 0
-    reduce: bool,  # loss is a sum
-    hidden_grad: bool,
-    final_grad: bool,
-    hidden_weight_grad: bool,  # d_weight through `hidden`
-    final_weight_grad: bool,  # d_weight through `final`
-    hidden_later: bool,  # the backward runs the pass again for d_hidden and d_weight
-    final_later: bool,  # the same for d_final and d_weight
-    stats: bool,  # entropies, agreement, likeliest tokens
-    group: str = "",  # name of the process group that has the vocabulary in parts; "" for none
-    start: int = 0,  # this rank's first row of `weight` among all; `labels` count from the first
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-]:  # fmt: skip
-    del hidden_later, final_later
-    assert advantage is None or not hidden_weight_grad, "two upstream gradients, one d_weight"
-    math_ = RowMath(divergence, beta, temperature, softcap)
-    terms = None
-    if advantage is not None:
-        assert loss_weight is not None
-        clip_low, clip_high, dual_clip, tis_cap, kl_coef = policy_options
-        terms = PolicyTerms(
-            advantage, loss_weight, old_logprob, rollout_logprob, ref_logprob, clip_low, clip_high,
-            dual_clip, tis_cap, kl_coef,
-        )  # fmt: skip
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        out = allocate(
-            hidden, final, weight, bias, labels, reduce, hidden_grad, final_grad,
-            hidden_weight_grad or final_weight_grad, stats,
-        )  # fmt: skip
-        layers, tokens, _ = hidden.shape
-        dropping = factor if drop else None
-        plan = chunks.plan(layers, tokens, dropping, labels is not None, capacity)
-        run = HeadLoop(
-            hidden, final, weight, bias, labels, factor, final_factor, terms, math_,
-            final_temperature, plan, out, group, start,
-        )  # fmt: skip
-        student_grad = hidden_grad, hidden_weight_grad
-        for chunk in plan.chunks:
-            run.chunk(chunk, capacity, student_grad, (final_grad, final_weight_grad), stats)
-        rows = out.divergence if factor is None else out.divergence * factor
-        loss = rows.sum() if reduce else rows.clone() if rows is out.divergence else rows
-        return out._replace(loss=loss)
+def row_functions(device: torch.device) -> Rows:
+    """The Triton row kernels on a GPU and under the interpreter, torch elsewhere."""
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return rows_torch
+    from oisd_kernels.lens.chunked import rows_triton  # Triton may be missing on CPU-only machines
+
+    return rows_triton
 
 
-@head_pass.register_fake
-def _(
-    hidden, final, weight, bias, labels, factor, final_factor, advantage, loss_weight, old_logprob,
-    rollout_logprob, ref_logprob, policy_options, divergence, beta, temperature, final_temperature,
-    softcap, capacity, drop, reduce, hidden_grad, final_grad, hidden_weight_grad,
-    final_weight_grad, hidden_later, final_later, stats, group="", start=0,
-):  # fmt: skip
-    weight_grad = hidden_weight_grad or final_weight_grad
-    return allocate(
-        hidden, final, weight, bias, labels, reduce, hidden_grad, final_grad, weight_grad, stats
-    )
+def parallel_rows(call: HeadCall) -> Any:
+    """Those of a vocabulary in parts; torch.distributed is not in every build."""
+    from torch._C._distributed_c10d import _resolve_process_group
+
+    from oisd_kernels.lens.chunked.rows_parallel import ParallelRows
+
+    return ParallelRows(_resolve_process_group(call.group), call.start)  # type: ignore[arg-type]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    call, out = _Call(*inputs), HeadPass(*output)
-    ctx.set_materialize_grads(False)  # zeros for d_weight would be as large as it
-    ctx.mark_non_differentiable(
-        *(x for name, x in out._asdict().items() if name not in _differentiable(call))
-    )
-    later = call.hidden_later or call.final_later
-    tensors = call[:7] if later else (None,) * 7
-    ctx.save_for_backward(*tensors, *out[_FIRST_GRADIENT:])
-    # `_again` needs no terms of the policy loss, whose gradient never waits for the backward.
-    ctx.options = call._replace(**NO_POLICY)[7:]
-    ctx.dtypes = call.weight.dtype, None if call.bias is None else call.bias.dtype
+class _Pass:
+    """The state of one pass: record, results, projections, the buffer of logits."""
 
-
-def _differentiable(call: "_Call") -> tuple[str, str]:
-    return "loss", "logprob" if call.advantage is None else "policy_loss"
-
-
-def _backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            "oisd_kernels: the gradient of a fused loss cannot itself be differentiated "
-            '(create_graph=True); use impl="reference"'
+    def __init__(self, call: HeadCall):
+        self.call, self.out = call, allocate(call)
+        self.compute = call.compute
+        layers, tokens, _ = call.hidden.shape
+        factor = call.factor if call.drop else None
+        every_token = call.labels is not None
+        self.plan = chunks.plan(layers, tokens, factor, every_token, call.capacity)
+        self.parallel = parallel_rows(call) if call.group else None
+        self.rows: Rows = self.parallel or row_functions(call.weight.device)
+        self.bias, teacher_bias = (
+            None if x is None else x.to(self.compute) for x in (call.bias, call.teacher_bias)
         )
-    saved = ctx.saved_tensors
-    call = _Call(*saved[:7], *ctx.options)
-    g = HeadPass(*upstream)  # None where nothing flows
-    unsaved: Any = [None] * _FIRST_GRADIENT
-    out = HeadPass(*unsaved, *saved[7:])
-    grad = _Gradients()
+        self.row_bias = self.bias
+        self.math = RowMath(call.divergence, call.beta, call.temperature, call.softcap)
+        self.final_math = self.math._replace(temperature=call.final_temperature)
+        self.buffer = call.weight.new_empty(0, dtype=self.compute)
+        self.teacher = self.scores_apart = None
+        dtypes = {call.hidden.dtype}
+        if call.teacher_weight is None:
+            dtypes.add(call.final.dtype)
+        else:
+            self.teacher = Projection(call.teacher_weight, {call.final.dtype}, self.compute)
+            theirs = self.math._replace(
+                temperature=call.teacher_temperature, softcap=call.teacher_softcap
+            )
+            if self.bias is not None or teacher_bias is not None or theirs != self.math:
+                self.scores_apart = (self.math, self.bias), (theirs, teacher_bias)
+                self.math, self.row_bias = self.math._replace(temperature=1.0, softcap=None), None
+        self.project = Projection(call.weight, dtypes, self.compute)
+
+    def chunk(self, chunk: Chunk) -> None:
+        call, plan, out = self.call, self.plan, self.out
+        index = plan.token_index
+        where = chunk.tokens if index is None else index[chunk.tokens]
+        count = chunk.tokens.stop - chunk.tokens.start
+        parts = list(chunks.runs(chunk.rows, max(call.capacity - count, 1)))
+        final_states, states, logits = self._first_logits(where, count, parts)
+        z_final = logits[:count]
+        labels = None if call.labels is None else call.labels[where]
+        final_stats = call.stats and self.teacher is None
+        # The teacher's statistics first where they are others than the policy's.
+        twice = bool(parts) and labels is not None and self.math != self.final_math
+        first = self.math if labels is None or twice else self.final_math
+        final = self.rows.final_rows(
+            z_final, self.row_bias, None if twice else labels, first, final_stats,
+            final_stats and bool(parts),
+        )  # fmt: skip
+        out.teacher_entropy[where] = final.entropy
+        if final_stats and parts:
+            out.final_top1[where] = final.top1
+            out.final_top_logprob[where] = final.top_logprob
+        for part in parts:
+            size = part.stop - part.start
+            z, slope = logits[count : count + size], logits[count + size :]
+            if part != parts[0]:
+                states = self._states(part)
+                self.project.logits(states, z)
+            self._students(part, states, z, slope, z_final, final, chunk.tokens.start)
+        if twice and labels is not None:
+            final = self.rows.final_rows_again(
+                z_final, final, self.row_bias, labels, self.math, self.final_math, final_stats
+            )
+        out.final_entropy[where] = final.entropy
+        out.logsumexp[where] = final.logsumexp
+        if labels is None:
+            return
+        out.logprob[where] = final.logprob
+        factor = self._final_factor(where, final.logprob)
+        if not (call.final_grad or call.final_weight_grad):
+            return
+        d_logits, scale = self.rows.final_gradient(
+            z_final, final, self.row_bias, labels, factor, self.final_math, self.project.operand
+        )
+        wanted = call.final_grad, call.final_weight_grad
+        gradient = self._gradients(d_logits, scale, final_states, *wanted)
+        if gradient is not None:
+            _store(gradient, out.d_final, out.d_final_scale, where)
+
+    def _first_logits(
+        self, where: slice | Tensor, count: int, parts: list[slice]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """States of the final rows and of the first student rows, and the logits of both.
+
+        One matmul for both, because few rows alone are slow, unless the teacher has its own head:
+        then the student rows are one part, and the softcap's slope may follow them in memory.
+        """
+        final = self.call.final[where]
+        if self.teacher is None:
+            states = final.to(self.project.operand)
+            if parts:
+                states = torch.cat([states, self._states(parts[0])])
+            logits = self._logits_buffer(len(states))
+            self.project.logits(states, logits)
+            return states[:count], states[count:], logits
+        final, states = final.to(self.teacher.operand), self._states(parts[0])
+        capped = self.scores_apart is not None and self.call.softcap is not None
+        logits = self._logits_buffer(count * (3 if capped else 2))
+        self.teacher.logits(final, logits[:count])
+        self.project.logits(states, logits[count : 2 * count])
+        if self.scores_apart is not None:
+            math_, bias = self.scores_apart[1]
+            rows_torch.scores(logits[:count], bias, math_)
+        return final, states, logits
+
+    def _students(
+        self,
+        part: slice,
+        states: Tensor,  # [R, D]
+        z: Tensor,  # [R, V]
+        slope: Tensor,  # [R, V], where it is needed
+        z_final: Tensor,  # [C, V]
+        final: FinalRows,
+        first_token: int,
+    ) -> None:
+        call, plan, out = self.call, self.plan, self.out
+        where = plan.layer_of_row[part], plan.token_of_row[part]
+        factor = z.new_ones(len(z)) if call.factor is None else call.factor[where]
+        capped = False
+        if self.scores_apart is not None:
+            math_, bias = self.scores_apart[0]
+            capped = math_.softcap is not None
+            rows_torch.scores(z, bias, math_, slope if capped else None)
+            factor = factor / math_.temperature
+        got = self.rows.student_rows(
+            z,
+            z_final,
+            final,
+            self.row_bias,
+            plan.slot_of_row[part] - first_token,
+            factor,
+            self.math,
+            call.hidden_grad or call.hidden_weight_grad,
+            call.stats,
+            self.project.operand,
+        )
+        out.divergence[where] = got.divergence
+        out.student_entropy[where] = got.entropy
+        out.agreement[where] = got.agreement
+        if call.stats:
+            out.student_top1[where] = got.top1
+            out.student_top_logprob[where] = got.top_logprob
+        if got.d_logits is None:
+            return
+        if capped:
+            got.d_logits.mul_(slope)
+        wanted = call.hidden_grad, call.hidden_weight_grad
+        gradient = self._gradients(got.d_logits, got.scale, states, *wanted)
+        if gradient is not None:
+            _store(gradient, out.d_hidden, out.d_hidden_scale, where)
+
+    def _final_factor(self, where: slice | Tensor, logprob: Tensor) -> Tensor:
+        """What the gradient of a log-probability is multiplied by; adds up the policy loss."""
+        if self.call.policy_advantage is not None:
+            terms = self.call.policy_terms(where, logprob.dtype)
+            self.out.policy_loss.add_(policy_loss(logprob, terms).loss.sum())
+            return policy_slope(logprob, terms)
+        if self.call.final_factor is None:
+            return torch.ones_like(logprob)
+        return self.call.final_factor[where]
+
+    def _states(self, part: slice) -> Tensor:
+        """Student rows as the matmul reads them, [R, D]."""
+        where = self.plan.layer_of_row[part], self.plan.token_of_row[part]
+        return self.call.hidden[where].to(self.project.operand)
+
+    def _gradients(
+        self, d_logits: Tensor, scale: Tensor, states: Tensor, to_rows: bool, to_weight: bool
+    ) -> Tensor | None:
+        """Adds to the gradients of weight and bias; returns that of the rows."""
+        if to_weight:
+            self.project.add_to_weight(self.out.d_weight, d_logits, scale, states)
+            if self.bias is not None:
+                self.project.add_to_bias(self.out.d_bias, d_logits, scale)
+        if not to_rows:
+            return None
+        gradient = self.project.to_hidden(d_logits)
+        gradient = gradient if scale.numel() == 0 else gradient * scale[:, None]
+        return gradient if self.parallel is None else self.parallel.sum(gradient)
+
+    def _logits_buffer(self, rows: int) -> Tensor:
+        vocabulary = len(self.call.weight)
+        if len(self.buffer) < rows:
+            # The old one goes first: two would be over the budget.
+            self.buffer = self.buffer.new_empty(0)
+            self.buffer = self.buffer.new_empty(rows, chunks.padded(vocabulary))
+        return self.buffer[:rows, :vocabulary]
+
+
+def _store(gradient: Tensor, d_rows: Tensor, d_scale: Tensor, where: Any) -> None:
+    """Rounds rows of gradient; float16 holds them at a power of two that brings them near 1."""
+    if d_rows.dtype == torch.float16:
+        _, exponent = torch.frexp(gradient.abs().amax(-1))
+        d_scale[where] = torch.ldexp(torch.ones_like(d_scale[where]), exponent)
+        gradient = torch.ldexp(gradient, -exponent[:, None])
+    d_rows[where] = gradient.to(d_rows.dtype)
+
+
+# The op and its autograd.
+
+
+def _run(call: HeadCall) -> HeadResult:
+    two_losses = call.policy_advantage is not None and call.hidden_weight_grad
+    assert not two_losses, "two upstream gradients, one d_weight"
+    pass_ = _Pass(call)
+    for chunk in pass_.plan.chunks:
+        pass_.chunk(chunk)
+    out, factor = pass_.out, call.factor
+    rows = out.divergence.clone() if factor is None else out.divergence * factor
+    return out._replace(loss=rows.sum() if call.reduce else rows)
+
+
+def _save(ctx: Any, call: HeadCall, out: HeadResult) -> None:
+    differentiable = "loss", "logprob" if call.policy_advantage is None else "policy_loss"
+    ctx.mark_non_differentiable(
+        *(x for name, x in out._asdict().items() if name not in differentiable)
+    )
+    # `_again` needs no terms of the policy loss, whose gradient never waits for the backward.
+    call = call._replace(
+        policy_advantage=None, policy_weight=None, policy_old_logprob=None,
+        policy_rollout_logprob=None, policy_ref_logprob=None,
+    )  # fmt: skip
+    later = call.hidden_later or call.final_later
+    gradients: Any = (x if n.startswith("d_") else None for n, x in out._asdict().items())
+    keep(ctx, call if later else without_tensors(call), HeadResult(*gradients))
+
+
+def _backward(ctx: Any, g: HeadResult) -> dict[str, Tensor | None]:
+    call, out = kept(ctx)
+    grad: dict[str, Tensor | None] = {}
     if g.loss is not None and not call.hidden_later:
-        grad.hidden = _scale_rows(out.d_hidden, out.d_hidden_scale, g.loss)
+        grad["hidden"] = _scale_rows(out.d_hidden, out.d_hidden_scale, g.loss)
         if call.hidden_weight_grad:
-            grad.weight, grad.bias = out.d_weight * g.loss, out.d_bias * g.loss
+            grad |= {"weight": out.d_weight * g.loss, "bias": out.d_bias * g.loss}
     g_final = g.policy_loss if g.logprob is None else g.logprob
     if g_final is not None and not call.final_later:
-        grad.final = _scale_rows(out.d_final, out.d_final_scale, g_final)
+        grad["final"] = _scale_rows(out.d_final, out.d_final_scale, g_final)
         if call.final_weight_grad:
-            grad.weight, grad.bias = out.d_weight * g_final, out.d_bias * g_final
+            grad |= {"weight": out.d_weight * g_final, "bias": out.d_bias * g_final}
     hidden_later = g.loss is not None and call.hidden_later
     final_later = g.logprob is not None and call.final_later
     if hidden_later or final_later:
-        again = _again(call, g, hidden_later, final_later, ctx.needs_input_grad)
+        again = _again(call, g, hidden_later, final_later, ctx.wanted)
         if hidden_later:
-            grad.hidden = _scale_rows(again.d_hidden, again.d_hidden_scale, None)
+            grad["hidden"] = _scale_rows(again.d_hidden, again.d_hidden_scale, None)
         if final_later:
-            grad.final = _scale_rows(again.d_final, again.d_final_scale, None)
-        grad.weight = _sum(grad.weight, again.d_weight)
-        grad.bias = _sum(grad.bias, again.d_bias)
-    weight_dtype, bias_dtype = ctx.dtypes
-    wanted = ctx.needs_input_grad
-    return (
-        grad.hidden if wanted[0] else None,
-        grad.final if wanted[1] else None,
-        grad.weight.to(weight_dtype) if wanted[2] and grad.weight is not None else None,
-        grad.bias.to(bias_dtype) if wanted[3] and grad.bias is not None else None,
-        *[None] * (len(_Call._fields) - 4),
-    )
+            grad["final"] = _scale_rows(again.d_final, again.d_final_scale, None)
+        grad["weight"] = _sum(grad.get("weight"), again.d_weight)
+        grad["bias"] = _sum(grad.get("bias"), again.d_bias)
+    return grad
 
 
 def _again(
-    call: "_Call", g: HeadPass, hidden_later: bool, final_later: bool, wanted: tuple[bool, ...]
-) -> HeadPass:
+    call: HeadCall, g: HeadResult, hidden_later: bool, final_later: bool, wanted: HeadCall
+) -> HeadResult:
     """The pass with the upstream gradients folded into its factors."""
     hidden, factor = call.hidden, None
     if hidden_later:
@@ -187,7 +319,7 @@ def _again(
         factor = factor if call.factor is None else factor * call.factor
     else:
         hidden = hidden[:0]
-    weight_wanted = wanted[2] or wanted[3]
+    to_weight = bool(wanted.weight or wanted.bias)
     again = call._replace(
         hidden=hidden,
         factor=factor,
@@ -195,15 +327,15 @@ def _again(
         final_factor=g.logprob if final_later else None,
         drop=call.drop and hidden_later,
         reduce=False,
-        hidden_grad=wanted[0] and hidden_later,
-        final_grad=wanted[1] and final_later,
-        hidden_weight_grad=weight_wanted and hidden_later,
-        final_weight_grad=weight_wanted and final_later,
+        hidden_grad=wanted.hidden and hidden_later,
+        final_grad=wanted.final and final_later,
+        hidden_weight_grad=to_weight and hidden_later,
+        final_weight_grad=to_weight and final_later,
         hidden_later=False,
         final_later=False,
         stats=False,
     )
-    return HeadPass(*head_pass(*again))
+    return HeadResult(*head_pass(*again))
 
 
 def _scale_rows(d_rows: Tensor, scale: Tensor, g: Tensor | None) -> Tensor:
@@ -220,47 +352,4 @@ def _sum(a: Tensor | None, b: Tensor) -> Tensor:
     return b if a is None else a + b
 
 
-class _Gradients:
-    hidden: Tensor | None = None
-    final: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-
-class _Call(NamedTuple):
-    """The arguments of `head_pass`."""
-
-    hidden: Tensor
-    final: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    labels: Tensor | None
-    factor: Tensor | None
-    final_factor: Tensor | None
-    advantage: Tensor | None
-    loss_weight: Tensor | None
-    old_logprob: Tensor | None
-    rollout_logprob: Tensor | None
-    ref_logprob: Tensor | None
-    policy_options: Sequence[float]
-    divergence: str
-    beta: float
-    temperature: float
-    final_temperature: float
-    softcap: float | None
-    capacity: int
-    drop: bool
-    reduce: bool
-    hidden_grad: bool
-    final_grad: bool
-    hidden_weight_grad: bool
-    final_weight_grad: bool
-    hidden_later: bool
-    final_later: bool
-    stats: bool
-    group: str = ""
-    start: int = 0
-
-
-_FIRST_GRADIENT = HeadPass._fields.index("d_hidden")
-head_pass.register_autograd(_backward, setup_context=_setup_context)
+head_pass = custom_op("head_pass", HeadCall, HeadResult, _run, allocate, _save, _backward)

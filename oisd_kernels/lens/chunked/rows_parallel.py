@@ -1,10 +1,10 @@
 """Row arithmetic of a chunk whose vocabulary lies in parts on the ranks of a process group.
 
-The functions of `rows_torch`, whose docstrings say what the arguments are; here V is the number of
-entries on this rank, perhaps 0. What a row needs of the others are a few numbers: its maximum, the
-sum of its exponentials, then the sums of the divergence's terms, of the entropy's and `<q, inner>`.
-They are reduced for the whole chunk at once. The elementwise terms are made once for the sums and,
-where there is a gradient, once more for it: two rows of scratch would be as large as the logits.
+The functions of `rows.Rows`, which says what the arguments are; V is the number of entries on this
+rank and may be 0. Of the other ranks a row needs a few numbers: its maximum, the sum of its
+exponentials, then the sums of the divergence's terms, of the entropy's and `<q, inner>`. They are
+reduced for the whole chunk at once. The elementwise terms are computed once for the sums and, for a
+gradient, once more: keeping them would take as much memory as the logits.
 
 Letters: C final rows, R student rows, V vocabulary of this rank.
 """
@@ -15,10 +15,8 @@ from torch import Tensor
 
 from oisd_kernels.divergences_torch import row_gradient, row_terms
 from oisd_kernels.lens.chunked.chunks import SCRATCH_ROWS
+from oisd_kernels.lens.chunked.rows import FinalRows, RowMath, StudentRows, in_place
 from oisd_kernels.lens.chunked.rows_torch import (
-    FinalRows,
-    RowMath,
-    StudentRows,
     likeliest,
     scores,
     slope,
@@ -89,7 +87,7 @@ class ParallelRows:
         operand: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         del bias
-        d_logits, scale = _in_place(z, operand)
+        d_logits, scale = in_place(z, operand)
         row_factor = (factor / math_.temperature)[:, None]
         here, place = self._labels_here(labels, z)
         for tile, (bend,) in tiles(z, 1):
@@ -133,7 +131,7 @@ class ParallelRows:
         values = divergence, entropy, agreement, top1, top_logprob
         if not gradient:
             return StudentRows(*values, None, z.new_zeros(0))
-        d_logits, scale = _in_place(z, operand)
+        d_logits, scale = in_place(z, operand)
         row_factor = (factor / math_.temperature)[:, None]
         for tile, (q, d, p, t, bend) in pieces:
             tile_z = z[tile]
@@ -190,12 +188,6 @@ def _probabilities(
     torch.index_select(z_final, 0, slot, out=d)
     torch.exp(d, out=p)
     d.sub_(lq)
-
-
-def _in_place(z: Tensor, operand: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The gradient's place in the logits' memory, and its rows' scale: empty but for float16."""
-    d_logits = z if operand == z.dtype else z.view(operand)[:, : z.shape[1]]
-    return d_logits, z.new_empty(len(z) if operand == torch.float16 else 0)
 
 
 def _round(gradient: Tensor, scratch: Tensor, out: Tensor, scale: Tensor) -> None:

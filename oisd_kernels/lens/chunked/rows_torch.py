@@ -6,50 +6,24 @@ those of `divergences_torch`, whose docstring names the letters.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from oisd_kernels.divergences_torch import row_gradient, row_terms
 from oisd_kernels.lens.chunked.chunks import SCRATCH_ROWS, tile_rows
+from oisd_kernels.lens.chunked.rows import FinalRows, RowMath, StudentRows
 
 BLOCK = 128  # entries of a row whose maximum is taken at once where its place is wanted
 
 
-class RowMath(NamedTuple):
-    """What is done to a row, for `rows_triton` as well."""
-
-    divergence: str
-    beta: float
-    temperature: float
-    softcap: float | None
-
-
-class FinalRows(NamedTuple):
-    """Statistics of the final layer's rows, each [C]."""
-
-    logsumexp: Tensor
-    entropy: Tensor
-    top1: Tensor
-    logprob: Tensor  # of the labels; empty without them
-    top_logprob: Tensor  # of the likeliest token
-
-
-class StudentRows(NamedTuple):
-    divergence: Tensor  # [R]
-    entropy: Tensor  # [R]
-    agreement: Tensor  # [R]: 1 where the likeliest token is the teacher's
-    top1: Tensor  # [R], the likeliest token
-    top_logprob: Tensor  # [R], of it
-    d_logits: Tensor | None  # [R, V], in the memory of the logits
-    scale: Tensor  # what d_logits is still to be multiplied by, [R]; empty for ones
+# The functions of `rows.Rows`, which says what the arguments are.
 
 
 def final_rows(
-    z: Tensor,  # [C, V] logits; log-probabilities afterwards
-    bias: Tensor | None,  # [V]
-    labels: Tensor | None,  # [C]
+    z: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
     math_: RowMath,
     entropies: bool,
     top1s: bool,
@@ -71,30 +45,28 @@ def final_rows(
 
 
 def final_rows_again(
-    z: Tensor,  # [C, V] as `final_rows` left them with `old`, and leaves them with `new`
+    z: Tensor,
     final: FinalRows,
     bias: Tensor | None,
-    labels: Tensor,  # [C]
+    labels: Tensor,
     old: RowMath,
     new: RowMath,
     entropies: bool,
 ) -> FinalRows:
-    """Statistics of the same logits at another temperature."""
-    del bias
+    del bias  # it is in the log-probabilities
     z.add_(final.logsumexp[:, None]).mul_(old.temperature)
     return final_rows(z, None, labels, new._replace(softcap=None), entropies, False)
 
 
 def final_gradient(
-    z: Tensor,  # [C, V] as `final_rows` left them; the gradient afterwards
+    z: Tensor,
     final: FinalRows,
     bias: Tensor | None,
-    labels: Tensor,  # [C]
-    factor: Tensor,  # [C]
+    labels: Tensor,
+    factor: Tensor,
     math_: RowMath,
     operand: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of sum(factor * logprob) to the logits, and what it is still to be multiplied by."""
     del bias, operand
     row_factor = (factor / math_.temperature)[:, None]
     for tile, (bend,) in tiles(z, 1):
@@ -109,12 +81,12 @@ def final_gradient(
 
 
 def student_rows(
-    z: Tensor,  # [R, V] logits; their gradient afterwards
-    z_final: Tensor,  # [C, V] as `final_rows` left them
+    z: Tensor,
+    z_final: Tensor,
     final: FinalRows,
-    bias: Tensor | None,  # [V]
-    slot: Tensor,  # [R], into C
-    factor: Tensor,  # [R], folded into the gradient
+    bias: Tensor | None,
+    slot: Tensor,
+    factor: Tensor,
     math_: RowMath,
     gradient: bool,
     stats: bool,
@@ -218,12 +190,15 @@ def likeliest(z: Tensor) -> tuple[Tensor, Tensor]:
     return largest, start[:, 0] + place
 
 
-def scores(z: Tensor, bias: Tensor | None, math_: RowMath) -> None:
-    """Raw logits to scores, in place."""
+def scores(z: Tensor, bias: Tensor | None, math_: RowMath, slope_out: Tensor | None = None) -> None:
+    """Logits to scores, in place; `slope_out` receives the derivative of the softcap."""
     if bias is not None:
         z.add_(bias)
     if math_.softcap is not None:
-        z.div_(math_.softcap).tanh_().mul_(math_.softcap)
+        z.div_(math_.softcap).tanh_()
+        if slope_out is not None:
+            torch.mul(z, z, out=slope_out).neg_().add_(1)
+        z.mul_(math_.softcap)
     if math_.temperature != 1.0:
         z.div_(math_.temperature)
 

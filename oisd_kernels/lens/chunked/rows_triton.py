@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from oisd_kernels.divergences import log_probability, tanh, terms
-from oisd_kernels.lens.chunked.rows_torch import FinalRows, RowMath, StudentRows
+from oisd_kernels.lens.chunked.rows import FinalRows, RowMath, StudentRows, in_place
 
 BLOCK, WARPS = 1024, 8
 
@@ -266,7 +266,7 @@ def student_rows_kernel(
     tl.store(Divergence + row, tl.sum(loss, 0))
 
 
-# The launches; the functions of `rows_torch` with the same names say what the arguments are.
+# The launches: the functions of `rows.Rows`, which says what the arguments are.
 
 
 def final_rows(
@@ -310,7 +310,7 @@ def final_gradient(
     math_: RowMath,
     operand: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    d_logits, scale = _in_place(z, operand)
+    d_logits, scale = in_place(z, operand)
     final_gradient_kernel[(len(z),)](
         z, d_logits, bias, labels, final.logsumexp, final.logprob, factor.contiguous(), scale,
         z.shape[1], z.stride(0), d_logits.stride(0),
@@ -334,7 +334,7 @@ def student_rows(
     del stats
     divergence, entropy, agreement, top_logprob = (z.new_empty(len(z)) for _ in range(4))
     top1 = torch.empty(len(z), dtype=torch.int64, device=z.device)
-    d_logits, scale = _in_place(z, operand) if gradient else (z, z.new_empty(0))
+    d_logits, scale = in_place(z, operand) if gradient else (z, z.new_empty(0))
     constants = _constants(
         z,
         bias,
@@ -364,9 +364,3 @@ def _constants(z: Tensor, bias: Tensor | None, math_: RowMath, **more: Any) -> d
         "BLOCK": min(BLOCK, triton.next_power_of_2(z.shape[1])),
         "num_warps": WARPS,
     }
-
-
-def _in_place(z: Tensor, operand: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The gradient's place in the logits' memory, and its rows' scale: empty but for float16."""
-    d_logits = z if operand == z.dtype else z.view(operand)[:, : z.shape[1]]
-    return d_logits, z.new_empty(len(z) if operand == torch.float16 else 0)

@@ -45,6 +45,7 @@ import torch
 import triton
 from torch import Tensor
 
+from oisd_kernels import checks
 from oisd_kernels.gpu import GFX942, TL, is_aligned, row_strides, table_key
 from oisd_kernels.lens.tiled.gradient_kernels import (
     tiled_lens_gradient_kernel,
@@ -53,15 +54,18 @@ from oisd_kernels.lens.tiled.gradient_kernels import (
     tiled_to_hidden_kernel,
     tiled_to_weight_kernel,
 )
-from oisd_kernels.lens.tiled.plan import Plan, plan_slabs, plan_slices
 from oisd_kernels.lens.tiled.tiles import (
     ROW_BYTES,
+    WORKSPACE,
     Head,
     Scores,
     Work,
     launch_tile,
     operand_kind,
 )
+
+TILES_OF_A_SLICE = 60  # bits of an int64 say which are live
+ROWS_OF_A_SLAB = 2048  # more of them read W less often, and it is not W that limits then
 
 # An eighth of the rounding of what dZ is multiplied as; fp16 as tf32.
 SKIP = {
@@ -109,6 +113,18 @@ PRODUCTS = {
 }
 PRODUCTS[86] = PRODUCTS[80] | {("hidden", "half"): Product(64, 64, 8, 3)}  # 128 spill
 INTERPRETED = Product(16, 16, 4, 1)
+
+
+class Plan(NamedTuple):
+    """How much of dZ is held at once.
+
+    It is bounded whatever the numbers of tokens and of the vocabulary: they set how often a slab or
+    a slice is taken, not how large it is.
+    """
+
+    tokens: int  # of a slab
+    tiles: int  # of a slice
+    bytes: int  # workspace that both take
 
 
 class LensLoss(NamedTuple):
@@ -194,15 +210,44 @@ class Backward:
             self._slices_outside()
 
     def plan(self, to_hidden: bool, slices_outside: bool) -> Plan:
+        """From the workspace: `row` bytes a row of a slab, `cell` a row in a tile of a slice."""
         compute = self.head.compute.itemsize
-        (S, N), (V, D) = self.factor.shape, self.head.weight.shape
+        S, (V, D) = len(self.factor), self.head.weight.shape
         row, cell = ROW_BYTES, self.tile.v * self.operand.itemsize + compute
+        most = min(-(-V // self.tile.v), TILES_OF_A_SLICE)
         if slices_outside:
-            column = self.tile.v * D * compute
-            return plan_slices(self.op, S, N, V, self.tile, row, cell, column, self.budget)
+            column = self.tile.v * D * compute  # of a tile's accumulator
+            budget = self._checked_budget(S * (row + cell) + column)
+            tiles = max(min(budget // 2 // column, most), 1)
+            rows = (budget - tiles * column) // (row + tiles * cell)
+            if rows < S:
+                tiles, rows = 1, (budget - column) // (row + cell)
+            slab = self._slab_tokens(min(rows, 4 * ROWS_OF_A_SLAB))
+            rows = slab * S
+            return Plan(slab, tiles, rows * row + tiles * column + rows * tiles * cell)
         if to_hidden and self.out.hidden.dtype != self.head.compute:
             row += D * compute
-        return plan_slabs(self.op, S, N, V, self.tile, row, cell, self.budget)
+        budget = self._checked_budget(S * (row + cell))
+        slab = self._slab_tokens(min(budget // 2 // row, ROWS_OF_A_SLAB, budget // (row + cell)))
+        rows = slab * S
+        tiles = min((budget - rows * row) // (rows * cell), most)
+        return Plan(slab, tiles, rows * row + rows * tiles * cell)
+
+    def _checked_budget(self, needed: int) -> int:
+        budget = WORKSPACE if self.budget is None else self.budget
+        if budget < needed:
+            wanted = f'be at least {needed} for a gradient with impl="tiled"'
+            remedy = "one token against one tile of the vocabulary takes so much"
+            raise checks.argument_error(self.op, "max_bytes", wanted, budget, remedy)
+        return budget
+
+    def _slab_tokens(self, rows: int) -> int:
+        """Tokens of that many rows; fewer where it saves a block of rows that is mostly empty."""
+        S, N = self.factor.shape
+        tokens = max(rows // S, 1)
+        blocks = tokens * S // self.tile.n
+        whole = tokens if blocks == 0 else max(blocks * self.tile.n // S, 1)
+        return min(whole, max(N, 1))
 
     def _slabs_outside(self, to_hidden: bool, to_weight: bool) -> None:
         plan = self.plan(to_hidden, False)

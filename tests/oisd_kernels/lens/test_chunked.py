@@ -13,7 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from oisd_kernels import PolicyTerms, linear_logprob, logit_lens_divergence, policy_head
 from oisd_kernels.lens.chunked import chunks
-from oisd_kernels.lens.chunked.head_pass import NO_POLICY, head_pass
+from oisd_kernels.lens.chunked.head_pass import head_pass
+from oisd_kernels.lens.chunked.record import HeadCall
 from oisd_kernels.lens.policy_loss import policy_loss, policy_slope
 from tests.oisd_kernels.test_reference import (
     DIVERGENCES,
@@ -272,23 +273,16 @@ def test_a_graph_may_be_used_twice_but_not_differentiated_twice():
 # torch.library, torch.compile
 
 
-def arguments(**changes) -> tuple:
+def record(**changes) -> HeadCall:
     hidden, final, weight, bias, factor = small_case()
-    given = {
-        "hidden": hidden, "final": final, "weight": weight.detach(), "bias": bias.detach(),
-        "labels": None, "factor": factor, "final_factor": None, **NO_POLICY, "divergence": "jsd",
-        "beta": 0.5, "temperature": 1.0, "final_temperature": 1.0, "softcap": None,
-        "capacity": 5, "drop": True, "reduce": False,
-        "hidden_grad": True, "final_grad": False, "hidden_weight_grad": False,
-        "final_weight_grad": False, "hidden_later": False, "final_later": False, "stats": True,
-    }  # fmt: skip
-    return tuple((given | changes).values())
+    call = HeadCall(
+        hidden, final, weight.detach(), bias.detach(), factor=factor, capacity=5, drop=True,
+        hidden_grad=True, stats=True,
+    )  # fmt: skip
+    return call._replace(**changes)
 
 
-POLICY = {
-    "advantage": normal(11, seed=20), "loss_weight": normal(11, seed=24),
-    "policy_options": [0.2, 0.2, math.inf, 2.0, 0.0],
-}  # fmt: skip
+POLICY = {"policy_advantage": normal(11, seed=20), "policy_weight": normal(11, seed=24)}
 
 
 @pytest.mark.parametrize(
@@ -307,7 +301,7 @@ POLICY = {
     ],
 )  # fmt: skip
 def test_opcheck(changes):
-    torch.library.opcheck(head_pass, arguments(**changes))
+    torch.library.opcheck(head_pass, tuple(record(**changes)))
 
 
 @pytest.mark.parametrize("grad_weight", [False, True], ids=["hidden", "weight"])

@@ -15,7 +15,8 @@ from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
 
 from oisd_kernels import distillation_divergence, logit_lens_divergence
-from oisd_kernels.lens.chunked.two_heads import two_heads
+from oisd_kernels.lens.chunked.head_pass import head_pass
+from oisd_kernels.lens.chunked.record import HeadCall
 from tests import ROOT
 from tests.oisd_kernels.lens.test_chunked import budget, compare, matmuls
 from tests.oisd_kernels.test_reference import (
@@ -214,16 +215,13 @@ def test_a_graph_may_be_used_twice_but_not_differentiated_twice():
             torch.autograd.grad(loss, inputs[0], create_graph=True)
 
 
-def arguments(**changes) -> tuple:
+def record(**changes) -> HeadCall:
     hidden, weight, teacher, teacher_weight = small_case()
-    given = {
-        "hidden": hidden, "weight": weight.detach(), "bias": None, "teacher_hidden": teacher,
-        "teacher_weight": teacher_weight, "teacher_bias": None, "factor": SIGNED,
-        "divergence": "jsd", "beta": 0.5, "temperature": 1.0, "softcap": None,
-        "teacher_temperature": 1.0, "teacher_softcap": 3.0, "capacity": 5, "drop": True,
-        "reduce": False, "hidden_grad": True, "weight_grad": False, "later": False, "stats": True,
-    }  # fmt: skip
-    return tuple((given | changes).values())
+    call = HeadCall(
+        hidden[None], teacher, weight.detach(), teacher_weight=teacher_weight, teacher_softcap=3.0,
+        factor=SIGNED[None], capacity=4, drop=True, hidden_grad=True, stats=True,
+    )  # fmt: skip
+    return call._replace(**changes)
 
 
 @pytest.mark.parametrize(
@@ -231,14 +229,14 @@ def arguments(**changes) -> tuple:
     [
         pytest.param({}, id="hidden"),
         pytest.param({"factor": None, "drop": False, "softcap": 3.0}, id="all-rows"),
-        pytest.param({"weight": leaf(normal(13, 6, seed=1)), "weight_grad": True, "reduce": True,
-                      "bias": leaf(normal(13, seed=4))}, id="weight"),
-        pytest.param({"weight": leaf(normal(13, 6, seed=1)), "hidden_grad": False, "later": True},
-                     id="later"),
+        pytest.param({"weight": leaf(normal(13, 6, seed=1)), "hidden_weight_grad": True,
+                      "reduce": True, "bias": leaf(normal(13, seed=4))}, id="weight"),
+        pytest.param({"weight": leaf(normal(13, 6, seed=1)), "hidden_grad": False,
+                      "hidden_later": True}, id="later"),
     ],
 )  # fmt: skip
 def test_opcheck(changes):
-    torch.library.opcheck(two_heads, arguments(**changes))
+    torch.library.opcheck(head_pass, tuple(record(**changes)))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

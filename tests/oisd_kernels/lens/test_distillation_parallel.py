@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from oisd_kernels import distillation_divergence
-from oisd_kernels.lens import distillation, vocab_parallel
+from oisd_kernels.lens import vocab_parallel
 from tests.oisd_kernels.lens.test_chunked import budget, peak_memory
 from tests.oisd_kernels.lens.test_vocab_parallel import KINDS, SPLITS, V, exactly, require_equal
 from tests.oisd_kernels.lens.vocab_parallel_runs import Call, on_processes, run
@@ -267,7 +267,7 @@ def test_the_drop_in_means_a_gathered_heads_gradient_over_the_ranks(results, bia
         exactly(name, got, torch.stack(every).mean(0))
 
 
-def test_a_part_keeps_to_its_budget(tmp_path):
+def test_a_part_keeps_to_its_budget(tmp_path, monkeypatch):
     import torch.distributed as dist
 
     size, width, vocabulary, budget_ = 300, 16, 20_011, 4 << 20
@@ -279,13 +279,12 @@ def test_a_part_keeps_to_its_budget(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'x'}", rank=0, world_size=1)
     found = []
 
+    group = vocab_parallel.whole(heads[0], None)._replace(group=dist.group.WORLD.group_name)
+    parts = group, group._replace(weight=heads[1])
+    monkeypatch.setattr(vocab_parallel, "two_parts", lambda *_: parts)
+
     def part() -> None:
-        group = vocab_parallel.whole(heads[0], None)._replace(group=dist.group.WORLD.group_name)
-        found.append(distillation._chunked(
-            hidden, heads[0], teacher, heads[1], bias=None, teacher_bias=None, token_weight=None,
-            divergence="jsd", beta=0.5, temperature=1.0, logit_scale=1.0, teacher_logit_scale=1.0,
-            teacher_logit_softcap=None, reduction="none", part=group, **options,
-        ))  # fmt: skip
+        found.append(distillation_divergence(hidden, heads[0], teacher, heads[1], **options))
 
     try:
         peak = peak_memory(part)

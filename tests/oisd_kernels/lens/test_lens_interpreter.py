@@ -10,8 +10,8 @@ import torch
 from torch.autograd import gradcheck
 
 from oisd_kernels import PolicyTerms, linear_logprob, logit_lens_divergence, policy_head
-from oisd_kernels.lens.chunked.head_loop import row_functions
-from oisd_kernels.lens.chunked.rows_torch import RowMath
+from oisd_kernels.lens.chunked.head_pass import row_functions
+from oisd_kernels.lens.chunked.rows import RowMath
 from tests.interpreter import interpreted, outside, passes_in_the_interpreter
 from tests.oisd_kernels.test_reference import (
     DIVERGENCES,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from oisd_kernels.lens.chunked import chunks, rows_torch
-from oisd_kernels.lens.chunked.head_loop import row_functions
-from oisd_kernels.lens.chunked.rows_torch import BLOCK, RowMath
+from oisd_kernels.lens.chunked.head_pass import row_functions
+from oisd_kernels.lens.chunked.rows import RowMath
+from oisd_kernels.lens.chunked.rows_torch import BLOCK
 from oisd_kernels.lens.logit_lens import lens_with_top
 from tests.interpreter import interpreted, outside, passes_in_the_interpreter
 from tests.oisd_kernels.test_reference import assert_gradient_close, lens_truth, normal

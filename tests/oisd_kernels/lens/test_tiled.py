@@ -4,6 +4,7 @@ Without TRITON_INTERPRET=1 the one test here runs this file again with it: the i
 chosen before Triton is imported, and other tests need the compiler.
 """
 
+from functools import partial
 from itertools import product
 
 import pytest
@@ -14,14 +15,14 @@ from tests.interpreter import INTERPRETED, interpreted, outside, passes_in_the_i
 
 pytest.importorskip("triton")
 
-from oisd_kernels import reference
+from oisd_kernels import logit_lens_divergence, reference
 from oisd_kernels.gpu import GFX942
 from oisd_kernels.lens.tiled import tiles, values
-from oisd_kernels.lens.tiled.op import lens_divergence_tiled
 from oisd_kernels.lens.tiled.tiles import TILES, Head, Scores, launch_tile
 from oisd_kernels.lens.tiled.values import lens_values
 
 DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
+lens = partial(logit_lens_divergence, impl="tiled")
 
 
 @outside
@@ -32,7 +33,7 @@ def test_in_the_interpreter():
 @pytest.mark.skipif(INTERPRETED, reason="is about a CPU without the interpreter")
 def test_a_cpu_without_the_interpreter_is_refused():
     with pytest.raises(ValueError, match="hidden must be on a GPU"):
-        lens_divergence_tiled(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(3, 4))
+        lens(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(3, 4))
 
 
 def inputs(S, N, V, D, dtype=torch.float64, spread=1.0, seed=0):
@@ -49,7 +50,7 @@ def wide(x):
 
 def both(hidden, teacher, weight, **options):
     """Loss and statistics, tiled and by the float64 reference on the same rounded inputs."""
-    got = lens_divergence_tiled(hidden, teacher, weight, return_stats=True, **options)
+    got = lens(hidden, teacher, weight, return_stats=True, **options)
     options = {name: wide(x) for name, x in options.items()}
     want = reference.logit_lens_divergence(
         wide(hidden), wide(teacher), wide(weight), return_stats=True, **options
@@ -162,17 +163,15 @@ def test_minus_infinity_in_the_bias(divergence):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf], ids=str)
 def test_a_bad_row_stays_alone(divergence, bad):
     hidden, teacher, weight = inputs(2, 20, 40, 8)
-    clean = lens_divergence_tiled(hidden, teacher, weight, divergence=divergence)
+    clean = lens(hidden, teacher, weight, divergence=divergence)
     hidden[1, 3, 2] = bad
-    got = lens_divergence_tiled(hidden, teacher, weight, divergence=divergence)
+    got = lens(hidden, teacher, weight, divergence=divergence)
     assert got[1, 3].isnan()
     got[1, 3] = clean[1, 3]
     assert torch.equal(got, clean)
     token_weight = torch.ones(2, 20).double()
     token_weight[1, 3] = 0
-    got = lens_divergence_tiled(
-        hidden, teacher, weight, divergence=divergence, token_weight=token_weight
-    )
+    got = lens(hidden, teacher, weight, divergence=divergence, token_weight=token_weight)
     assert got.isfinite().all() and got[1, 3] == 0
 
 
@@ -203,20 +202,18 @@ def test_strided_inputs(divergence):
 @interpreted
 def test_no_tokens_and_no_weight():
     hidden, teacher, weight = inputs(2, 0, 7, 4)
-    assert lens_divergence_tiled(hidden, teacher, weight).shape == (2, 0)
-    assert lens_divergence_tiled(hidden, teacher, weight, reduction="mean") == 0
+    assert lens(hidden, teacher, weight).shape == (2, 0)
+    assert lens(hidden, teacher, weight, reduction="mean") == 0
     hidden, teacher, weight = inputs(2, 3, 7, 4)
     for reduction in ("none", "mean"):
-        loss = lens_divergence_tiled(
-            hidden, teacher, weight, token_weight=torch.zeros(3), reduction=reduction
-        )
+        loss = lens(hidden, teacher, weight, token_weight=torch.zeros(3), reduction=reduction)
         assert torch.equal(loss, torch.zeros_like(loss))
 
 
 @interpreted
 def test_a_budget_below_one_token_is_refused():
     with pytest.raises(ValueError, match="max_bytes must be at least"):
-        lens_divergence_tiled(*inputs(1, 3, 7, 4), max_bytes=100)
+        lens(*inputs(1, 3, 7, 4), max_bytes=100)
 
 
 class Largest(TorchDispatchMode):

@@ -24,7 +24,7 @@ from tests.oisd_kernels.test_reference import (
 pytest.importorskip("triton")
 
 from oisd_kernels import linear_logprob, logit_lens_divergence
-from oisd_kernels.lens.tiled import gradient, op, plan, tiles
+from oisd_kernels.lens.tiled import gradient, op, tiles
 from oisd_kernels.lens.tiled.gradient import (
     Backward,
     Product,
@@ -216,8 +216,8 @@ def test_nan_stays_in_its_row(large_tiles):
 @pytest.mark.parametrize("apart", [False, True], ids=["slabs-outside", "slices-outside"])
 def test_slabs_and_slices_change_nothing(apart, monkeypatch):
     """A float32 weight beside float64 states takes the second order of work."""
-    monkeypatch.setattr(plan, "TILES_OF_A_SLICE", 2)
-    monkeypatch.setattr(plan, "ROWS_OF_A_SLAB", 20)
+    monkeypatch.setattr(gradient, "TILES_OF_A_SLICE", 2)
+    monkeypatch.setattr(gradient, "ROWS_OF_A_SLAB", 20)
     hidden, teacher, weight, bias, token_weight = small_case(S=2, N=23, V=75, D=6)
     if apart:
         weight = leaf(weight.float())
@@ -433,15 +433,18 @@ def test_no_logprob():
 @interpreted
 def test_opcheck_of_the_lens():
     hidden, teacher, weight, bias, token_weight = small_case(S=2, N=4, V=7, D=3)
-    arguments = hidden, teacher, weight, bias, token_weight, "jsd", 0.5, 1.0, None, True
-    torch.library.opcheck(op.tiled_lens, (*arguments, True, None))
+    call = op.LensCall(
+        hidden, teacher, weight, bias, token_weight, "jsd", 0.5, 1.0, None, None, True, True
+    )
+    torch.library.opcheck(op.tiled_lens, tuple(call))
 
 
 @interpreted
 def test_opcheck_of_the_logprob():
     hidden, weight = leaf(normal(3, 6, seed=0)), leaf(normal(13, 6, seed=1))
-    arguments = hidden, weight, leaf(normal(13, seed=2)), torch.arange(3), 1.0, 2.0, None
-    torch.library.opcheck(op.tiled_logprob, arguments)
+    labels, bias = torch.arange(3), leaf(normal(13, seed=2))
+    call = op.LogprobCall(hidden, weight, bias, labels, 1.0, 2.0, None)
+    torch.library.opcheck(op.tiled_logprob, tuple(call))
 
 
 @interpreted

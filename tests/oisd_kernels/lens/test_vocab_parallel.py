@@ -14,10 +14,10 @@ from torch import Tensor
 
 from oisd import losses
 from oisd_kernels import linear_logprob, logit_lens_divergence, policy_head
-from oisd_kernels.lens import logit_lens, vocab_parallel
+from oisd_kernels.lens import vocab_parallel
 from oisd_kernels.lens.chunked import rows_torch
+from oisd_kernels.lens.chunked.rows import RowMath
 from oisd_kernels.lens.chunked.rows_parallel import ParallelRows
-from oisd_kernels.lens.chunked.rows_torch import RowMath
 from tests.oisd_kernels.lens.test_chunked import budget, peak_memory, policy_terms
 from tests.oisd_kernels.lens.vocab_parallel_runs import Call, on_processes, run
 from tests.oisd_kernels.test_reference import CASES, GRADIENT_BOUND, LOSS_BOUND, lens_case, normal
@@ -343,22 +343,19 @@ def test_gradients_in_the_operands_dtype(operand, kind, alone):
         assert 0 < error < torch.finfo(operand).eps
 
 
-def test_a_part_keeps_to_its_budget(alone):
+def test_a_part_keeps_to_its_budget(alone, monkeypatch):
     """No [N, V]: the logits of a chunk and the scratch of its rows."""
     size, width, vocabulary, budget_ = 300, 16, 20_011, 4 << 20
     hidden, final = normal(2, size, width, seed=0).float(), normal(size, width, seed=1).float()
     hidden.requires_grad_()
     weight = normal(vocabulary, width, seed=2).float()
-    part = vocab_parallel.whole(weight, None)._replace(group=alone.group_name)
     one = logit_lens_divergence(hidden, final, weight)
+    part = vocab_parallel.whole(weight, None)._replace(group=alone.group_name)
+    monkeypatch.setattr(vocab_parallel, "part", lambda *_: part)
     found = []
 
     def call() -> None:
-        found.append(logit_lens._chunked(
-            hidden, final, weight, bias=None, token_weight=None, divergence="jsd", beta=0.5,
-            temperature=1.0, logit_softcap=None, reduction="none", grad_weight=False,
-            return_stats=False, max_bytes=budget_, part=part,
-        ))  # fmt: skip
+        found.append(logit_lens_divergence(hidden, final, weight, max_bytes=budget_))
 
     peak = peak_memory(call)
     torch.testing.assert_close(found[0], one)
