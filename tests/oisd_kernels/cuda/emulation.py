@@ -69,7 +69,7 @@ class Emulator:
     """Stands in for `cuda_impl.run`; keeps the launches."""
 
     def __init__(self) -> None:
-        self.order = 0  # 1: reversed; any larger one: the seed of a shuffle, raised with each launch
+        self.order = 0  # 1: reversed; more: the seed of a shuffle, raised with each launch
         self.launches: list[tuple[Unit, str, int]] = []
         self.boxes: dict[str, int] = {}  # of a kernel's last launch, copied by tensor maps
 

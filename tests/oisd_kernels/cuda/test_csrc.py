@@ -1,7 +1,7 @@
 """The CUDA kernels of csrc/: emulated on a CPU from their own source, and on a GPU if there is one.
 
-Emulated (see csrc/emulator/emulate.h) the kernels prove their masks, offsets, lanes, swizzle, barriers and
-the host's arguments. What only a GPU shows is tested where there is one.
+Emulated (see csrc/emulator/emulate.h) the kernels prove their masks, offsets, lanes, swizzle,
+barriers and the host's arguments. What only a GPU shows is tested where there is one.
 """
 
 import ctypes
