@@ -34,7 +34,7 @@ from trl import GRPOTrainer
 from benchmarks.cases.step import Model
 from benchmarks.measure.machine import append, describe
 from benchmarks.measure.timer import paired
-from oisd.data.sums import arithmetic_examples, arithmetic_model, arithmetic_tokenizer
+from oisd.arithmetic import arithmetic_examples, arithmetic_model, arithmetic_tokenizer
 from oisd.integrations.trl import OISDConfig, OISDTrainer
 
 UNTIMED = 3

@@ -31,8 +31,8 @@ from trl import GRPOConfig, GRPOTrainer
 from benchmarks.measure.machine import ROOT, append, describe
 from benchmarks.measure.timer import spread
 from benchmarks.report import table
+from oisd.arithmetic import arithmetic_examples, arithmetic_tokenizer
 from oisd.config import from_tables, load_recipe, to_tables
-from oisd.data.sums import arithmetic_examples, arithmetic_tokenizer
 from oisd.policy import load_policy
 from oisd.trainer import Trainer
 from oisd.warmup import warm_up

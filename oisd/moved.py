@@ -14,7 +14,6 @@ from types import ModuleType
 MOVED = {
     "oisd.advantages": "oisd.losses.advantages",
     "oisd.answers": "oisd.rewards.answers",
-    "oisd.arithmetic": "oisd.data.sums",
     "oisd.attention_interface": "oisd.models.attention",
     "oisd.attention_loss": "oisd.losses.attention",
     "oisd.attention_maps": "oisd.lens.attention",

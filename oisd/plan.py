@@ -133,7 +133,7 @@ def model_shape(path: str) -> Shape:
     path: folder, Hub id, or "arithmetic". Downloads nothing. Raises ConfigError.
     """
     if path == "arithmetic":
-        from oisd.data.sums import arithmetic_model
+        from oisd.arithmetic import arithmetic_model
 
         return shape_of(arithmetic_model().config, "the built-in model")
     from transformers import AutoConfig

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oisd import adapters
+from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.config import ConfigError, ModelConfig
 from oisd.data import check_vocabulary
-from oisd.data.sums import arithmetic_model, arithmetic_tokenizer
 from oisd.models.layout import unwrap
 from oisd.rollout import Completions, sample
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import get_scheduler
 
+from oisd.arithmetic import supervised_batch
 from oisd.config import WarmupConfig
 from oisd.data import Example, prompt_indices
-from oisd.data.sums import supervised_batch
 from oisd.policy import Policy
 
 # Batches over which the probability of the right answers is averaged.

@@ -17,6 +17,7 @@ STANDARD_LIBRARY = sys.stdlib_module_names
 # The modules and packages of `oisd`, each of which imports only those before it.
 LAYERS = (
     "moved", "schema", "config", "options", "adapters", "models", "rewards", "data", "losses", "rollout",
+    "arithmetic",
     "batch", "policy", "plots", "run", "evaluate", "lens", "objective", "optimizer", "warmup",
     "plan", "trainer", "cli", "integrations",
 )  # fmt: skip
@@ -30,7 +31,7 @@ USE_TRANSFORMERS = {
     "oisd/rollout/__init__.py",
     "oisd/rollout/sampling.py",
     "oisd/rollout/continuous.py",
-    "oisd/data/sums.py",
+    "oisd/arithmetic.py",
     "oisd/optimizer.py",
     "oisd/warmup.py",
     "oisd/cli.py",

@@ -17,6 +17,7 @@ from oisd.data import catalogue
 from oisd.data.catalogue import BOXED, DataSet, Source
 from oisd.data.examples import DataError, Example, Message, permutation, prompt_indices
 from oisd.data.prompts import EncodedPrompts, check_vocabulary, encode_prompts, render_prompt
+from oisd.data.sums import arithmetic_examples
 from oisd.rewards.answers import last_boxed
 
 __all__ = [
@@ -61,8 +62,6 @@ def load_examples(
     if limit is not None and limit < 1:
         raise DataError(f"load_examples: limit must be at least 1, got {limit}")
     if source == "arithmetic" or source.startswith("arithmetic:"):
-        from oisd.data.sums import arithmetic_examples  # with torch, which other sources do without
-
         match = re.fullmatch(r"arithmetic(?::digits=(\d+))?", source)
         if match is None:
             raise DataError(

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.cli import main
-from oisd.data.sums import arithmetic_model, arithmetic_tokenizer
 
 SMALL = [
     "train",

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from oisd.arithmetic import arithmetic_model
 from oisd.config import AlignmentConfig, ConfigError, GRPOConfig, TrainConfig, from_tables
-from oisd.data.sums import arithmetic_model
 from oisd.objective import Objective
 from oisd.plan import check_layers, shape_of
 from tests.oisd.test_objective import TOLERANCE, batch, gradient_of, policy, totals_of, values  # noqa: F401

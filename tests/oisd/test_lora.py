@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from oisd import adapters
+from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.batch import Batch, assemble
 from oisd.cli import main
 from oisd.config import (
@@ -26,7 +27,6 @@ from oisd.config import (
     TrainConfig,
     from_tables,
 )
-from oisd.data.sums import arithmetic_model, arithmetic_tokenizer
 from oisd.objective import Objective, Totals
 from oisd.optimizer import Optimizer
 from oisd.policy import Policy, load_policy

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.batch import Batch, assemble
 from oisd.config import AlignmentConfig, GRPOConfig, OptimizerConfig, RunConfig, TrainConfig
-from oisd.data.sums import arithmetic_model, arithmetic_tokenizer
 from oisd.losses import Metrics
 from oisd.objective import NonFiniteError, Objective, Totals
 from oisd.optimizer import Optimizer

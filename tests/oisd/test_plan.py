@@ -43,7 +43,7 @@ def test_a_layer_that_the_model_has_not_is_refused(capsys):
 
 
 def test_parameters_of_the_built_in_model():
-    from oisd.data.sums import arithmetic_model
+    from oisd.arithmetic import arithmetic_model
 
     real = sum(p.numel() for p in arithmetic_model().parameters())
     assert model_shape("arithmetic").parameters == real

@@ -10,9 +10,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from oisd.arithmetic import arithmetic_model
 from oisd.cli import main
 from oisd.data import PAPER_SYSTEM_PROMPT
-from oisd.data.sums import arithmetic_model
 from tests import DATA
 
 SAMPLES = DATA

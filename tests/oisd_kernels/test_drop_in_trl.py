@@ -179,7 +179,7 @@ def test_trl_trainer_runs_on_ours(tmp_path, monkeypatch):
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
-    from oisd.data.sums import arithmetic_model, arithmetic_tokenizer
+    from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 
     calls = []
 

@@ -2,13 +2,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from oisd.data import DataError, Example
-from oisd.data.sums import (
+from oisd.arithmetic import (
     arithmetic_examples,
     arithmetic_model,
     arithmetic_tokenizer,
     supervised_batch,
 )
+from oisd.data import DataError, Example
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import datasets
 import pytest
 from transformers import Qwen3Config
 
+from oisd.arithmetic import arithmetic_tokenizer
 from oisd.data import (
     PAPER_SYSTEM_PROMPT,
     DataError,
@@ -18,7 +19,6 @@ from oisd.data import (
     prompt_indices,
     render_prompt,
 )
-from oisd.data.sums import arithmetic_tokenizer
 from tests import DATA
 
 GSM8K = str(DATA / "gsm8k_sample.jsonl")

@@ -11,8 +11,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.data import Example
-from oisd.data.sums import arithmetic_model, arithmetic_tokenizer
 from oisd.evaluate import (
     Evaluation,
     Problem,

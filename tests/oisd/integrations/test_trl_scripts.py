@@ -18,7 +18,7 @@ import torch.distributed
 import trl
 import trl.rewards
 
-from oisd.data.sums import arithmetic_tokenizer
+from oisd.arithmetic import arithmetic_tokenizer
 from oisd.integrations import trl as adapter
 from oisd.integrations.trl import OISDConfig
 from tests import ROOT

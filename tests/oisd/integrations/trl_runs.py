@@ -23,7 +23,7 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from oisd.data.sums import arithmetic_tokenizer
+from oisd.arithmetic import arithmetic_tokenizer
 from oisd.integrations.alignment import gathered
 from oisd.integrations.trl import OISDConfig, OISDTrainer
 from oisd.models.layout import is_partitioned

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.cli import main
-from oisd.data.sums import arithmetic_model, arithmetic_tokenizer
 from oisd.lens import LayerLens, Lens, _before_feed_forward, plots, summarise
 from oisd.lens.attention import LayerAttention
 from oisd.lens.plots import shown_layers, visible_controls

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from oisd.data.sums import arithmetic_model
+from oisd.arithmetic import arithmetic_model
 from oisd.models import Taps
 from oisd.rollout import continuous, sample
 from tests.oisd.rollout.test_rollout import (

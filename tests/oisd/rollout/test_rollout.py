@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from oisd.data.sums import arithmetic_model
+from oisd.arithmetic import arithmetic_model
 from oisd.rollout import Completions, left_pad, sample
 from oisd.rollout.sampling import row_keys, uniform
 

@@ -11,9 +11,9 @@ import torch
 import transformers
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
+from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.batch import Batch
 from oisd.config import ConfigError, GRPOConfig, RolloutConfig, from_tables
-from oisd.data.sums import arithmetic_model, arithmetic_tokenizer
 from oisd.policy import Policy
 from oisd.rollout import continuous
 from oisd.run import engine_choice

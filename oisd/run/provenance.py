@@ -1,0 +1,143 @@
+"""What a result was made of: weights, problems, reward, versions. Reused only for the same.
+
+A record is kept beside a result and held against a new one before the result is shown again or gone
+on from. A file's record has its size, its time of change, a digest of samples of it and one of the
+whole. Where size, time and samples agree, the whole is not read again; where the time differs, the
+whole decides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import astuple
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from oisd import adapters
+from oisd.data import Example
+
+# Of a model's folder: what decides over its outputs. Not the trainer's state, nor a model card.
+_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".py", ".txt"}
+_LEFT_OUT = {"digests.json", "trainer_state.json", "all_results.json", "train_results.json"}
+_PACKAGES = ("oisd", "torch", "transformers", "math-verify")
+
+_SAMPLES = 64
+_SAMPLE_BYTES = 1 << 16
+
+Record = dict[str, Any]
+
+
+def of_model(path: str) -> Record:
+    """The files of a model's folder, of its base where it is an adapter; a Hub model's commit."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return {"name": path, "commit": _cached_commit(path)}
+    files = {file.name: _of_file(file) for file in _files(folder)}
+    if not adapters.is_adapter(folder):
+        return {"files": files}
+    return {"files": files, "base": of_model(adapters.base_path(folder))}
+
+
+def of_examples(examples: Iterable[Example]) -> str:
+    """Digest of the problems, their order, and their answers."""
+    rows = [json.dumps(astuple(example), ensure_ascii=False, default=str) for example in examples]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def of_reward(name: str) -> str:
+    """Digest of the source of a reward: the user's module, or our own graders."""
+    module, _, function = name.partition(":")
+    found = importlib.util.find_spec(module if function else "oisd.rewards")
+    if found is None or found.origin is None:
+        return name
+    source = Path(found.origin)
+    files = [source] if function else sorted(source.parent.glob("*.py"))
+    digest = hashlib.sha256(name.encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that decide over a result."""
+    return {name: found for name in _PACKAGES if (found := _version(name))}
+
+
+def changed_model(then: Mapping[str, Any], path: str, now: Mapping[str, Any]) -> list[str]:
+    """What of a model is not what it was, in words; none if it is the same, to the byte."""
+    if then.get("commit") != now.get("commit"):
+        return [f"{path} is at commit {now.get('commit')}, was at {then.get('commit')}"]
+    found = []
+    before, after = then.get("files", {}), now.get("files", {})
+    for name in sorted(before.keys() | after.keys()):
+        if name not in after:
+            found.append(f"{name} is gone")
+        elif name not in before:
+            found.append(f"{name} is new")
+        elif before[name]["sha256"] != after[name]["sha256"]:
+            found.append(f"{name} has other content")
+    if "base" in then and "base" in now:
+        found += [f"its base: {text}" for text in changed_model(then["base"], path, now["base"])]
+    return found
+
+
+def refreshed(then: Mapping[str, Any], path: str) -> Record:
+    """`of_model` again, which reads a file whole only where `then` leaves a doubt."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return of_model(path)
+    before = then.get("files", {})
+    files = {file.name: _of_file(file, before.get(file.name)) for file in _files(folder)}
+    if not adapters.is_adapter(folder):
+        return {"files": files}
+    base = adapters.base_path(folder)
+    return {"files": files, "base": refreshed(then.get("base", {}), base)}
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix in _SUFFIXES and file.name not in _LEFT_OUT:
+            yield file
+
+
+def _of_file(file: Path, then: Mapping[str, Any] | None = None) -> Record:
+    status = file.stat()
+    found = {"size": status.st_size, "time": status.st_mtime_ns, "samples": _samples(file)}
+    if then is not None and all(then[name] == value for name, value in found.items()):
+        return {**found, "sha256": then["sha256"]}
+    with file.open("rb") as stream:
+        return {**found, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _samples(file: Path) -> str:
+    """Digest of places all over a file: its first bytes, which are a checkpoint's header, too."""
+    size = file.stat().st_size
+    digest = hashlib.sha256()
+    step = max(size // _SAMPLES, _SAMPLE_BYTES)
+    with file.open("rb") as stream:
+        for start in range(0, size, step):
+            stream.seek(start)
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _cached_commit(name: str) -> str | None:
+    """The commit of a Hub model's copy on this disk; None before it is there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except ValueError:  # no name that the Hub knows
+        return None
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
