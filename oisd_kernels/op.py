@@ -46,6 +46,8 @@ def custom_op(
     def kernel(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
         record = call(*arguments)
         device = next(x.device.type for x in record if isinstance(x, Tensor))
+        if not torch.amp.is_autocast_available(device):
+            device = "cpu"  # "meta", on which allocations are counted, has no autocast
         with torch.no_grad(), torch.autocast(device, enabled=False):
             return _returned(run(record))
 

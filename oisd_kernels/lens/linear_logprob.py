@@ -86,9 +86,8 @@ def linear_logprob(
             logit_softcap=logit_softcap,
         )  # fmt: skip
     if impl == "tiled":
-        from oisd_kernels.lens.tiled import (
-            op as tiled,  # Triton may be missing on CPU-only machines
-        )
+        # Triton may be missing on CPU-only machines.
+        from oisd_kernels.lens.tiled import op as tiled
 
         tiled.check(OP, hidden, checks.compute_dtype(hidden, part.weight, part.bias))
         call = tiled.LogprobCall(

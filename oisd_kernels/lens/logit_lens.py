@@ -154,9 +154,8 @@ def logit_lens_divergence(  # pyright: ignore[reportInconsistentOverload]  # sho
     weight_of_row = row_weight(token_weight, layers, compute)
     reduce = reduction != "none"
     if impl == "tiled":
-        from oisd_kernels.lens.tiled import (
-            op as tiled,  # Triton may be missing on CPU-only machines
-        )
+        # Triton may be missing on CPU-only machines.
+        from oisd_kernels.lens.tiled import op as tiled
 
         tiled.check(OP, hidden, compute)
         recording = torch.is_grad_enabled() and any(

@@ -16,12 +16,7 @@ from torch import Tensor
 from oisd_kernels.divergences_torch import row_gradient, row_terms
 from oisd_kernels.lens.chunked.chunks import SCRATCH_ROWS
 from oisd_kernels.lens.chunked.rows import FinalRows, RowMath, StudentRows, in_place
-from oisd_kernels.lens.chunked.rows_torch import (
-    likeliest,
-    scores,
-    slope,
-    tiles,
-)
+from oisd_kernels.lens.chunked.rows_torch import likeliest, scores, slope, tiles
 
 NOWHERE = torch.iinfo(torch.int64).max  # the place of a maximum on a rank that does not hold it
 
