@@ -208,8 +208,9 @@ def _measure(
         }
         if case.device == "cpu":
             try:
-                limit = options.case_limit / 2
-                row["peak_mib"] = memory.cpu_peak(case.name, name, options.threads, limit)
+                row["peak_mib"] = memory.cpu_peak(
+                    case.name, name, options.threads, timeout=options.case_limit / 2
+                )
             except memory.MemoryFailure as error:
                 row["peak_reason"] = str(error)
         if "peak_mib" in row and not case.whole:

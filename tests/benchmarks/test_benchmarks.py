@@ -51,7 +51,7 @@ MACHINE = {"date", "commit", "device", "driver", "threads", "python", "versions"
 @pytest.fixture(autouse=True)
 def no_memory_process(monkeypatch):
     """A fresh process for each implementation takes seconds; one slow test has it."""
-    monkeypatch.setattr(runner.memory, "cpu_peak", lambda *_: 7.0)
+    monkeypatch.setattr(runner.memory, "cpu_peak", lambda *_, **__: 7.0)
     monkeypatch.setattr(runner.roofline, "copy", lambda device: (lambda: sum(range(2000)), 1e3))
 
 
@@ -104,6 +104,12 @@ def test_wrong_is_reported_and_never_timed():
         assert "loss is" in rows[name]["reason"] and "median_s" not in rows[name]
     assert rows["nan"]["errors"]["loss"] is None
     assert rows["wrong"]["errors"]["loss"] == pytest.approx(1e-3 * 3**0.5 / 2 / 14**0.5, rel=1e-2)
+
+
+def test_all_that_are_right_are_timed():
+    two = [Implementation(name, Doubling()) for name in ("one", "two")]
+    rows = runner.run_case(doubling_case(*two), OPTIONS)
+    assert [(row["status"], row["peak_mib"]) for row in rows] == [("ok", 7.0)] * 2
 
 
 def test_a_wrong_gradient_is_wrong():
