@@ -15,16 +15,18 @@ PAGES = {
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "CHANGELOG.md": "CHANGELOG.md",
 }
-PICTURES = "benchmarks/results/cpu-quick/*.png"
+FILES = ["CITATION.cff", *ROOT.glob("benchmarks/results/cpu-quick/*.png")]
 
 
 def on_files(files: Any, config: Any) -> Any:
     for name, page in PAGES.items():
         text = (ROOT / name).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=text.replace("](docs/", "](")))
-    for picture in ROOT.glob(PICTURES):
-        name = str(picture.relative_to(ROOT))
-        files.append(File.generated(config, name, abs_src_path=str(picture)))
+        text = text.replace("](docs/", "](").replace("](README.md", "](index.md")
+        files.append(File.generated(config, page, content=text))
+    for file in FILES:
+        path = ROOT / file
+        name = path.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
 
 
