@@ -24,7 +24,7 @@ EQUAL = dict(dull="47+85=", shuffle_dataset=False)
 DULL = HEAVY | EQUAL
 DEEPSPEED = {"DS_ACCELERATOR": "cpu", "DS_BUILD_OPS": "0"}
 needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed, see CONTRIBUTING.md"
+    importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed, see docs/development.md"
 )
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",

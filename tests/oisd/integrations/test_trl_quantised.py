@@ -13,7 +13,9 @@ from oisd import Taps
 from oisd.models import UnsupportedModelError
 from tests.oisd.integrations.trl_runs import Run, difference, make, tiny_policy
 
-bitsandbytes = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, see CONTRIBUTING.md")
+bitsandbytes = pytest.importorskip(
+    "bitsandbytes", reason="needs bitsandbytes, see docs/development.md"
+)
 
 # Rows of a multiple of the 64 entries that share a scale.
 WIDE = dict(hidden_size=64, intermediate_size=128, head_dim=16)

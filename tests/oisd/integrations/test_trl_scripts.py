@@ -39,25 +39,25 @@ def save_policy(folder: Path) -> str:
 
 
 def test_your_own_loop_runs_and_is_short(capsys):
-    code, _ = blocks("your-own-loop.md", "python")
+    (code,) = blocks("your-own-loop.md", "python")
     exec(compile(code, "docs/your-own-loop.md", "exec"), {})
     assert "js/attention_pos" in capsys.readouterr().out
     loop = code[code.index("predicts =") :]
     assert len([line for line in loop.splitlines() if line.strip()]) <= 25
 
 
-def test_its_tensor_parallel_block_runs(tmp_path, monkeypatch):
+def test_the_tensor_parallel_block_runs(tmp_path, monkeypatch):
     """As torchrun starts it, on one process; test_vocab_parallel.py has several."""
-    _, code = blocks("your-own-loop.md", "python")
+    (code,) = blocks("tensor-parallelism.md", "python")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     own = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT=port)
     for name, value in own.items():
         monkeypatch.setenv(name, value)
-    names: dict[str, Any] = {"torch": torch}
+    names: dict[str, Any] = {}
     try:
-        exec(compile(code, "docs/your-own-loop.md", "exec"), names)
+        exec(compile(code, "docs/tensor-parallelism.md", "exec"), names)
     finally:
         torch.distributed.destroy_process_group()
     assert names["hidden"].grad.norm() > 1e-3

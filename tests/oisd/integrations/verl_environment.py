@@ -1,7 +1,7 @@
 """Imported before verl: makes it run on the CPU with our engine, or skips the tests without it.
 
 verl cannot share an environment with TRL, so that its tests are skipped in the usual one;
-CONTRIBUTING.md has the command that makes another and runs them.
+docs/development.md has the command that makes another and runs them.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 if importlib.util.find_spec("verl") is None:
-    reason = "verl is not installed (it cannot be beside TRL; see CONTRIBUTING.md)"
+    reason = "verl is not installed (it cannot be beside TRL; see docs/development.md)"
     pytest.skip(reason, allow_module_level=True)
 
 HERE = str(Path(__file__).parents[3])

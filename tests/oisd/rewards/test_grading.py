@@ -19,7 +19,7 @@ from tests import DATA, ROOT
 
 TABLE = DATA / "grading.jsonl"
 ROWS = [json.loads(line) for line in TABLE.read_text(encoding="utf-8").splitlines()]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
 
 def completion(row: dict) -> str:
@@ -57,12 +57,12 @@ def test_the_table_is_large_and_has_both_verdicts():
     assert len({(completion(row), row["gold"]) for row in ROWS}) == len(ROWS)
 
 
-def test_the_readme_counts_the_limitations():
+def test_the_page_counts_the_limitations():
     limits = Counter(row["limitation"] for row in ROWS if "limitation" in row)
-    assert f"errs on {limits.total()} of the {len(ROWS)} cases" in README
-    assert f"{max(limits.values())} are boxes of 2,000 characters" in README
+    assert f"errs on {limits.total()} of the {len(ROWS)} cases" in PAGE
+    assert f"{max(limits.values())} are boxes of 2,000 characters" in PAGE
     strict = sum("string" in row for row in ROWS)
-    assert f"refuses {strict} right answers in another form" in README
+    assert f"rejects {strict} correct answers written differently" in PAGE
 
 
 def test_math_gives_the_humans_verdict():
