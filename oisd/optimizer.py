@@ -46,10 +46,6 @@ class Optimizer:
         self.adamw.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
 
-    def zeros(self) -> list[Tensor]:
-        """A gradient of 0 for each parameter, to add to."""
-        return [torch.zeros_like(p) for p in self.parameters]
-
     def sum_gradients(self) -> Tensor:
         """Sum the parameters' gradients over the processes; returns the norm of the sum."""
         for parameter in self.parameters:

@@ -81,10 +81,7 @@ def _finish_gradients(ax: Axes) -> None:
 
 
 def _by_sign(name: str, title: str) -> _Panel:
-    lines = (
-        (f"js/{name}_pos", "advantage > 0", BLUE),
-        (f"js/{name}_neg", "advantage < 0", ORANGE),
-    )
+    lines = ((f"js/{name}_pos", "advantage > 0", BLUE), (f"js/{name}_neg", "advantage < 0", ORANGE))
     return _Panel(f"js_{name}", title, "divergence (nats)", lines, finish=_finish_divergence)
 
 
@@ -157,9 +154,7 @@ def plot_pass_at_k(curves: Curves, path: str | Path, intervals: Intervals | None
 
 
 def plot_pass_at_k_panels(
-    panels: Mapping[str, Curves],
-    path: str | Path,
-    intervals: Mapping[str, Intervals] | None = None,
+    panels: Mapping[str, Curves], path: str | Path, intervals: Mapping[str, Intervals] | None = None
 ) -> Path:
     """Draw a panel of pass@k for each benchmark, as in figure 3 of the paper; return the file.
 

@@ -91,7 +91,7 @@ class Trainer:
         if checkpoint is not None:
             state = self.folder.state(checkpoint)
             self.step = state["step"]
-            self.optimizer.load_state_dict(state["learner"])
+            self.optimizer.load_state_dict(state["learner"])  # as version 0.1 names it
         self.reference = self._load_reference() if config.grpo.kl_coef and self.resumed else None
 
     # ------------------------------------------------------------------ the run
@@ -379,19 +379,20 @@ def learn(
     """
     run = objective.config.run
     separately = bool(run.grad_norm_every) and step % run.grad_norm_every == 0
-    processes, device = optimizer.processes, optimizer.parameters[0].device
+    processes, parameters = optimizer.processes, optimizer.parameters
+    device = parameters[0].device
     sums = {name: torch.zeros((), device=device) for name in objective.coefficients}
     norms: dict[str, list[float]] = defaultdict(list)
     metrics: Metrics = {}
     for batch, totals in minibatches:
-        # The gradient of each loss alone, where it is asked for.
-        alone = {name: optimizer.zeros() for name in sums} if separately else {}
+        # The gradient of each loss alone, if asked for.
+        alone = {n: [torch.zeros_like(p) for p in parameters] for n in sums} if separately else {}
         parts = batch.micro_batches(run.tokens_per_microbatch)
         found = []
         with objective.taps:  # in the backward too: checkpointing runs layers again
             for index in parts:
                 losses, more = objective(batch.select(index), totals, step)
-                found.append(_backward(losses, objective.coefficients, optimizer.parameters, alone))
+                found.append(_backward(losses, objective.coefficients, parameters, alone))
                 metrics = add_metrics(metrics, more)
                 del losses  # and with them the graph, before the next forward
         norm = optimizer.sum_gradients()
