@@ -113,7 +113,7 @@ class Launch:
 @cache
 def code(function: JITFunction) -> str:
     """The code of a function and of all it calls, with their constants: no comments, docstrings."""
-    [tree] = function.parse().body
+    tree: Any = function.parse().body[0]
     if ast.get_docstring(tree) is not None:
         del tree.body[0]
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
