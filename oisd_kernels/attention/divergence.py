@@ -161,9 +161,10 @@ def attention_divergence(
         )  # fmt: skip
 
     # The op takes everything packed, and one layer as S = 1.
+    factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
     if scale_teacher is None:
-        scale_teacher = q_teacher.shape[-1] ** -0.5 if scale is None else scale
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+        scale_teacher = scale
+    factor_teacher = float(q_teacher.shape[-1] ** -0.5 if scale_teacher is None else scale_teacher)
     shape = q.shape[:-2]  # with S in front, if there are layers
     if not layers:
         q, k, lse = q[None], k[None], None if lse is None else lse[None]
@@ -183,7 +184,7 @@ def attention_divergence(
         q, k, q_teacher.detach(), k_teacher.detach(), weight, geometry.cu_seqlens,
         None if key_index is None else key_index.flatten(0, -2),
         _detached(lse), _detached(lse_teacher), geometry.max_length, *masks,
-        float(scale), float(scale_teacher), divergence, float(beta), chosen,
+        factor, factor_teacher, divergence, float(beta), chosen,
     )  # fmt: skip
     loss = divergence_op(*call)[0].view(shape)
     if reduction == "none":

@@ -31,7 +31,12 @@ from torch import Tensor
 from oisd_kernels import checks, reference
 from oisd_kernels.attention import implementation
 from oisd_kernels.attention.checks import check_cu_seqlens, check_layer, check_masks
-from oisd_kernels.attention.divergence import DivergenceCall, divergence_op, weighted
+from oisd_kernels.attention.divergence import (
+    DivergenceCall,
+    DivergenceResult,
+    divergence_op,
+    weighted,
+)
 from oisd_kernels.attention.spec import (
     Alignment,
     Geometry,
@@ -271,11 +276,11 @@ class AttentionAlignment:
             lse_teacher, geometry.max_length, geometry.causal, geometry.window, geometry.softcap,
             student.scale, factor, self.divergence, self.beta, student.impl,
         )  # fmt: skip
-        value, _, found, statistic = divergence_op(*call)
-        lse_teacher = found if lse_teacher is None else lse_teacher
+        found = DivergenceResult(*divergence_op(*call))
+        lse_teacher = found.lse_teacher if lse_teacher is None else lse_teacher
         hung = _LossCall(
-            student.handle, value[0], weight, self._key, q_teacher, k_teacher, lse_teacher,
-            statistic, factor, self.divergence, self.beta,
+            student.handle, found.loss[0], weight, self._key, q_teacher, k_teacher, lse_teacher,
+            found.statistic, factor, self.divergence, self.beta,
         )  # fmt: skip
         return hang_on_handle(*hung).view(rows)
 

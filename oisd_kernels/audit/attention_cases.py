@@ -94,7 +94,7 @@ def _cases(
 
 
 def _stacked(student: Layer) -> Layer:
-    return Layer(*(x[None] for x in student[:3]), student.scale)
+    return Layer(student.q[None], student.k[None], student.lse[None], student.scale)
 
 
 def _several(
