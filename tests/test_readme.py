@@ -102,7 +102,7 @@ def test_adapters_are_merged_as_the_page_says(tmp_path, monkeypatch):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM
 
-    from oisd.data.sums import arithmetic_model, arithmetic_tokenizer
+    from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 
     (code,) = blocks("docs/lora.md", "python")
     monkeypatch.chdir(tmp_path)

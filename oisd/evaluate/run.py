@@ -212,7 +212,7 @@ def _write(model: str, config: EvalRun, job: Job, result: Evaluation) -> dict[st
 def _prepare(model: str, config: EvalRun, job: Job) -> None:
     """Make the folder, or find that it holds this very evaluation."""
     settings: dict[str, Any] = {"model": model}
-    free = (*config._free, "_free")
+    free = config._free
     settings |= {k: v for k, v in asdict(config).items() if k not in free}
     settings |= {"data": job.source.written, "samples": job.samples}
     settings["system_prompt"] = job.system_prompt
