@@ -57,7 +57,7 @@ class RowTerms(NamedTuple):
         return cls(base2(lse), base2(alignment.teacher.lse), factor, shift)
 
 
-def boost_of(
+def ds_scale_of(
     dtype: torch.dtype, d_out: Tensor | None, alignment: Alignment | None, like: Tensor
 ) -> Tensor | None:
     """float16's range is short: a power of two that brings the largest upstream gradient near 1."""

@@ -19,10 +19,10 @@ from torch import Tensor
 from oisd_kernels.attention.launch import (
     RowTerms,
     arithmetic,
-    boost_of,
     capability_of,
     common_dtype,
     compute_of,
+    ds_scale_of,
     ready,
     rounded_up,
     strides_of,
@@ -94,13 +94,13 @@ def backward(
         log_odds = math.log(alignment.beta) - math.log1p(-alignment.beta)
         options = {"DIVERGENCE": alignment.divergence, "LOG_ODDS": log_odds, **call.options}
         slots = _slots(key_index, geometry)
-        boost = boost_of(dtype, None, alignment, q)
+        ds_scale = ds_scale_of(dtype, None, alignment, q)
         kind = dtype, call.width, geometry
         tile = launch_tile(call.capability, "sampled", *kind)
         sampled_dq_kernel[(N, H // call.heads)](
-            *call.tensors, slots, *rows, boost, dq,
+            *call.tensors, slots, *rows, ds_scale, dq,
             N, slots.shape[1], *call.groups, *call.strides, *strides_of(dq),
-            SCALE_DS=boost is not None, **options, **call.products, HEADS=call.heads,
+            SCALE_DS=ds_scale is not None, **options, **call.products, HEADS=call.heads,
             BLOCK=tile.n, **tile.options(),
         )  # fmt: skip
         tile = launch_tile(call.capability, "sampled dk", *kind)

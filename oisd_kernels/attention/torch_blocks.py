@@ -80,8 +80,8 @@ class Group:
         place = torch.arange(self.length, device=self.device)
         reach = self.length if geometry.window is None else geometry.window
         first = place if geometry.causal else (place - reach + 1).clamp(min=0)
-        behind = (place + reach).clamp(max=self.length)
-        return (count[:, behind] > count[:, first]) & self.exists
+        end = (place + reach).clamp(max=self.length)
+        return (count[:, end] > count[:, first]) & self.exists
 
     def rows(self, keep: Tensor | None) -> "Rows":
         """The rows of `keep` [B, T], or all that exist."""

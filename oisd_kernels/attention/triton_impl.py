@@ -30,10 +30,10 @@ from oisd_kernels.attention.launch import (
     TL,
     RowTerms,
     arithmetic,
-    boost_of,
     capability_of,
     common_dtype,
     compute_of,
+    ds_scale_of,
     mask_of,
     ready,
     rounded_up,
@@ -160,10 +160,10 @@ def backward(
     if N > 0:
         capability = capability_of(q, capability)
         terms = RowTerms.of(rows_of(student.lse, compute), delta, alignment)
-        boost = boost_of(dtype, None if plain is None else plain.d_out, alignment, q)
+        ds_scale = ds_scale_of(dtype, None if plain is None else plain.d_out, alignment, q)
         launches = _launches(plain is not None, alignment)
         constants = {
-            "SCALE": student.scale, "SCALE_DS": boost is not None,
+            "SCALE": student.scale, "SCALE_DS": ds_scale is not None,
             "HEAD_DIM": K, "HEAD_DIM_T": qt.shape[2],
             "BLOCK_K": rounded_up(K), "BLOCK_KT": rounded_up(qt.shape[2]),
             **mask_of(geometry), **arithmetic(q, dtype, capability),
@@ -180,7 +180,7 @@ def backward(
         kept = None if alignment is None else kept_before(terms.factor)
         for options in launches:
             attention_dq_kernel[(tiles.programs, H)](
-                *inputs, boost, dq, tiles.table, kept, *numbers, *strides, *strides_of(dq),
+                *inputs, ds_scale, dq, tiles.table, kept, *numbers, *strides, *strides_of(dq),
                 **options, SPLIT=tile.split and alignment is None, DEPTH=tile.depth,
                 **constants,
                 BLOCK_M=tile.m, BLOCK_N=tile.n, **tile.options(),
@@ -191,7 +191,7 @@ def backward(
         work = None if kept is None else Work.of(geometry, tiles, kept, tile.m)
         for options in launches:
             attention_dkdv_kernel[(tiles.programs, J)](
-                *inputs, boost, dk, dv, tiles.table, *(work or (None,) * 4),
+                *inputs, ds_scale, dk, dv, tiles.table, *(work or (None,) * 4),
                 *numbers, *strides, *strides_of(dk, dv),
                 **options, SPLIT=tile.split and alignment is None, DEPTH=tile.depth,
                 **constants,

@@ -196,10 +196,10 @@ class _LensSlab(_Slab):
         constants = {"STATS": self.stats}
         out, top1 = self.launch(tiled_kl_kernel, 2, 7, (a, b), self.rows, (), constants)
         a, b = _Splits(out[0], out[1], top1[0]), _Splits(out[2], out[3], top1[1])
-        gap = out[4].double()
-        # Over all splits: what the maxima lack to the largest belongs to the gap.
-        gap = (a.share * (gap + (a.behind - b.behind) * a.l)).sum(0)
-        value = self.put(gap / a.total + (b.total / a.total).log())
+        kl_sum = out[4].double()
+        # Over all splits: what a maximum lacks to the largest belongs to the sum.
+        kl_sum = (a.share * (kl_sum + (a.deficit - b.deficit) * a.l)).sum(0)
+        value = self.put(kl_sum / a.total + (b.total / a.total).log())
         got: list[Tensor | None] = [value] + [None] * 6
         teacher, student = (a, b) if forward else (b, a)
         if self.stats:
@@ -250,18 +250,18 @@ class _Splits:
     def __init__(self, m: Tensor, l: Tensor, top1: Tensor):  # noqa: E741
         self.m, self.l, self.place = m.double(), l.double(), top1
         self.largest = self.m.amax(0)
-        self.behind = self.m - self.largest
-        self.share = self.behind.exp()
+        self.deficit = self.m - self.largest
+        self.share = self.deficit.exp()
         self.total = (self.share * self.l).sum(0)
 
     def logsumexp(self) -> Tensor:
         return self.largest + self.total.log()
 
     def entropy(self, moment: Tensor) -> Tensor:
-        moment = (self.share * (moment.double() + self.behind * self.l)).sum(0)
+        moment = (self.share * (moment.double() + self.deficit * self.l)).sum(0)
         return self.total.log() - moment / self.total
 
     def top1(self) -> Tensor:
         """The first token of the largest score."""
         beyond = torch.iinfo(torch.int32).max
-        return torch.where(self.behind == 0, self.place, beyond).amin(0).long()
+        return torch.where(self.deficit == 0, self.place, beyond).amin(0).long()
