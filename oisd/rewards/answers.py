@@ -48,94 +48,9 @@ def last_boxed(text: str) -> str | None:
     return bare[-1] if bare else None
 
 
-# ---- what needs no mathematics ---------------------------------------------------------------
-
-_MINUS_SIGNS = dict.fromkeys(map(ord, "\u2212\u2013\u2014\ufe63\uff0d"), "-")
-_INVISIBLE = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\xad"))
-_FULL_WIDTH = {0xFEE0 + code: chr(code) for code in range(0x21, 0x7F)}
-# Signs that people type instead of a LaTeX command; a space ends the command.
-_SYMBOLS = {
-    ord(symbol): f"{latex} " if latex[-1].isalpha() else latex
-    for symbol, latex in {
-        "°": "^\\circ", "∞": "\\infty", "π": "\\pi", "Π": "\\Pi", "·": "\\cdot", "×": "\\times",
-        "÷": "/", "≤": "\\le", "≥": "\\ge", "≠": "\\ne", "±": "\\pm", "∪": "\\cup", "∩": "\\cap",
-        "∅": "\\emptyset", "ℝ": "\\mathbb{R}", "√": "\\sqrt", "½": "\\frac{1}{2}",
-        "⅓": "\\frac{1}{3}", "⅔": "\\frac{2}{3}", "¼": "\\frac{1}{4}", "¾": "\\frac{3}{4}",
-        "²": "^2", "³": "^3", "′": "'", "⟨": "\\langle", "⟩": "\\rangle",
-    }.items()
-}  # fmt: skip
-_TYPED = _FULL_WIDTH | _MINUS_SIGNS | _SYMBOLS | _INVISIBLE
-_RENAMED = (
-    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
-    (re.compile(r"\\(?:mathbb|Bbb)\s*\{?\s*([A-Z])\s*\}?"), r"\\mathbb{\1}"),
-    (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
-    (re.compile(r"\\langle(?![a-zA-Z])"), "("),
-    (re.compile(r"\\rangle(?![a-zA-Z])"), ")"),
-    (re.compile(r"\\sqrt\s*(\[[^][]*\])?\s*([0-9a-zA-Z])"), r"\\sqrt\1{\2}"),
-)
-_DELIMITER_SIZE = re.compile(r"\\(?:left|right)(?![a-zA-Z])\.?")
-_THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?:,|\\,| )\d{3})+")
-_WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}]*)\}")
-_SPACE = re.compile(r"\\[,;: ]|\\q?quad(?![a-zA-Z])|~")
-_SPACE_TO_DROP = re.compile(r"(?<!\d) | (?!\d)")  # all but "2 1/2", which is not 21/2
-_REPEATING = re.compile(r"(\d{0,30})\.(\d{0,30})\\(?:overline|bar)\s*\{(\d{1,30})\}")
-_SCIENTIFIC = re.compile(r"([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})")
-_SET = re.compile(r"\\\{.*\\\}")
-_TUPLE = re.compile(r"\([^()]*,[^()]*\)")
-_INFINITY = re.compile(r"([-+]?)\s*(?:\\text\s*\{\s*)?infinity\s*\}?", re.IGNORECASE)
-WORD = re.compile(r"yes|no|true|false|[A-Z]")
-INTEGER = re.compile(r"[-+]?\d+")
-
-
-def clean(text: str) -> str:
-    """Spell an answer so that both math-verify and the comparison of strings understand it."""
-    text = text.translate(_TYPED).replace("\\$", "").replace("$", "").replace("\\!", "")
-    text = _DELIMITER_SIZE.sub("", text).replace("{,}", ",")
-    for spelling, wanted in _RENAMED:
-        text = spelling.sub(wanted, text)
-    text = text.strip().rstrip(".").strip()
-    if (quantity := _WRAPPER.fullmatch(text)) and quantity[1].strip()[:1].isdigit():
-        text = quantity[1].strip()  # \text{12 apples}
-    if infinity := _INFINITY.fullmatch(text):
-        return f"{infinity[1]}\\infty"
-    if number := _SCIENTIFIC.fullmatch(text):
-        return f"{number[1]}\\times10^{{{number[2]}}}"
-    text = _REPEATING.sub(_as_fraction, text)
-    return re.sub(r"[^-+\d]", "", text) if _THOUSANDS.fullmatch(text) else text
-
-
-def _as_fraction(repeating: re.Match[str]) -> str:
-    """0.1666... written with a bar, as (16 - 1) / 90."""
-    whole, once, again = repeating.groups()
-    before = whole + once
-    numerator = int(before + again) - int(before or "0")
-    return f"\\frac{{{numerator}}}{{{10 ** len(once) * (10 ** len(again) - 1)}}}"
-
-
-def key(cleaned: str) -> str:
-    """The same for answers spelt alike: without wrappers and spaces, words in lower case."""
-    key = _SPACE.sub(" ", _WRAPPER.sub(r"\1", cleaned))
-    key = _SPACE_TO_DROP.sub("", " ".join(key.split())).rstrip(".")
-    if choice := re.fullmatch(r"\(([A-Z])\)", key):
-        return choice[1]
-    return key.lower() if WORD.fullmatch(key.lower()) else key
-
-
-def compare_strings(answer: str, gold: str) -> bool | None:
-    """Verdict on two cleaned answers, or None if only mathematics can tell."""
-    a, g = key(answer), key(gold)
-    if not a or a == g:
-        return bool(a)
-    if WORD.fullmatch(a) or WORD.fullmatch(g):
-        return False
-    # math-verify takes a set and a tuple of the same elements for equal.
-    if any(_SET.fullmatch(x) and _TUPLE.fullmatch(y) for x, y in ((a, g), (g, a))):
-        return False
-    return int(a) == int(g) if INTEGER.fullmatch(a) and INTEGER.fullmatch(g) else None
-
-
 # ---- the grader of strings -------------------------------------------------------------------
 
+_DELIMITER_SIZE = re.compile(r"\\(?:left|right)(?![a-zA-Z])\.?")
 _FRAC = re.compile(r"\\[dtc]?frac(?![a-zA-Z])")
 _DEGREES = re.compile(r"\^\s*(?:\\circ|\{\s*\\circ\s*\})")
 _UNIT = re.compile(r"\\(?:text|mbox|mathrm)\s*\{\s[^{}]*\}\s*$")

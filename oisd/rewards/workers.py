@@ -6,6 +6,8 @@ fast.
 """
 
 import multiprocessing.context
+import multiprocessing.process
+import os
 import sys
 import threading
 import types
@@ -19,6 +21,15 @@ from typing import Any
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 _main_hidden = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _main_hidden
+    _main_hidden = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 class WorkerProcess(multiprocessing.context.SpawnProcess):
@@ -39,13 +50,29 @@ class WorkerProcess(multiprocessing.context.SpawnProcess):
                 sys.modules["__main__"] = main
 
 
+    def start(self) -> None:
+        """Start, also below a daemon, such as a data loader's worker: ours end with their pool."""
+        settings = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
+        daemon = settings.pop("daemon", None)
+        try:
+            super().start()
+        finally:
+            if daemon is not None:
+                settings["daemon"] = daemon
+
+
 class WorkerContext(multiprocessing.context.SpawnContext):
     Process = WorkerProcess
 
 
-def _stop(pool: ProcessPool) -> None:
-    pool.stop()
-    pool.join()
+def _stop(pool: ProcessPool, owner: int) -> None:
+    if owner == os.getpid():  # a fork inherits the finalizer, but the workers are its parent's
+        pool.stop()
+        pool.join()
+
+
+def _nothing() -> None:
+    pass
 
 
 class WorkersError(RuntimeError):
@@ -59,17 +86,30 @@ class Workers:
         self._new_pool = partial(
             ProcessPool, max_workers=count, initializer=initializer, context=WorkerContext()
         )
+        self._count = count
+        self._forget()
+
+    def _forget(self) -> None:
         self._pool: ProcessPool | None = None
         self._finalizer: weakref.finalize | None = None
         self._lock = threading.Lock()
+        self._owner = os.getpid()
 
     def _open(self) -> ProcessPool:
+        if self._owner != os.getpid():  # a pool does not survive a fork: this process needs its own
+            self._forget()
         with self._lock:
             if self._pool is None or not self._pool.active:
                 self.close()
                 self._pool = self._new_pool()
-                self._finalizer = weakref.finalize(self, _stop, self._pool)
+                self._finalizer = weakref.finalize(self, _stop, self._pool, self._owner)
             return self._pool
+
+    def start(self) -> None:
+        """Start the processes without waiting for them."""
+        pool = self._open()
+        for _ in range(self._count):
+            pool.schedule(_nothing)
 
     def run(
         self, function: Callable[..., Any], tasks: Sequence[tuple], timeout_s: float
@@ -107,6 +147,6 @@ class Workers:
         raise WorkersError("its workers died twice, see their output above")
 
     def close(self) -> None:
-        """End the processes; may be called twice. Another `run` starts new ones."""
-        if self._finalizer is not None:
+        """End the processes; another `run` starts new ones. Idempotent."""
+        if self._finalizer is not None and self._owner == os.getpid():
             self._finalizer()  # once: a second call does nothing
