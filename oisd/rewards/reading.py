@@ -15,19 +15,21 @@ Shapes (`verdicts` compares them): ("list" | "set", *items), ("fenced", open, cl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from functools import lru_cache
 
 from oisd.rewards.phrases import HEDGES, LINKS, number_words, phrase, said
 from oisd.rewards.tokens import FUNCTIONS, Token, Unreadable, NeedsAlgebra, tidy, tokenize
-from oisd.rewards.units import CURRENCIES, SYMBOL_UNITS, Unit, unit_of
+from oisd.rewards.units import CURRENCIES, CURRENCY_WORDS, SYMBOL_UNITS, Unit, unit_of
 
 Tree = tuple
 MAX_DEPTH = 40
 _RELATIONS = frozenset("= ≠ < > ≤ ≥ ∈ ≡ ≈ ∉ ~ ∝".split())
 _CLOSERS = frozenset([")", "]", "}", "\\}", "|", "⌋", "⌉", "&", "\\\\", ""])
 _OPERANDS = frozenset(["(", "{", "\\{", "|", "⌊", "⌈", "π", "∞", "∅", "…"])
+_JOINTS = frozenset([",", ";", "and", "or", ",and", ",or", ";and", ";or"])
 _FUNCTION_LETTERS = frozenset("f g h F G H O".split())
 _MATRICES = frozenset("matrix pmatrix bmatrix Bmatrix vmatrix smallmatrix array".split())
 END = Token("mark", "")
@@ -92,6 +94,8 @@ class _Reader:
                 return found, between
             if self.sees(*_CLOSERS):  # a comma at the end
                 return found, between
+            if joint not in _JOINTS:
+                raise Unreadable(f"{joint!r} between two items")
             between.append(joint)
             found.append(self.element())
 
@@ -107,6 +111,7 @@ class _Reader:
                     raise Unreadable("half a relation")
             elif self.word(*LINKS) and not self.sees_set_after("in"):
                 self.at += 1
+                self.accept(":")
                 signs.append("=")
             elif self.sees_set_after("in"):
                 self.at += 1
@@ -147,13 +152,14 @@ class _Reader:
         while self.sees("∪", "∩", "∖"):
             form = {"∪": "union", "∩": "inter", "∖": "minus"}[self.take().text]
             left = (form, left, self.quantity())
-        if self.sees(":") and left[0] == "num":
+        ratio = left[0] in ("num", "fn", "mul", "const", "div") and self.sees(":")
+        if ratio or (left[0] == "num" and self.word("to") and self.peek(1).kind == "number"):
             return self.ratio(left)
         return left
 
     def ratio(self, first: Tree) -> Tree:
         numbers, texts = [first], [self.peek(-1).text]
-        while self.accept(":"):
+        while self.accept(":") or (self.word("to") and self.take()):
             texts.append(self.peek().text)
             numbers.append(self.total())
         half = None
@@ -171,11 +177,22 @@ class _Reader:
     def quantity(self) -> Tree:
         """A value with or without its unit; also 2 hours 30 minutes, 30° 15', $5, or a label."""
         token = self.peek()
+        if token.text.lower() in CURRENCY_WORDS and self.peek(1).kind == "number":
+            return self.one_quantity()
         if token.kind == "word" and (len(token.text) > 1 or not token.text.isascii()):
             return self.words()
         parts = [self.one_quantity()]
-        while parts[-1][0] == "quantity" and self.peek().kind in ("number", "command"):
-            parts.append(self.one_quantity(after_degrees=parts[-1][2].is_angle))
+        while parts[-1][0] == "quantity":
+            start = self.at
+            joined = self.word("and") and bool(self.take())
+            if self.peek().kind not in ("number", "command"):
+                self.at = start
+                break
+            part = self.one_quantity(after_degrees=parts[-1][2].is_angle)
+            if joined and not (part[0] == "quantity" and part[2].is_part_of(parts[-1][2])):
+                self.at = start  # 5 cm and 7 cm are two answers, 1 hour and 20 minutes are one
+                break
+            parts.append(part)
         if len(parts) == 1:
             return parts[0]
         value: Tree = num(0)
@@ -189,7 +206,8 @@ class _Reader:
 
     def one_quantity(self, after_degrees: bool = False) -> Tree:
         negative = self.sees("-") and self.peek(1).text in CURRENCIES and self.accept("-")
-        money = self.take().text if self.peek().text in CURRENCIES else None
+        coin = self.peek().text
+        money = self.take().text if coin in CURRENCIES or coin.lower() in CURRENCY_WORDS else None
         value = self.total()
         if negative:
             value = ("neg", value)
@@ -232,6 +250,8 @@ class _Reader:
         while True:
             token, after = self.peek(), self.peek(1)
             letter = token.kind == "symbol" and token.text in SYMBOL_UNITS
+            if self.word("to") and after.kind == "number":  # 3 to 4
+                return parts
             if token.kind == "word" and not self.word("and", "or", *LINKS):
                 parts.append(self.take().text)
             elif letter and parts and parts[-1] in "/*":
@@ -262,7 +282,8 @@ class _Reader:
         start, texts = self.at, []
         while self.peek().kind == "word" and not self.word("and", "or"):
             texts.append(self.take().text)
-        if texts and texts[0].lower() in ("negative", "minus") and len(texts) == 1:
+        if texts and texts[0].lower() in ("negative", "minus"):
+            self.at = start + 1
             return ("neg", self.quantity())
         value, used = number_words(texts)
         if value is not None:
@@ -318,7 +339,9 @@ class _Reader:
             elif self.sees("/") and self.peek(1).kind != "word":
                 self.at += 1
                 left = ("div", left, self.signed())
-            elif token.kind == "mark" and token.text in _OPERANDS:
+            elif token.kind == "mark" and (
+                token.text in _OPERANDS or token.text.startswith("begin ")
+            ):
                 if (token.text == "|" and self.bars) or token.text == "…":
                     break
                 if token.text == "(" and self.peek(1).text in ("mod", "bmod"):
@@ -487,6 +510,8 @@ class _Reader:
         if name.startswith("set") and len(name) == 4:
             sign = self.take().text if self.sees("^") and self.peek(1).text in "+-*" else ""
             sign += self.take().text if self.sees("+", "-", "*") and sign else ""
+            if self.sees("_", "/", "[", "(", "^"):  # Z_2, Z/nZ, Q(i), R^3
+                return ("sym", name[3] + ("_" + self.raw_group() if self.accept("_") else ""))
             return ("space", name[3] + sign.replace("^", ""))
         if name in ("imath", "jmath"):
             name = name[0]
@@ -623,7 +648,10 @@ class _Reader:
             raise NeedsAlgebra(name)
         self.expect("^")
         above = self.group_or_one()
-        return (name, below[1][0][1], below[1][1], above, self.product())
+        if above == ("inf",):
+            raise NeedsAlgebra(name)
+        variable, body = below[1][0], self.product()
+        return (name, variable[1], below[1][1], above, replaced(body, variable, ("sym", variable[1])))
 
     def function(self, name: str) -> Tree:
         base = power = None
@@ -678,6 +706,13 @@ def _without_degrees(value: Tree) -> tuple[Tree, bool]:
     if value[0] == "neg" and value[1][0] == "deg":
         return ("neg", value[1][1]), True
     return value, False
+
+
+def replaced(tree: Tree, old: Tree, new: Tree) -> Tree:
+    """The tree with another in place of each `old`."""
+    if tree == old:
+        return new
+    return tuple(replaced(part, old, new) if isinstance(part, tuple) else part for part in tree)
 
 
 def children(tree: Tree) -> list[Tree]:
@@ -749,6 +784,10 @@ def _rest(reader: _Reader) -> Tree:
     return ("list", joined, *items)
 
 
+_THOUSANDS_OR_LIST = re.compile(r"\d,\d{3}(?!\d)")
+_LETTER_UNIT = re.compile(rf"[\d}})]\s+(?:{'|'.join(sorted(SYMBOL_UNITS))})(?![a-zA-Z])")
+
+
 @lru_cache(maxsize=8192)
 def read(text: str) -> tuple[Tree, ...]:
     """Every way to read an answer: one as a rule, more for 1,234 (a number or a list).
@@ -761,7 +800,12 @@ def read(text: str) -> tuple[Tree, ...]:
         return (known, ("text", phrase(text)))
     readings: list[Tree] = []
     algebra: NeedsAlgebra | None = None
-    for commas, letters in ((True, False), (False, False), (True, True)):
+    ways = [(True, False)]
+    if _THOUSANDS_OR_LIST.search(text):
+        ways.append((False, False))
+    if _LETTER_UNIT.search(text):
+        ways.append((True, True))
+    for commas, letters in ways:
         try:
             tree = _whole(_Reader(tokenize(text, commas), letters))
         except NeedsAlgebra as error:

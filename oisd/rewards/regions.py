@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from oisd.rewards.reading import Tree, num
+from oisd.rewards.reading import Tree, num, replaced
 from oisd.rewards.values import Undefined, equal, points, symbols, value
 
 _INEQUALITIES = frozenset("< > ≤ ≥ ≠".split())
@@ -118,14 +118,26 @@ def _interval(low: Tree, low_in: bool, high: Tree, high_in: bool) -> Region | No
     return Region(tuple(ends), tuple(inside))
 
 
-def _substituted(tree: Tree, name: str, by: Tree) -> Tree:
-    if tree == ("sym", name):
-        return by
-    return tuple(_substituted(part, name, by) if isinstance(part, tuple) else part for part in tree)
+def linear(gap: Tree, variable: str) -> tuple[Tree, Tree] | None:
+    """Slope and root of an expression linear in the variable, else None."""
+    at = [replaced(gap, ("sym", variable), num(i)) for i in range(3)]
+    slope: Tree = ("add", at[1], minus_one(at[0]))
+    if not equal(("add", at[2], at[0]), ("mul", num(2), at[1])) or equal(slope, num(0)):
+        return None
+    return slope, minus_one(("div", at[0], slope))
 
 
 def _half_line(left: Tree, sign: str, right: Tree, variable: str) -> Region | None:
-    """Solutions of a linear inequality."""
+    """Solutions of a linear inequality, or of one with |...| on the left."""
+    if left[:2] == ("fn", "abs") and not symbols(right):
+        within = "≤" if sign in ("≤", ">") else "<"
+        inner = left[2]
+        low, high = (_half_line(minus_one(right), within, inner, variable),
+                     _half_line(inner, within, right, variable))  # fmt: skip
+        inside = _combined("inter", low, high) if low and high else None
+        if sign in ("<", "≤") or inside is None:
+            return inside
+        return _combined("minus", EVERYTHING, inside) if sign in (">", "≥") else None
     if left[0] in ("label", "list") or right[0] in ("label", "list"):
         return None
     flipped = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
@@ -137,11 +149,10 @@ def _half_line(left: Tree, sign: str, right: Tree, variable: str) -> Region | No
         gap: Tree = ("add", left, minus_one(right))
         if symbols(gap) != {variable}:
             return None
-        at = [_substituted(gap, variable, num(i)) for i in range(3)]
-        slope: Tree = ("add", at[1], minus_one(at[0]))
-        if not equal(("add", at[2], at[0]), ("mul", num(2), at[1])) or equal(slope, num(0)):
+        solved = linear(gap, variable)
+        if solved is None:
             return None
-        end = minus_one(("div", at[0], slope))
+        slope, end = solved
         if _below(_place(slope), Fraction(0)):
             sign = flipped.get(sign, sign)
     if _is_infinite(end):
@@ -196,6 +207,8 @@ def region_of(tree: Tree) -> Region | None:
     if form in ("union", "inter", "minus"):
         a, b = region_of(tree[1]), region_of(tree[2])
         return _combined(form, a, b) if a and b else None
+    if form == "add" and tree[1][0] == "space" and tree[2][0] == "neg":  # R - {0}
+        return region_of(("minus", tree[1], tree[2][1]))
     if form == "set":
         region: Region | None = NOTHING
         for item in tree[1:]:

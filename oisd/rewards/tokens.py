@@ -12,6 +12,7 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 MAX_TOKENS = 600
 
@@ -64,24 +65,32 @@ _REWRITTEN = (
     (re.compile(r"(?<!\\)\\[,;: >]|\\q?quad(?![a-zA-Z])|~"), " "),
     (re.compile(r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1\\text{ \2}"),
     (re.compile(r"\\(?:num|ang|si|unit)\s*\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\\(?:textcolor|colorbox)\s*\{[^{}]*\}"), ""),
+    (re.compile(r"\\(?:textcolor|colorbox|fcolorbox\s*\{[^{}]*\})\s*(?:\[[^][]*\])?\s*\{[^{}]*\}"), ""),
     (re.compile(r"\\color\s*(?:\[[^][]*\])?\s*\{[^{}]*\}"), ""),
     (re.compile(r"\\[hv]?phantom\s*\{[^{}]*\}|\\[hv]space\*?\s*\{[^{}]*\}"), ""),
     (re.compile(r"\^\s*\{?\s*\\(?:text|mathrm|rm|textrm)?\s*\{?\s*(?:st|nd|rd|th)\s*\}?\s*\}?(?![a-zA-Z])"), " "),
     (re.compile(r"\\(?:text(?:superscript)?|mathrm)\s*\{\s*(?:st|nd|rd|th)\s*\}"), " "),
-    (re.compile(r"(?<=\d)(?:st|nd|rd|th)(?![a-zA-Z])"), " "),
+    (re.compile(r"(?<=\d)\s*\^?\s*\{?(?:st|nd|rd|th)\}?(?![a-zA-Z}])"), " "),
+    (re.compile(r"\\[dt]?frac\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}\s*\{\s*\\(?:text|mathrm)\s*\{([^{}]*)\}\s*\}"), r"\\text{ \1/\2}"),
+    (re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*\^)"), r"\\times "),
     (re.compile(r"\\text(?:rm|bf)?\s*\{([0-9A-F]+)\}(?=\s*_)"), r"\1"),
     (re.compile(r"\\(?:mathbb|Bbb|mathbf)\s*\{?\s*([RZNQC])\s*\}?(?=\s*[+*^]?\s*(?:$|[\\),.$ ]))"), r"\\set\1 "),
     (re.compile(r"\\(?:mathbb|Bbb)\s*\{?\s*([A-Z])\s*\}?"), r"\\set\1 "),
     (re.compile(r"\{?\}?\s*[_^]\s*\{?(\d+)\}?\s*(?:C|\\(?:text|mathrm)\{C\})\s*_\s*\{?(\d+)\}?"), r"\\binom{\1}{\2}"),
     (re.compile(r"\\\\\[[^][]*\]"), r"\\\\"),
+    (re.compile(r"\\+\s*$"), ""),
+    (re.compile(r"o'clock"), "oclock"),
     (re.compile(r"(?<=[\d}\s{])\s*([aApP])\.\s?[mM]\.?(?![a-zA-Z])"), r" \\text{ \1m}"),
 )  # fmt: skip
+_SIMPLE = re.compile(r"[-+/=.,()\s\d]*(?<!\d) ?[a-zA-Z]*|[-+]?\d+(?:[./]\d+)?", re.A)
 _BOLD = re.compile(r"\s*(\*\*|__|`+|\*)(?=\S)(.*?)(?<=\S)\1\s*([.,;:]?)\s*", re.S)
 
 
+@lru_cache(maxsize=8192)
 def tidy(text: str) -> str:
     """The answer with one spelling for signs, thousands and spaces, and without colours."""
+    if _SIMPLE.fullmatch(text):
+        return text.strip()
     text = "".join(
         str(unicodedata.digit(c)) if c.isdigit() and not c.isascii() and c.isdecimal() else c
         for c in text.translate(_TRANSLATED)
@@ -211,6 +220,7 @@ _LETTERS = re.compile(r"[a-zA-Z]+")
 _PROSE = re.compile(r"[^\W\d_](?:[^\W\d_]|[-'’](?=[^\W\d_]{2})|\.(?=[a-z]\.))*\.?")
 _ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{(\w+)\*?\}(?:\s*\{[lcr| ]*\})?(?:\[[^][]*\])?")
 _MATH_LETTERS = re.compile(r"\\(?:mathrm|mathsf|operatorname|text|textit|textrm|rm)\s*\{\s*([a-zA-Z]+)\s*\}")
+_ROMAN = re.compile(r"(?=..)X{0,3}(?:IX|IV|V?I{0,3})")
 _DELIMITERS = re.compile(r"\\[()\[\]]")
 
 
@@ -305,7 +315,8 @@ def tokenize(text: str, commas: bool = True) -> list[Token]:
                 found = _LETTERS.match(text, at)
                 assert found
                 at = found.end()
-                _letters(found[0], add, prose=False)
+                unit = found[0] in ("min", "sec") and bool(tokens) and tokens[-1].kind == "number"
+                _letters(found[0], add, prose=unit and not text.startswith("(", at))
         elif char in "([|":
             at += 1
             fences += char != "|"
@@ -338,7 +349,9 @@ def tokenize(text: str, commas: bool = True) -> list[Token]:
 def _letters(run: str, add, prose: bool) -> None:
     """A run of letters: a function, a constant, a word of prose, or a product of symbols."""
     name = _ALIASES.get(run, run)
-    if run in _ASCII_FUNCTIONS:
+    if prose and run in ("min", "sec", "max", "deg", "inf"):
+        add("word", run)
+    elif run in _ASCII_FUNCTIONS:
         add("command", name)
     elif run in _NAMES or run.lower() in ("infinity",):
         add("mark", _NAMES.get(run, "∞"))
@@ -346,7 +359,7 @@ def _letters(run: str, add, prose: bool) -> None:
         add("symbol", run)
     elif prose and len(run) == 1 and run in "ei":
         add("symbol", run)
-    elif prose or len(run) > 2 or run in _SHORT_WORDS or not run.isascii():
+    elif prose or len(run) > 2 or run in _SHORT_WORDS or not run.isascii() or _ROMAN.fullmatch(run):
         add("word", run)
     else:
         for letter in run:

@@ -14,6 +14,7 @@ from functools import lru_cache
 
 CURRENCIES = {"$": "dollar", "£": "pound sterling", "€": "euro", "¥": "yen", "¢": "cent", "₹": "rupee",
               "₽": "ruble", "₩": "won"}  # fmt: skip
+CURRENCY_WORDS = frozenset("usd eur gbp jpy inr rs rs. cny rmb cad aud".split())
 SYMBOL_UNITS = frozenset("m s g h L l J N W V A K C F".split())
 
 
@@ -23,6 +24,10 @@ class Unit:
     dims: tuple[tuple[str, int], ...]
     pi: int = 0
     offset: Fraction = Fraction(0)  # of temperatures
+
+    def is_part_of(self, other: "Unit") -> bool:
+        """Whether it may follow the other, as minutes do hours."""
+        return self.dims == other.dims and self.pi == other.pi and self.factor < other.factor
 
     @property
     def is_angle(self) -> bool:
@@ -99,10 +104,9 @@ def _table() -> dict[str, tuple[Fraction, dict[str, int], int, Fraction]]:
     add("euro|eur|€", 1, {"euro": 1})
     add("pound sterling|gbp|£|pence", 1, {"sterling": 1})
     add("pence", "1/100", {"sterling": 1})
-    add("yen|jpy", 1, {"yen": 1})
-    add("¥", 1, {"¥": 1})
+    add("yen|jpy|¥", 1, {"yen": 1})
     add("yuan|rmb|元", 1, {"yuan": 1})
-    add("rupee|inr|₹", 1, {"rupee": 1})
+    add("rupee|inr|₹|rs", 1, {"rupee": 1})
     add("ruble|₽", 1, {"ruble": 1})
     add("won|₩", 1, {"won": 1})
     return table

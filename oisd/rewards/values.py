@@ -21,7 +21,7 @@ from oisd.rewards.reading import Tree, walk
 
 MAX_BITS = 20_000  # of an exact integer
 MAX_DIGITS = 2_000  # of a working precision
-MAX_STEPS = 20_000  # operations of one evaluation
+BUDGET = 100_000  # cost of all evaluations for one verdict, in units of about 5 us
 
 
 class TooBig(Exception):
@@ -33,6 +33,17 @@ class Undefined(Exception):
 
 
 _threads = threading.local()
+
+
+def allow(budget: int = BUDGET) -> None:
+    """Set what evaluations in this thread may cost from here on."""
+    _threads.budget = budget
+
+
+def _spend(cost: int) -> None:
+    _threads.budget = getattr(_threads, "budget", BUDGET) - cost
+    if _threads.budget < 0:
+        raise TooBig
 
 
 def _context() -> Any:
@@ -78,7 +89,7 @@ class _Evaluation:
         self.mp = _context()
         self.mp.dps = digits
         self.point = point
-        self.steps = 0
+        self.digits = digits
         self.span = 0.0  # largest |log10| of a number that went in
         self.largest = 0.0  # largest log10 of an intermediate value
 
@@ -93,8 +104,11 @@ class _Evaluation:
 
     def note(self, value: Any, source: bool = False) -> Any:
         if _is_exact(value):
-            if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
+            bits = max(value.numerator.bit_length(), value.denominator.bit_length())
+            if bits > MAX_BITS:
                 raise TooBig
+            if bits > 512:
+                _spend(bits // 256)
             return value
         if value:
             if not self.mp.isfinite(value):
@@ -106,10 +120,8 @@ class _Evaluation:
         return value
 
     def __call__(self, tree: Tree) -> Any:
-        self.steps += 1
-        if self.steps > MAX_STEPS:
-            raise TooBig
         form = tree[0]
+        _spend(1 + self.digits // 20 if form in ("fn", "pow") else 1)
         if form == "num":
             return tree[1]
         if form == "sym":
@@ -196,8 +208,10 @@ class _Evaluation:
         x, mp = values[0], self.mp
         if name == "root":
             degree = values[1]
-            if not _is_exact(degree) or degree.denominator != 1 or not 0 < degree < 1000:
+            if not _is_exact(degree) or not degree:
                 raise Undefined
+            if degree.denominator != 1 or not 0 < degree < 1000:
+                return self.power(x, 1 / degree)
             if _is_exact(x):
                 exact = _exact_root(x, int(degree)) if degree < 65 else None
                 if exact is not None:

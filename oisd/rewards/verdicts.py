@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 
-from oisd.rewards.reading import NeedsAlgebra, Tree, num, read, walk
-from oisd.rewards.regions import Region, region_of, same_region
+from oisd.rewards.reading import NeedsAlgebra, Tree, num, read, replaced, walk
+from oisd.rewards.regions import Region, linear, region_of, same_region
 from oisd.rewards.tokens import Unreadable, tidy
 from oisd.rewards.values import (
     TooBig,
     Undefined,
-    difference,
+    allow,
     equal,
     exact,
     points,
@@ -89,6 +89,10 @@ def _equation(sides: Sequence[Tree], signs: Sequence[str]) -> tuple[Tree, ...] |
 def _shape(tree: Tree) -> Tree:
     """± spelt out, labels and rounded values dropped, one name for all values of `x = 1, 2`."""
     form = tree[0]
+    if form in ("mul", "div", "neg") and _has(tree, "matrix"):
+        return _scaled(tree)
+    if form == "mul" and tree[1][0] == "sym" and tree[2][0] == "fenced":  # the point A(1, 2)
+        return tree[2]
     if form == "rel":
         sides, signs = tree[1], tree[2]
         if set(signs) <= {"=", "≈"}:
@@ -99,6 +103,10 @@ def _shape(tree: Tree) -> Tree:
                 kept = kept[1:]
             if len(kept) == 1:
                 return _shape(kept[0])
+            if len(kept) == 2 and kept[0][0] == kept[1][0] == "fenced" and len(kept[0]) == len(kept[1]):
+                if all(name[0] == "sym" for name in kept[0][3:]):  # (x, y) = (1, 2)
+                    pairs = zip(kept[0][3:], kept[1][3:], strict=True)
+                    return ("list", ",", *(("rel", pair, ("=",)) for pair in pairs))
             if kept[-1][0] == "list" or _has(kept[-1], "pm"):
                 items = _items(_shape(kept[-1]))
                 return ("list", "or", *(("rel", (kept[0], item), ("=",)) for item in items))
@@ -124,6 +132,22 @@ def _shape(tree: Tree) -> Tree:
         if all(part[0] == "set" for part in parts):
             return ("set", *(item for part in parts for item in part[1:]))
     return tree
+
+
+def _scaled(tree: Tree) -> Tree:
+    """A matrix times a number, entry by entry."""
+    if tree[0] == "neg":
+        scale: Tree = num(-1)
+        matrix = tree[1]
+    elif tree[0] == "div":
+        matrix, scale = tree[1], ("div", num(1), tree[2])
+    else:
+        scale, matrix = tree[1:] if tree[2][0] not in _EXPRESSIONS or _has(tree[2], "matrix") else tree[:0:-1]
+    matrix = _shape(matrix)
+    if matrix[0] != "matrix" or scale[0] not in _EXPRESSIONS or _has(scale, "matrix"):
+        return tree
+    rows = tuple(tuple(("mul", scale, entry) for entry in row) for row in matrix[2])
+    return ("matrix", matrix[1], rows)
 
 
 def _items(tree: Tree) -> tuple[Tree, ...]:
@@ -215,17 +239,12 @@ def _same_up_to_constant(gold: Tree, answer: Tree) -> bool:
         return False
     if not _ends_in(answer, found[1] or ""):
         return False
-    gap = ("add", gold, ("neg", _renamed(answer, found[1] or "", found[0] or "")))
-    spots = points(gap)[:4]
-    if len(spots) < 4 or names[0] - {found[0]} != names[1] - {found[1]}:
+    answer = replaced(answer, ("sym", found[1]), ("sym", found[0]))
+    if symbols(gold) != symbols(answer):
         return False
-    try:
-        first = value(gap, spots[0])
-        if isinstance(first, Fraction):
-            return all(difference(gap, num(first), spot)[0] for spot in spots)
-    except (Undefined, TooBig):
-        return False
-    return False
+    gap: Tree = ("add", gold, ("neg", answer))
+    first, *others = (_at(gap, spot) for spot in points(gap))
+    return all(equal(first, other) for other in others)
 
 
 def _ends_in(tree: Tree, name: str) -> bool:
@@ -233,12 +252,6 @@ def _ends_in(tree: Tree, name: str) -> bool:
     if tree[0] == "add":
         return _ends_in(tree[1], name) or _ends_in(tree[2], name)
     return tree == ("sym", name)
-
-
-def _renamed(tree: Tree, old: str, new: str) -> Tree:
-    if tree == ("sym", old):
-        return ("sym", new)
-    return tuple(_renamed(part, old, new) if isinstance(part, tuple) else part for part in tree)
 
 
 def _same_quantity(gold: Tree, answer: Tree) -> bool:
@@ -340,10 +353,10 @@ def _same_family(gold: Tree, answer: Tree) -> bool:
             if tree[0] not in _EXPRESSIONS or len(symbols(tree)) != 1:
                 return False
             tree = ("family", tree, next(iter(symbols(tree))))
-        sides.append(_renamed(tree[1], tree[2], "parameter"))
+        sides.append(replaced(tree[1], ("sym", tree[2]), ("sym", "parameter")))
     if equal(sides[0], sides[1]):
         return True
-    at = [[_set(side, i) for i in range(3)] for side in sides]
+    at = [[replaced(side, ("sym", "parameter"), num(i)) for i in range(3)] for side in sides]
     steps = []
     for values in at:
         step = ("add", values[1], ("neg", values[0]))
@@ -355,12 +368,6 @@ def _same_family(gold: Tree, answer: Tree) -> bool:
         return False
     found = value(offset)
     return equal(offset, num(round(found if isinstance(found, Fraction) else found.real)))
-
-
-def _set(tree: Tree, value: int) -> Tree:
-    if tree == ("sym", "parameter"):
-        return num(value)
-    return tuple(_set(part, value) if isinstance(part, tuple) else part for part in tree)
 
 
 # ---- relations ---------------------------------------------------------------------------------
@@ -395,6 +402,17 @@ def _proportional(gold: Tree, answer: Tree, positive: bool) -> bool:
     )
 
 
+def _same_solution(gold: Tree, answer: Tree) -> bool:
+    """Whether two equations, linear in some variable, give the same value for it."""
+    if symbols(gold) != symbols(answer) or len(symbols(gold)) < 2:
+        return False
+    for name in symbols(gold):
+        solved = [linear(tree, name) for tree in (gold, answer)]
+        if solved[0] and solved[1]:
+            return equal(solved[0][1], solved[1][1])
+    return False
+
+
 def _at(tree: Tree, spot: dict[str, Fraction]) -> Tree:
     if tree[0] == "sym" and tree[1] in spot:
         return num(spot[tree[1]])
@@ -410,7 +428,10 @@ def _same_relation(gold: Tree, answer: Tree) -> bool:
             if all(names) and symbols(gold[1][-1]) == symbols(answer[1][-1]) == frozenset():
                 return False
             if len(gold[1]) == len(answer[1]) == 2:
-                return _are_expressions(gold, answer) and _proportional(_gap(gold), _gap(answer), False)
+                g, a = _gap(gold), _gap(answer)
+                return _are_expressions(gold, answer) and (
+                    _proportional(g, a, False) or _same_solution(g, a)
+                )
             return False
         flipped = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
         if len(gold[2]) != 1 or len(answer[2]) != 1 or not _are_expressions(gold, answer):
@@ -475,6 +496,10 @@ def _unnamed(items: Sequence[Tree]) -> list[Tree]:
 
 def _same_collection(gold: Tree, answer: Tree) -> bool:
     kinds = gold[0], answer[0]
+    if kinds[0] == "set" and kinds[1] not in ("set", "list") and len(gold) == 2:
+        return same(gold[1], answer)
+    if kinds[1] == "set" and kinds[0] not in ("set", "list") and len(answer) == 2:
+        return same(gold, answer[1])
     if kinds == ("matrix", "matrix"):
         g, a = gold[2], answer[2]
         return len(g) == len(a) and all(map(_in_order, g, a))
@@ -571,10 +596,13 @@ def same(gold: Tree, answer: Tree) -> bool:
 
 # ---- verdicts on texts -------------------------------------------------------------------------
 
+_DECIMAL_COMMA = re.compile(r"[-+]?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))")  # only where a number is asked for
 _PROSE = re.compile(r"[^\W\d_]{2,}")
+_NUMBER = re.compile(r"[-+]?\d{1,1000}(?:\.\d{1,1000})?", re.A)
 _NOT_PROSE = re.compile(r"[\\=<>^+*/|\[\]]|\b(?:sin|cos|tan|log|ln|sqrt|pi)\b")
 
 
+@lru_cache(maxsize=8192)
 def key(text: str) -> str:
     """Equal for answers with the same spelling, but for white space."""
     tidied = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])", "", tidy(text))
@@ -600,6 +628,11 @@ def is_readable(gold: str) -> bool:
 @lru_cache(maxsize=65536)
 def verdict(answer: str, gold: str) -> bool | None:
     """Whether an answer equals the gold; None where only computer algebra can tell."""
+    answer, gold = answer.strip(), gold.strip()
+    if answer and answer == gold:
+        return True
+    if _NUMBER.fullmatch(answer) and _NUMBER.fullmatch(gold):
+        return Fraction(answer) == Fraction(gold)
     wanted = key(gold)
     if wanted and key(answer) == wanted:
         return True
@@ -612,6 +645,7 @@ def verdict(answer: str, gold: str) -> bool | None:
     if not is_readable(gold):
         return None
     undecided = False
+    allow()
     for g in golds:
         for a in answers:
             try:
@@ -624,4 +658,6 @@ def verdict(answer: str, gold: str) -> bool | None:
                 undecided = True
             except (Undefined, Unreadable, RecursionError):
                 pass
+    if _DECIMAL_COMMA.fullmatch(answer.strip()) and golds[0][0] in _EXPRESSIONS:
+        return verdict(answer.replace(",", "."), gold)
     return None if undecided else False
