@@ -1,18 +1,11 @@
-r"""Answers as strings: the last box, unified spellings, and the grader that needs no parser.
-
-Two rewards compare strings here, each in its own way.
-
-`compare_strings` is the first half of the `math` reward. It decides only what needs no mathematics
-(words, choice letters, integers, the same spelling) and leaves the rest to a parser.
+r"""Answers as strings: the last box, and the grader that needs no parser.
 
 `same_string` is the whole of the `boxed_string` reward, in the manner of the MATH data set
 (Hendrycks et al., arXiv 2103.03874), which BuPO and, through it, the OISD paper grade with. It
 normalises both sides and compares: `\frac12` is `\frac{1}{2}`, but 0.25 is not 1/4, nor is
-`x+1` equal to `1+x`. So it errs on the strict side, is always fast, and its results can be compared
-with papers that grade this way. It is written from the description of those rules; published
-scripts differ in small ways.
-
-Standard library only, because the graders' worker processes import it.
+`x+1` equal to `1+x`. So it errs to the strict side, never takes long, and its numbers can be
+compared with papers that use the like. Written anew from the description of those rules; published
+scripts differ among themselves in small ways.
 """
 
 from __future__ import annotations
@@ -31,6 +24,19 @@ def last_boxed(text: str) -> str | None:
     Of nested boxes the inner one counts, since it opens last. A box that is never closed is passed
     over. Only when there is no complete box with braces does `\boxed 5` count, as `5`.
     """
+    last = text.rfind("\\boxed")
+    if last < 0:
+        return None
+    content = _last_complete(text[last:])  # as a rule; else the whole text is gone through once
+    if content is None:
+        content = _last_complete(text)
+    if content is None:
+        bare = _BARE_BOX.findall(text)
+        content = bare[-1] if bare else None
+    return content
+
+
+def _last_complete(text: str) -> str | None:
     open_braces: list[int | None] = []  # for a box, where its content starts
     start, end = -1, -1
     for token in _BOX_TOKEN.finditer(text):
@@ -42,10 +48,7 @@ def last_boxed(text: str) -> str | None:
             opened = open_braces.pop()
             if opened is not None and opened > start:
                 start, end = opened, token.start()
-    if start >= 0:
-        return text[start:end]
-    bare = _BARE_BOX.findall(text)
-    return bare[-1] if bare else None
+    return text[start:end] if start >= 0 else None
 
 
 # ---- the grader of strings -------------------------------------------------------------------

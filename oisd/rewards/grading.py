@@ -9,6 +9,8 @@ from pebble import ProcessExpired
 from oisd.rewards import algebra
 from oisd.rewards.answers import last_boxed
 from oisd.rewards.function import RewardError, RewardFunction, check_batch
+from oisd.rewards.reading import read
+from oisd.rewards.tokens import tidy
 from oisd.rewards.verdicts import is_readable, key, verdict
 from oisd.rewards.workers import Workers, WorkersError
 
@@ -88,6 +90,12 @@ class MathReward(RewardFunction):
 
     def close(self) -> None:
         self._workers.close()
+
+
+def forget() -> None:
+    """Drop what is remembered of answers seen, for measurements."""
+    for remembered in (verdict, read, tidy, key, is_readable):
+        remembered.cache_clear()
 
 
 def _unparsable(gold: str) -> str:

@@ -52,14 +52,18 @@ _ARTICLES = re.compile(r"\b(?:the|a|an)\b(?!\s*$)")
 
 def phrase(text: str) -> str:
     """Lower case, without articles, wrappers, punctuation at the ends and spaces too many."""
-    bare = _COMMAND.sub(lambda m: m[0] if len(m[0].strip()) < 2 or m[0][1:5] not in _WRAPPERS else " ", text)
+    bare = _COMMAND.sub(
+        lambda m: m[0] if len(m[0].strip()) < 2 or m[0][1:5] not in _WRAPPERS else " ", text
+    )
     bare = bare.replace("{", " ").replace("}", " ").replace("$", " ").casefold()
     bare = bare.replace("’", "'").replace("-", " ").strip(" .,;:!\"'`*_")
     shorter = _ARTICLES.sub(" ", bare)
     return " ".join((shorter if shorter.strip() else bare).split())
 
 
-_WRAPPERS = frozenset(("text", "math", "mbox", "emph", "bold", "quad", "left", "righ", "oper", "unde"))
+_WRAPPERS = frozenset(
+    ("text", "math", "mbox", "emph", "bold", "quad", "left", "righ", "oper", "unde")
+)
 
 
 def said(text: str, whole: bool = False) -> Any:

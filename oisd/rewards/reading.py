@@ -651,7 +651,13 @@ class _Reader:
         if above == ("inf",):
             raise NeedsAlgebra(name)
         variable, body = below[1][0], self.product()
-        return (name, variable[1], below[1][1], above, replaced(body, variable, ("sym", variable[1])))
+        return (
+            name,
+            variable[1],
+            below[1][1],
+            above,
+            replaced(body, variable, ("sym", variable[1])),
+        )
 
     def function(self, name: str) -> Tree:
         base = power = None
@@ -687,7 +693,11 @@ class _Reader:
                     break
                 factor = self.power()
                 node = factor if node is None else ("mul", node, factor)
-                if self.sees("/") and token.kind != "command" and self.peek(1).kind in ("number", "symbol"):
+                if (
+                    self.sees("/")
+                    and token.kind != "command"
+                    and self.peek(1).kind in ("number", "symbol")
+                ):
                     self.take()
                     node = ("div", node, self.power())
             elif self.sees("-") and node is None:
@@ -780,7 +790,13 @@ def _rest(reader: _Reader) -> Tree:
         raise Unreadable(f"{reader.peek().text!r} at the end")
     if not between:
         return items[0]
-    joined = "or" if any("or" in b for b in between) else "and" if any("and" in b for b in between) else ","
+    joined = (
+        "or"
+        if any("or" in b for b in between)
+        else "and"
+        if any("and" in b for b in between)
+        else ","
+    )
     return ("list", joined, *items)
 
 

@@ -219,7 +219,9 @@ _COMMAND = re.compile(r"\\([a-zA-Z]+)\*?")
 _LETTERS = re.compile(r"[a-zA-Z]+")
 _PROSE = re.compile(r"[^\W\d_](?:[^\W\d_]|[-'’](?=[^\W\d_]{2})|\.(?=[a-z]\.))*\.?")
 _ENVIRONMENT = re.compile(r"\\(begin|end)\s*\{(\w+)\*?\}(?:\s*\{[lcr| ]*\})?(?:\[[^][]*\])?")
-_MATH_LETTERS = re.compile(r"\\(?:mathrm|mathsf|operatorname|text|textit|textrm|rm)\s*\{\s*([a-zA-Z]+)\s*\}")
+_MATH_LETTERS = re.compile(
+    r"\\(?:mathrm|mathsf|operatorname|text|textit|textrm|rm)\s*\{\s*([a-zA-Z]+)\s*\}"
+)
 _ROMAN = re.compile(r"(?=..)X{0,3}(?:IX|IV|V?I{0,3})")
 _DELIMITERS = re.compile(r"\\[()\[\]]")
 

@@ -37,7 +37,13 @@ class Unit:
 def _table() -> dict[str, tuple[Fraction, dict[str, int], int, Fraction]]:
     table: dict[str, tuple[Fraction, dict[str, int], int, Fraction]] = {}
 
-    def add(names: str, factor: str | int | Fraction, dims: dict[str, int], pi: int = 0, offset: str = "0") -> None:
+    def add(
+        names: str,
+        factor: str | int | Fraction,
+        dims: dict[str, int],
+        pi: int = 0,
+        offset: str = "0",
+    ) -> None:
         for name in names.split("|"):
             table[name] = Fraction(factor), dims, pi, Fraction(offset)
 
@@ -48,7 +54,11 @@ def _table() -> dict[str, tuple[Fraction, dict[str, int], int, Fraction]]:
         add(f"{symbol}|{names}", factor, dims)
         for short, (long, power) in metric.items():
             scaled = Fraction(factor) * Fraction(10) ** power
-            add("|".join([short + symbol, *(long + name for name in names.split("|"))]), scaled, dims)
+            add(
+                "|".join([short + symbol, *(long + name for name in names.split("|"))]),
+                scaled,
+                dims,
+            )
 
     length, mass, time, money = {"metre": 1}, {"gram": 1}, {"second": 1}, {"dollar": 1}
     add_metric("m", "metre|meter", "1", length)
@@ -64,7 +74,7 @@ def _table() -> dict[str, tuple[Fraction, dict[str, int], int, Fraction]]:
     add_metric("V", "volt", "1", {"volt": 1})
     add_metric("A", "ampere|amp", "1", {"ampere": 1})
     add("mL|ml|cc", "1/1000000", {"metre": 3})
-    add("in|inch|inche|\"", "127/5000", length)
+    add('in|inch|inche|"', "127/5000", length)
     add("ft|foot|feet|'", "381/1250", length)
     add("yd|yard", "1143/1250", length)
     add("mi|mile", "201168/125", length)
@@ -97,7 +107,12 @@ def _table() -> dict[str, tuple[Fraction, dict[str, int], int, Fraction]]:
     add("arcmin|arcminute", "1/60", {"degree": 1})
     add("arcsec|arcsecond", "1/3600", {"degree": 1})
     add("°C|celsius|degree celsius|degree c|degree centigrade", 1, {"kelvin": 1}, offset="273.15")
-    add("°F|fahrenheit|degree fahrenheit|degree f", "5/9", {"kelvin": 1}, offset=str(Fraction("45967/180")))
+    add(
+        "°F|fahrenheit|degree fahrenheit|degree f",
+        "5/9",
+        {"kelvin": 1},
+        offset=str(Fraction("45967/180")),
+    )
     add("kelvin|K", 1, {"kelvin": 1})
     add("dollar|buck|usd|$|us dollar", 1, money)
     add("cent|¢|penny|pennie", "1/100", money)

@@ -141,7 +141,9 @@ class _Evaluation:
         if form in ("sum", "prod"):
             return self.repeated(*tree)
         if form == "fn":
-            return self.note(self.function(tree[1], tree[2:]), tree[1] in ("exp", "factorial", "binom"))
+            return self.note(
+                self.function(tree[1], tree[2:]), tree[1] in ("exp", "factorial", "binom")
+            )
         if form == "call":
             text = tree[1] + "".join(self.text(self(argument)) for argument in tree[2:])
             return _random(text)
@@ -174,7 +176,7 @@ class _Evaluation:
             elif b.denominator <= 64 and bits * abs(b) <= MAX_BITS:
                 root = _exact_root(a, b.denominator)
                 if root is not None:
-                    return root ** b.numerator
+                    return root**b.numerator
                 if a < 0 and b.denominator % 2:
                     size = self.inexact(-a) ** self.inexact(b)
                     return size if b.numerator % 2 == 0 else -size
@@ -218,7 +220,9 @@ class _Evaluation:
                     return exact
                 if x < 0 and degree % 2:
                     return -mp.root(self.inexact(-x), int(degree))
-            return mp.root(self.inexact(x), int(degree)) if degree != 2 else mp.sqrt(self.inexact(x))
+            return (
+                mp.root(self.inexact(x), int(degree)) if degree != 2 else mp.sqrt(self.inexact(x))
+            )
         if name == "abs":
             return abs(x)
         if name in ("max", "min"):
@@ -320,7 +324,13 @@ def _discrete(*trees: Tree) -> bool:
     def look(tree: Tree) -> None:
         nonlocal found
         counts = tree[0] in ("sum", "prod")
-        counts |= tree[0] == "fn" and tree[1] in ("factorial", "binom", "gcd", "lcm", "permutations")
+        counts |= tree[0] == "fn" and tree[1] in (
+            "factorial",
+            "binom",
+            "gcd",
+            "lcm",
+            "permutations",
+        )
         negative = tree[0] == "pow" and tree[1][0] == "neg" and tree[1][1][0] == "num"
         found |= bool((counts or (negative and symbols(tree[2]))) and symbols(tree))
 
@@ -347,7 +357,10 @@ def points(*trees: Tree) -> list[dict[str, Fraction]]:
     if not names:
         return [{}]
     if _discrete(*trees):
-        return [{n: Fraction(2 + 3 * i + j + (i * j) % 5) for j, n in enumerate(names)} for i in range(6)]
+        return [
+            {n: Fraction(2 + 3 * i + j + (i * j) % 5) for j, n in enumerate(names)}
+            for i in range(6)
+        ]
     return [
         {n: _random(n, i) * (-1 if (i >> j) & 1 and i > 1 else 1) for j, n in enumerate(names)}
         for i in range(6)

@@ -103,7 +103,11 @@ def _shape(tree: Tree) -> Tree:
                 kept = kept[1:]
             if len(kept) == 1:
                 return _shape(kept[0])
-            if len(kept) == 2 and kept[0][0] == kept[1][0] == "fenced" and len(kept[0]) == len(kept[1]):
+            if (
+                len(kept) == 2
+                and kept[0][0] == kept[1][0] == "fenced"
+                and len(kept[0]) == len(kept[1])
+            ):
                 if all(name[0] == "sym" for name in kept[0][3:]):  # (x, y) = (1, 2)
                     pairs = zip(kept[0][3:], kept[1][3:], strict=True)
                     return ("list", ",", *(("rel", pair, ("=",)) for pair in pairs))
@@ -116,7 +120,12 @@ def _shape(tree: Tree) -> Tree:
         items = [_shape(item) for item in tree[2:]]
         flat: list[Tree] = []
         for item in items:
-            if flat and item[0] not in ("rel", "mod", "dots") and _name(flat[-1]) and _name(flat[-1]) == _name(flat[0]):
+            if (
+                flat
+                and item[0] not in ("rel", "mod", "dots")
+                and _name(flat[-1])
+                and _name(flat[-1]) == _name(flat[0])
+            ):
                 item = ("rel", (flat[0][1][0], item), ("=",))
             flat += item[2:] if item[0] == "list" else [item]
         family = _family(flat)
@@ -142,7 +151,9 @@ def _scaled(tree: Tree) -> Tree:
     elif tree[0] == "div":
         matrix, scale = tree[1], ("div", num(1), tree[2])
     else:
-        scale, matrix = tree[1:] if tree[2][0] not in _EXPRESSIONS or _has(tree[2], "matrix") else tree[:0:-1]
+        scale, matrix = (
+            tree[1:] if tree[2][0] not in _EXPRESSIONS or _has(tree[2], "matrix") else tree[:0:-1]
+        )
     matrix = _shape(matrix)
     if matrix[0] != "matrix" or scale[0] not in _EXPRESSIONS or _has(scale, "matrix"):
         return tree
@@ -220,9 +231,7 @@ def _same_expression(gold: Tree, answer: Tree) -> bool:
     if decimal := _decimal(answer):
         fraction = exact(gold)
         return (
-            fraction is not None
-            and not _has_decimals(gold)
-            and _is_written_out(fraction, *decimal)
+            fraction is not None and not _has_decimals(gold) and _is_written_out(fraction, *decimal)
         )
     if (decimal := _decimal(gold)) and _is_constant(answer) and not _has_decimals(answer):
         significant = len(str(abs(int(decimal[0] * 10 ** decimal[1]))))
@@ -264,13 +273,19 @@ def _same_quantity(gold: Tree, answer: Tree) -> bool:
         if not _is_constant(g) or not _is_constant(a):
             return False
         sides = [
-            ("add", ("mul", v, ("mul", num(u.factor), ("pow", ("const", "π"), num(u.pi)))), num(u.offset))
+            (
+                "add",
+                ("mul", v, ("mul", num(u.factor), ("pow", ("const", "π"), num(u.pi)))),
+                num(u.offset),
+            )
             for v, u in ((g, unit), (a, other))
         ]
         return equal(sides[0], sides[1])
     if gold[0] == "quantity" and answer[0] == "quantity":
         return False
-    return same(gold[1] if gold[0] == "quantity" else gold, answer[1] if answer[0] == "quantity" else answer)
+    return same(
+        gold[1] if gold[0] == "quantity" else gold, answer[1] if answer[0] == "quantity" else answer
+    )
 
 
 def _same_percent(gold: Tree, answer: Tree) -> bool:
@@ -438,7 +453,9 @@ def _same_relation(gold: Tree, answer: Tree) -> bool:
             return False
         if gold[2][0] in flipped and answer[2] == (flipped[gold[2][0]],):
             answer = ("rel", answer[1][::-1], gold[2])
-        return gold[2] == answer[2] and _proportional(_gap(gold), _gap(answer), gold[2][0] in flipped)
+        return gold[2] == answer[2] and _proportional(
+            _gap(gold), _gap(answer), gold[2][0] in flipped
+        )
     if answer[0] == "rel":
         if set(answer[2]) == {"="}:
             stated = _stated(answer)
@@ -570,7 +587,11 @@ def same(gold: Tree, answer: Tree) -> bool:
         return _same_family(gold, answer)
     if kinds & {"rel", "union", "inter", "minus", "fenced", "space", "empty", "set", "list"}:
         g, a = _region(gold), _region(answer)
-        if g and a and (kinds == {"fenced"} or not (g.written_as_interval and a.written_as_interval)):
+        if (
+            g
+            and a
+            and (kinds == {"fenced"} or not (g.written_as_interval and a.written_as_interval))
+        ):
             if "set" not in kinds or "fenced" not in kinds:
                 return same_region(g, a)
     if "rel" in kinds and "list" not in kinds:
@@ -596,7 +617,9 @@ def same(gold: Tree, answer: Tree) -> bool:
 
 # ---- verdicts on texts -------------------------------------------------------------------------
 
-_DECIMAL_COMMA = re.compile(r"[-+]?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))")  # only where a number is asked for
+_DECIMAL_COMMA = re.compile(
+    r"[-+]?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))"
+)  # only where a number is asked for
 _PROSE = re.compile(r"[^\W\d_]{2,}")
 _NUMBER = re.compile(r"[-+]?\d{1,1000}(?:\.\d{1,1000})?", re.A)
 _NOT_PROSE = re.compile(r"[\\=<>^+*/|\[\]]|\b(?:sin|cos|tan|log|ln|sqrt|pi)\b")

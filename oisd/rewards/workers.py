@@ -49,7 +49,6 @@ class WorkerProcess(multiprocessing.context.SpawnProcess):
             finally:
                 sys.modules["__main__"] = main
 
-
     def start(self) -> None:
         """Start, also below a daemon, such as a data loader's worker: ours end with their pool."""
         settings = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
