@@ -1,6 +1,6 @@
 r"""Verdicts and time of the `math` reward beside plain math-verify, in one run.
 
-    python -m benchmarks.grading [--problems 128] [--group 8] [--rounds 3] [--out benchmarks/results]
+    python -m benchmarks.grading [--problems 128] [--group 8] [--rounds 3] [--out FOLDER]
 
 The batch is one step's: `--problems` golds with `--group` completions each, the answers of
 tests/data/grading.jsonl inside long completions. Left out are the answers that are meant to hang a
@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tests" / "data" / "grading.jsonl"
 STEP = (
     "Step {i}. With $u_{i}=\\frac{{x+{i}}}{{\\sqrt{{y_{{{i}}}}}}}$ we get "
-    "\\[ \\int_0^{{{i}}} u\\,du = \\frac{{{i}^2}}{{2}}, \\] so $a_{{{i}}} = {i}$ and the sum grows by {i}.\n"
+    "\\[ \\int_0^{{{i}}} u\\,du = \\frac{{{i}^2}}{{2}}, \\] so $a_{{{i}}} = {i}$ and the sum "
+    "grows by {i}.\n"
 )
 
 

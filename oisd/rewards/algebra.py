@@ -11,7 +11,7 @@ import sys
 from functools import lru_cache
 from typing import Any
 
-from oisd.rewards.tokens import tidy
+from oisd.rewards.reading.spelling import tidy
 from oisd.rewards.verdicts import is_readable, verdict
 
 WORKER_BYTES = 4 << 30  # address space of a worker, which idles at 0.1 GiB

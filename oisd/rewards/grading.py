@@ -10,7 +10,7 @@ from oisd.rewards import algebra
 from oisd.rewards.answers import last_boxed
 from oisd.rewards.function import RewardError, RewardFunction, check_batch
 from oisd.rewards.reading import read
-from oisd.rewards.tokens import tidy
+from oisd.rewards.reading.spelling import tidy
 from oisd.rewards.verdicts import is_readable, key, verdict
 from oisd.rewards.workers import Workers, WorkersError
 
@@ -53,7 +53,7 @@ class MathReward(RewardFunction):
             box = last_boxed(completion)
             if box is not None and len(box) < MAX_BOX_CHARACTERS:
                 same.setdefault((box.strip(), answer), []).append(i)
-        verdicts = {pair: verdict(*pair) for pair in same}
+        verdicts = {pair: _verdict(*pair) for pair in same}
         undecided = [pair for pair, right in verdicts.items() if right is None]
         verdicts |= zip(undecided, self._ask_workers(undecided), strict=True)
         for pair, right in verdicts.items():
@@ -96,6 +96,17 @@ def forget() -> None:
     """Drop what is remembered of answers seen, for measurements."""
     for remembered in (verdict, read, tidy, key, is_readable):
         remembered.cache_clear()
+
+
+def _verdict(answer: str, gold: str) -> Any:
+    try:
+        return verdict(answer, gold)
+    except Exception as error:  # a defect of the reader, which must not end a run of days
+        warnings.warn(
+            f"math_reward: {answer!r} against {gold!r} raised {error!r} and earns 0; please report",
+            stacklevel=3,
+        )
+        return False
 
 
 def _unparsable(gold: str) -> str:

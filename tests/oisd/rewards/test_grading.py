@@ -79,8 +79,8 @@ def check_bombs(rows: list[dict]) -> None:
     reward = MathReward(timeout_s=2.0, workers=1)
     try:
         start = time.perf_counter()
-        # Needs to be parsed, which starts the worker; after a hang another one is started.
-        assert grade(reward, [{"box": r"\frac{1}{2}", "gold": "0.5"}]) == [1.0]
+        # Needs computer algebra, which starts the worker; after a hang another one is started.
+        assert grade(reward, [{"box": r"\int_0^1 x\,dx", "gold": "0.5"}]) == [1.0]
         # As long as the time limit and two such starts, however busy the machine is.
         longest = 3.0 + 2 * (time.perf_counter() - start)
         for row in rows:

@@ -178,6 +178,7 @@ EQUAL = [  # answer, gold
     (r"\textbf{No}.", "no"),
     ("TRUE", "true"),
     (r"\text{(C)}", "C"),
+    ("a", "A"),
     ("(B)", r"\textbf{(B)}"),
     (r"\text{even}", "even"),
     ("Evelyn", r"\text{Evelyn}"),
@@ -223,7 +224,7 @@ DIFFERENT = [
     ("E s y", r"\text{Yes}"),
     ("1", "True"),
     ("True", "1"),
-    ("a", "A"),
+    ("x", "X"),
     ("B", "A"),
     (r"\text{odd}", r"\text{even}"),
     (r"?? \frac{1}{2}", r"\frac{1}{2}"),
@@ -266,15 +267,81 @@ def test_completions(grader, completion, gold, reward):
     assert grader([completion], [gold]) == [reward]
 
 
+HALF = r"\int_0^1 x\,dx"  # only computer algebra knows
+
+
 def test_each_pair_is_graded_once_and_all_get_the_verdict(grader, monkeypatch):
     seen = []
     run = grader._workers.run
     monkeypatch.setattr(
         grader._workers, "run", lambda f, tasks, t: seen.extend(tasks) or run(f, tasks, t)
     )
-    completions = [r"\boxed{1/2}", r"\boxed{ 1/2 }", r"\boxed{1/3}", "none", r"\boxed{1/2}"]
-    assert grader(completions, ["0.5"] * 5) == [1.0, 1.0, 0.0, 0.0, 1.0]
-    assert [task[:2] for task in seen] == [("1/2", "0.5"), ("1/3", "0.5")]
+    boxes = [HALF, f" {HALF} ", r"\int_0^1 y^2\,dy", "1/2", HALF, HALF]
+    completions = [f"\\boxed{{{box}}}" for box in boxes] + ["none"]
+    assert grader(completions, ["0.5"] * 7) == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+    assert [task[:2] for task in seen] == [(HALF, "0.5"), (r"\int_0^1 y^2\,dy", "0.5")]
+
+
+def test_strings_and_numbers_need_no_workers():
+    reward = MathReward()
+    boxes = ["5", "1/2", r"\sqrt{8}", r"5\text{ cm}", "(1,2)", "x<3", r"\text{Yes}", "no box }"]
+    golds = ["5", "0.5", r"2\sqrt2", "50 mm", "(1, 2)", "3>x", "yes", "5"]
+    completions = [f"\\boxed{{{box}}}" for box in boxes[:-1]] + boxes[-1:]
+    assert reward(completions, golds) == [1.0] * 7 + [0.0]
+    assert reward._workers._pool is None
+    reward.close()
+
+
+def test_the_workers_may_start_before_there_is_work():
+    reward = MathReward(workers=1)
+    reward.start()
+    reward.start()
+    assert reward._workers._pool is not None
+    assert reward([f"\\boxed{{{HALF}}}"], ["0.5"]) == [1.0]
+    reward.close()
+    for other in ("exact", "boxed_string"):
+        load_reward(other).start()
+
+
+def grade_in_a_fork(reward):
+    """Exit code of a forked process that grades right."""
+    pid = os.fork()
+    if not pid:
+        try:
+            right = reward([f"\\boxed{{{HALF}}}", r"\boxed{1/3}"], ["0.5", "0.5"]) == [1.0, 0.0]
+            reward.close()
+            os._exit(0 if right else 1)
+        except BaseException:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_grades_in_a_forked_process():
+    reward = MathReward(workers=1)
+    assert reward([f"\\boxed{{{HALF}}}"], ["1/2"]) == [1.0]
+    assert grade_in_a_fork(reward) == 0
+    (pid,) = workers_of(reward)
+    os.kill(pid, 0)  # the fork has not ended the workers of its parent
+    assert reward([r"\boxed{\int_0^1 2x\,dx}"], ["1"]) == [1.0]
+    reward.close()
+
+
+def grade_rows(batch):
+    return {"reward": math_reward(batch["completion"], batch["answer"])}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="fork")
+def test_grades_inside_datasets_map():
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    completions = [rf"\boxed{{\int_0^1 {2 * i}x\,dx}}" for i in range(1, 5)]
+    rows = datasets.Dataset.from_dict(
+        {"completion": completions, "answer": [str(i) for i in range(1, 5)]}
+    )
+    assert grade_rows(rows[:1]) == {"reward": [1.0]}
+    graded = rows.map(grade_rows, batched=True, batch_size=2, num_proc=2)
+    assert graded["reward"][:] == [1.0] * 4
 
 
 def test_grades_from_threads(grader):
@@ -349,12 +416,12 @@ def workers_of(reward):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_survives_the_death_of_idle_workers():
     reward = MathReward(workers=1)
-    assert reward([r"\boxed{1/2}"], ["0.5"]) == [1.0]
-    for wait_s in (0.0, 0.5):  # before and after the pool notices
+    assert reward([f"\\boxed{{{HALF}}}"], ["0.5"]) == [1.0]
+    for i, wait_s in enumerate((0.0, 0.5), 1):  # before and after the pool notices
         for pid in workers_of(reward):
             os.kill(pid, signal.SIGKILL)
         time.sleep(wait_s)
-        assert reward([r"\boxed{1/4}"], ["0.25"]) == [1.0]
+        assert reward([rf"\boxed{{\int_0^1 {2 * i}x\,dx}}"], [str(i)]) == [1.0]
     assert reward.timeouts == 0
     (pid,) = workers_of(reward)
     reward.close()

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from oisd.rewards.reading import Tree, num, replaced
-from oisd.rewards.values import Undefined, equal, points, symbols, value
+from oisd.rewards.reading.trees import Tree, num, replaced
+from oisd.rewards.verdicts.equality import equal, points, symbols
+from oisd.rewards.verdicts.values import Undefined, value
 
 _INEQUALITIES = frozenset("< > ≤ ≥ ≠".split())
 
@@ -158,8 +159,7 @@ def _half_line(left: Tree, sign: str, right: Tree, variable: str) -> Region | No
     if _is_infinite(end):
         return EVERYTHING
     _place(end)
-    inside = {"<": (True, False, False), "≤": (True, True, False), ">": (False, False, True),
-              "≥": (False, True, True), "≠": (True, False, True), "=": (False, True, False)}[sign]  # fmt: skip
+    inside = ("<" in sign or sign in "≤≠", sign in "≤≥=", ">" in sign or sign in "≥≠")
     return Region((end,), inside, variable)
 
 

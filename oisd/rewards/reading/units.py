@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-CURRENCIES = {"$": "dollar", "£": "pound sterling", "€": "euro", "¥": "yen", "¢": "cent", "₹": "rupee",
-              "₽": "ruble", "₩": "won"}  # fmt: skip
+CURRENCIES = frozenset("$£€¥¢₹₽₩")
 CURRENCY_WORDS = frozenset("usd eur gbp jpy inr rs rs. cny rmb cad aud".split())
 SYMBOL_UNITS = frozenset("m s g h L l J N W V A K C F".split())
 
@@ -25,7 +24,7 @@ class Unit:
     pi: int = 0
     offset: Fraction = Fraction(0)  # of temperatures
 
-    def is_part_of(self, other: "Unit") -> bool:
+    def is_part_of(self, other: Unit) -> bool:
         """Whether it may follow the other, as minutes do hours."""
         return self.dims == other.dims and self.pi == other.pi and self.factor < other.factor
 
@@ -47,8 +46,10 @@ def _table() -> dict[str, tuple[Fraction, dict[str, int], int, Fraction]]:
         for name in names.split("|"):
             table[name] = Fraction(factor), dims, pi, Fraction(offset)
 
-    metric = {"n": ("nano", -9), "u": ("micro", -6), "m": ("milli", -3), "c": ("centi", -2), "d": ("deci", -1),
-              "k": ("kilo", 3), "M": ("mega", 6), "G": ("giga", 9)}  # fmt: skip
+    metric = {
+        "n": ("nano", -9), "u": ("micro", -6), "m": ("milli", -3), "c": ("centi", -2),
+        "d": ("deci", -1), "k": ("kilo", 3), "M": ("mega", 6), "G": ("giga", 9),
+    }  # fmt: skip
 
     def add_metric(symbol: str, names: str, factor: str | Fraction, dims: dict[str, int]) -> None:
         add(f"{symbol}|{names}", factor, dims)
@@ -128,13 +129,19 @@ def _table() -> dict[str, tuple[Fraction, dict[str, int], int, Fraction]]:
 
 
 _UNITS = _table()
+# Counts of nothing in particular.
 _NO_UNIT = frozenset(
-    "unit u way possibility outcome total item altogether number exactly each together solution case u.".split()
-)  # fmt: skip
+    """
+    unit u u. way possibility outcome total item altogether number exactly each together solution
+    case
+    """.split()
+)
 _AFTER_UNIT = frozenset(
-    "old tall long wide deep high away apart late early ago of in from on thick longer taller ahead left remaining later "
-    "faster slower total altogether exactly each".split()
-)  # fmt: skip
+    """
+    old tall long wide deep high thick away apart late early later ago of in from on longer taller
+    faster slower ahead left remaining total altogether exactly each
+    """.split()
+)
 _POWERS = {"square": 2, "squared": 2, "sq": 2, "cubic": 3, "cubed": 3, "cu": 3}
 _MAY_BE_UPPER = re.compile(r"[A-Z][a-z]{2,}|[A-Z]{3,}")
 

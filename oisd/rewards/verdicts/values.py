@@ -1,12 +1,8 @@
-"""Values of expressions, and whether two of them are equal: exactly, never to some digits.
+"""Values of expressions, exact or in as many digits as asked for.
 
-Rational arithmetic stays in fractions. Whatever else (roots, pi, sines) is evaluated in as many
-digits as the numbers in it can hide: two numbers that are written with few signs and agree in far
-more digits than these signs can encode are equal. Expressions with variables are equal when they
-are at random rational points, by the same measure (the Schwartz-Zippel argument).
-
-The size of every intermediate number is bounded, so an evaluation takes milliseconds at most;
-what is beyond (9^9^9) raises TooBig and is left to a process that can be killed.
+Rational arithmetic stays in fractions; the rest is mpmath's. The size of every intermediate number
+is bounded, and so is the work for one verdict; what is beyond (9^9^9) raises TooBig and is left to
+a process that can be killed.
 """
 
 from __future__ import annotations
@@ -17,10 +13,10 @@ import threading
 from fractions import Fraction
 from typing import Any
 
-from oisd.rewards.reading import Tree, walk
+from oisd.rewards.reading.trees import Tree
 
 MAX_BITS = 20_000  # of an exact integer
-MAX_DIGITS = 2_000  # of a working precision
+_SOURCES = ("exp", "factorial", "binom")  # functions whose values are large or small by themselves
 BUDGET = 100_000  # cost of all evaluations for one verdict, in units of about 5 us
 
 
@@ -46,7 +42,7 @@ def _spend(cost: int) -> None:
         raise TooBig
 
 
-def _context() -> Any:
+def context() -> Any:
     if not hasattr(_threads, "mp"):
         from mpmath.ctx_mp import MPContext
 
@@ -54,7 +50,7 @@ def _context() -> Any:
     return _threads.mp
 
 
-def _is_exact(*values: Any) -> bool:
+def is_exact(*values: Any) -> bool:
     return all(isinstance(value, Fraction) for value in values)
 
 
@@ -82,11 +78,11 @@ def _integer_root(value: int, degree: int) -> int:
     return low
 
 
-class _Evaluation:
+class Evaluation:
     """One evaluation at one point, in a given number of digits."""
 
     def __init__(self, point: dict[str, Fraction], digits: int) -> None:
-        self.mp = _context()
+        self.mp = context()
         self.mp.dps = digits
         self.point = point
         self.digits = digits
@@ -103,7 +99,7 @@ class _Evaluation:
         return value
 
     def note(self, value: Any, source: bool = False) -> Any:
-        if _is_exact(value):
+        if is_exact(value):
             bits = max(value.numerator.bit_length(), value.denominator.bit_length())
             if bits > MAX_BITS:
                 raise TooBig
@@ -141,16 +137,14 @@ class _Evaluation:
         if form in ("sum", "prod"):
             return self.repeated(*tree)
         if form == "fn":
-            return self.note(
-                self.function(tree[1], tree[2:]), tree[1] in ("exp", "factorial", "binom")
-            )
+            return self.note(self.function(tree[1], tree[2:]), tree[1] in _SOURCES)
         if form == "call":
             text = tree[1] + "".join(self.text(self(argument)) for argument in tree[2:])
-            return _random(text)
+            return random_rational(text)
         raise Undefined(form)
 
     def text(self, value: Any) -> str:
-        return str(value) if _is_exact(value) else self.mp.nstr(value, 20)
+        return str(value) if is_exact(value) else self.mp.nstr(value, 20)
 
     def binary(self, form: str, a: Any, b: Any) -> Any:
         if form == "pow":
@@ -158,15 +152,15 @@ class _Evaluation:
         if form == "div":
             if not b:
                 raise Undefined
-            if _is_exact(a, b):
+            if is_exact(a, b):
                 return a / b
             return self.inexact(a) / self.inexact(b)
-        if not _is_exact(a, b):
+        if not is_exact(a, b):
             a, b = self.inexact(a), self.inexact(b)
         return a + b if form == "add" else a * b
 
     def power(self, a: Any, b: Any) -> Any:
-        if _is_exact(a, b):
+        if is_exact(a, b):
             if not a and b <= 0:
                 raise Undefined
             bits = max(a.numerator.bit_length(), a.denominator.bit_length())
@@ -189,7 +183,7 @@ class _Evaluation:
 
     def repeated(self, form: str, variable: str, low: Tree, high: Tree, body: Tree) -> Any:
         first, last = self(low), self(high)
-        if not _is_exact(first, last) or first.denominator != 1 or last.denominator != 1:
+        if not is_exact(first, last) or first.denominator != 1 or last.denominator != 1:
             raise Undefined
         if last - first > 2000:
             raise TooBig
@@ -210,11 +204,11 @@ class _Evaluation:
         x, mp = values[0], self.mp
         if name == "root":
             degree = values[1]
-            if not _is_exact(degree) or not degree:
+            if not is_exact(degree) or not degree:
                 raise Undefined
             if degree.denominator != 1 or not 0 < degree < 1000:
                 return self.power(x, 1 / degree)
-            if _is_exact(x):
+            if is_exact(x):
                 exact = _exact_root(x, int(degree)) if degree < 65 else None
                 if exact is not None:
                     return exact
@@ -230,7 +224,9 @@ class _Evaluation:
         if name in ("gcd", "lcm", "factorial", "binom", "permutations", "floor", "ceil"):
             return self.integers(name, values)
         if name == "log":
-            base = self.inexact(values[1] if len(values) > 1 else _random("the base of log"))
+            base = self.inexact(
+                values[1] if len(values) > 1 else random_rational("the base of log")
+            )
             if not x or not base or base == 1:
                 raise Undefined
             return mp.log(self.inexact(x)) / mp.log(base)
@@ -244,19 +240,18 @@ class _Evaluation:
             return {"Re": mp.re, "Im": mp.im, "arg": mp.arg}[name](x)
         if name in ("zeta", "Gamma") and (x == 1 or abs(x) > 200 or mp.im(x)):
             raise Undefined
-        inverse = {"arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot", "arcsec": "asec",
-                   "arccsc": "acsc", "arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh", "Gamma": "gamma"}  # fmt: skip
+        name = "gamma" if name == "Gamma" else name.replace("arc", "a")
         try:
-            return getattr(mp, inverse.get(name, name))(x)
+            return getattr(mp, name)(x)
         except (ValueError, ZeroDivisionError):
             raise Undefined from None
 
     def integers(self, name: str, values: list[Any]) -> Any:
         if name in ("floor", "ceil"):
-            if _is_exact(values[0]):
+            if is_exact(values[0]):
                 return Fraction((math.floor if name == "floor" else math.ceil)(values[0]))
             return getattr(self.mp, name)(values[0])
-        if not _is_exact(*values) or any(v.denominator != 1 for v in values):
+        if not is_exact(*values) or any(v.denominator != 1 for v in values):
             raise Undefined
         whole = [int(v) for v in values]
         if name in ("gcd", "lcm"):
@@ -292,88 +287,16 @@ class _Evaluation:
         return minor([tuple(self(entry) for entry in row) for row in rows])
 
 
-def _random(name: str, index: int = 0) -> Fraction:
+def random_rational(name: str, index: int = 0) -> Fraction:
     """A rational number between 1/2 and 7/2 that depends on the name alone."""
     digest = hashlib.blake2b(f"{index} {name}".encode(), digest_size=8).digest()
     return Fraction(1, 2) + Fraction(3 * int.from_bytes(digest[:4], "big"), 2**32 - 5)
 
 
-# ---- what is in an expression ------------------------------------------------------------------
-
-
-def symbols(*trees: Tree) -> frozenset[str]:
-    """Free symbols."""
-    names: set[str] = set()
-    bound: set[str] = set()
-
-    def look(tree: Tree) -> None:
-        if tree[0] == "sym":
-            names.add(tree[1])
-        elif tree[0] in ("sum", "prod"):
-            bound.add(tree[1])
-
-    for tree in trees:
-        walk(tree, look)
-    return frozenset(names - bound)
-
-
-def _discrete(*trees: Tree) -> bool:
-    """Whether its variables count something: n! and the like are taken at integers."""
-    found = False
-
-    def look(tree: Tree) -> None:
-        nonlocal found
-        counts = tree[0] in ("sum", "prod")
-        counts |= tree[0] == "fn" and tree[1] in (
-            "factorial",
-            "binom",
-            "gcd",
-            "lcm",
-            "permutations",
-        )
-        negative = tree[0] == "pow" and tree[1][0] == "neg" and tree[1][1][0] == "num"
-        found |= bool((counts or (negative and symbols(tree[2]))) and symbols(tree))
-
-    for tree in trees:
-        walk(tree, look)
-    return found
-
-
-def _mentions_i(*trees: Tree) -> bool:
-    found = False
-
-    def look(tree: Tree) -> None:
-        nonlocal found
-        found |= tree == ("const", "i")
-
-    for tree in trees:
-        walk(tree, look)
-    return found
-
-
-def points(*trees: Tree) -> list[dict[str, Fraction]]:
-    """Where to compare these: one empty point for constants."""
-    names = sorted(symbols(*trees))
-    if not names:
-        return [{}]
-    if _discrete(*trees):
-        return [
-            {n: Fraction(2 + 3 * i + j + (i * j) % 5) for j, n in enumerate(names)}
-            for i in range(6)
-        ]
-    return [
-        {n: _random(n, i) * (-1 if (i >> j) & 1 and i > 1 else 1) for j, n in enumerate(names)}
-        for i in range(6)
-    ]
-
-
-# ---- equality ----------------------------------------------------------------------------------
-
-
 def value(tree: Tree, point: dict[str, Fraction] | None = None, digits: int = 50) -> Any:
     """The value; Fraction where everything is rational. Raises Undefined or TooBig."""
     try:
-        return _Evaluation(dict(point or {}), digits)(tree)
+        return Evaluation(dict(point or {}), digits)(tree)
     except (ZeroDivisionError, OverflowError, ValueError, TypeError):
         raise Undefined from None
 
@@ -385,87 +308,3 @@ def exact(tree: Tree) -> Fraction | None:
     except (Undefined, TooBig):
         return None
     return found if isinstance(found, Fraction) else None
-
-
-def difference(a: Tree, b: Tree, point: dict[str, Fraction]) -> tuple[bool, bool]:
-    """Whether a equals b at a point, and whether both values are real."""
-    digits = 50
-    for _ in range(2):
-        try:
-            run = _Evaluation(dict(point), digits)
-            left, right = run(a), run(b)
-            if _is_exact(left, right):
-                return left == right, True
-            left, right = run.inexact(left), run.inexact(right)
-            mp = run.mp
-            size = mp.mpf(10) ** (max(run.largest, 0.0) - digits + 20)
-            real = abs(mp.im(left)) <= size and abs(mp.im(right)) <= size
-            gap = abs(left - right)
-        except (ZeroDivisionError, OverflowError, ValueError, TypeError):
-            raise Undefined from None
-        if gap > size and gap > (abs(left) + abs(right)) * mp.mpf(10) ** (20 - digits):
-            return False, real
-        # Equal so far. Twice the digits that went in could still differ further on.
-        needed = int(3 * run.span + 3 * max(run.largest, 0.0)) + 100
-        if digits >= needed:
-            return gap <= size, real
-        if needed > MAX_DIGITS:
-            raise TooBig
-        digits = needed + 50
-    return gap <= size, real
-
-
-def equal(a: Tree, b: Tree) -> bool:
-    """Whether two expressions have the same value wherever they have one.
-
-    Raises TooBig where that cannot be told quickly.
-    """
-    if a == b:
-        return True
-    complex_numbers = _mentions_i(a, b)
-    checked = 0
-    for point in points(a, b):
-        try:
-            same, real = difference(a, b, point)
-        except Undefined:
-            defined = [_defined(tree, point) for tree in (a, b)]
-            if defined[0] != defined[1] or not point:
-                return False
-            continue
-        if not same:
-            if not real and point and not complex_numbers and not _any_real(a, b, point):
-                continue  # outside the domain of both
-            return False
-        checked += 1
-    return checked > 0
-
-
-def _defined(tree: Tree, point: dict[str, Fraction]) -> bool:
-    try:
-        value(tree, point)
-    except Undefined:
-        return False
-    return True
-
-
-def _any_real(a: Tree, b: Tree, point: dict[str, Fraction]) -> bool:
-    mp = _context()
-    for tree in (a, b):
-        found = value(tree, point)
-        if isinstance(found, Fraction) or abs(mp.im(found)) < mp.mpf(10) ** -30:
-            return True
-    return False
-
-
-def rounds_to(tree: Tree, decimal: Fraction, places: int) -> bool:
-    """Whether a constant, rounded to these decimal places, is this decimal."""
-    try:
-        found = value(tree)
-    except (Undefined, TooBig):
-        return False
-    if not isinstance(found, Fraction):
-        mp = _context()
-        if mp.im(found) or float(mp.mag(found)) > 100:
-            return False
-        found = Fraction(mp.nstr(mp.re(found), 45, min_fixed=-1000, max_fixed=1000))
-    return abs(found - decimal) * 2 <= Fraction(1, 10**places)

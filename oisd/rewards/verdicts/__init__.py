@@ -1,0 +1,74 @@
+"""Verdicts on two texts: strings and plain numbers first, then what a reader makes of them."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from functools import lru_cache
+
+from oisd.rewards.reading import NeedsAlgebra, Unreadable, read
+from oisd.rewards.reading.phrases import is_prose
+from oisd.rewards.reading.spelling import tidy
+from oisd.rewards.verdicts.compare import same
+from oisd.rewards.verdicts.equality import EXPRESSIONS
+from oisd.rewards.verdicts.values import TooBig, Undefined, allow
+
+# 0,5 is a decimal only where a number is asked for.
+_DECIMAL_COMMA = re.compile(r"[-+]?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))")
+_NUMBER = re.compile(r"[-+]?\d{1,1000}(?:\.\d{1,1000})?", re.A)
+
+
+@lru_cache(maxsize=8192)
+def key(text: str) -> str:
+    """Equal for answers with the same spelling, but for white space."""
+    tidied = re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])", "", tidy(text))
+    tidied = tidied.replace("$", "").strip(" .,;")
+    return re.sub(r"(?<![\d\\a-zA-Z]) +| +(?![\da-zA-Z])", "", tidied)
+
+
+@lru_cache(maxsize=8192)
+def is_readable(gold: str) -> bool:
+    """Whether a gold answer has a meaning beyond its letters. NeedsAlgebra counts as none."""
+    try:
+        readings = read(gold)
+    except NeedsAlgebra:
+        return False
+    return len(readings) > 1 or is_prose(readings[-1][1])
+
+
+@lru_cache(maxsize=65536)
+def verdict(answer: str, gold: str) -> bool | None:
+    """Whether an answer equals the gold; None where only computer algebra can tell."""
+    answer, gold = answer.strip(), gold.strip()
+    if answer and answer == gold:
+        return True
+    if _NUMBER.fullmatch(answer) and _NUMBER.fullmatch(gold):
+        return Fraction(answer) == Fraction(gold)
+    wanted = key(gold)
+    if wanted and key(answer) == wanted:
+        return True
+    if not key(answer) or not wanted:
+        return False
+    try:
+        golds, answers = read(gold), read(answer)
+    except NeedsAlgebra:
+        return None
+    if not is_readable(gold):
+        return None
+    undecided = False
+    allow()
+    for g in golds:
+        for a in answers:
+            try:
+                if g[0] == a[0] == "text":
+                    if g == a and is_prose(g[1]):
+                        return True
+                elif same(g, a):
+                    return True
+            except TooBig:
+                undecided = True
+            except (Undefined, Unreadable, RecursionError):
+                pass
+    if _DECIMAL_COMMA.fullmatch(answer.strip()) and golds[0][0] in EXPRESSIONS:
+        return verdict(answer.replace(",", "."), gold)
+    return None if undecided else False
