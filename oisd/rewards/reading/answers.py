@@ -6,7 +6,15 @@ import re
 from functools import lru_cache
 
 from oisd.rewards.reading.expressions import END, MAX_DEPTH, OPERANDS, ExpressionReader
-from oisd.rewards.reading.phrases import HEDGES, LINKS, number_words, phrase, scale, whole_phrase
+from oisd.rewards.reading.phrases import (
+    HEDGES,
+    LINKS,
+    is_prose,
+    number_words,
+    phrase,
+    scale,
+    whole_phrase,
+)
 from oisd.rewards.reading.spelling import tidy
 from oisd.rewards.reading.tokens import NeedsAlgebra, Unreadable, tokenize
 from oisd.rewards.reading.trees import Tree, num
@@ -85,9 +93,9 @@ class AnswerReader(ExpressionReader):
         return None
 
     def side(self) -> Tree:
-        if not self.sees("≈", *"=<>≤≥") or self.at:
+        if not self.sees("≈", "~", *"=<>≤≥") or self.at:
             left = self.quantity()
-        elif self.sees("≈", "="):  # "≈ 7.3" and "= 7" are 7.3 and 7
+        elif self.sees("≈", "~", "="):  # "≈ 7.3" and "= 7" are 7.3 and 7
             self.at += 1
             left = self.quantity()
         else:
@@ -109,6 +117,7 @@ class AnswerReader(ExpressionReader):
         if self.word("am", "pm"):
             half = self.take().text.lower().replace(".", "")
         clock = len(texts) == 2 and len(texts[1]) == 2 and all(t.isdigit() for t in texts)
+        clock = clock and all(number[0] == "num" for number in numbers)
         if clock and int(texts[0]) < 25 and int(texts[1]) < 60:
             return ("time", 60 * int(texts[0]) + int(texts[1]), half, tuple(numbers))
         if half:
@@ -211,7 +220,7 @@ class AnswerReader(ExpressionReader):
                 parts.append(self.take().text)
             elif token.kind == "number" and token.value in (2, 3) and not token.spaced:
                 parts.append(f"^{self.take().text}")  # cm2
-            elif self.sees(".") and not after.text:
+            elif self.sees(".") and (not after.text or after.kind == "word"):
                 self.take()
             else:
                 return parts
@@ -237,10 +246,12 @@ class AnswerReader(ExpressionReader):
             texts.append(self.take().text)
             if len(texts) > 20:
                 raise Unreadable("prose")
-        if self.sees(",", ";", "") or self.word("and", "or"):
-            raise Unreadable("words")
         if any(text.lower() in HEDGES for text in texts):
             raise Unreadable("words that qualify the value")
+        if self.sees(",", ";", "") or self.word("and", "or"):  # Alice and Bob
+            if not all(text.isalpha() or "-" in text for text in texts):
+                raise Unreadable("words")
+            return ("text", phrase(" ".join(texts)))
         return ("label", phrase(" ".join(texts)))
 
 
@@ -255,32 +266,48 @@ def _without_degrees(value: Tree) -> tuple[Tree, bool]:
 def _choice(reader: AnswerReader) -> str | None:
     """The letter of a choice at the start, consumed; None where there is none."""
     start = reader.at
-    if reader.word("option", "choice", "answer", "answer choice"):
+    if reader.word("option", "choice", "answer"):
         reader.take()
         reader.accept(":")
+    grouped = reader.accept("{")
     opened = reader.accept("(", "[")
     token = reader.take()
-    single = token.kind in ("symbol", "word") and len(token.text) == 1
-    if single and "A" <= token.text <= "J":
-        closed = reader.accept(")", "]")
-        ended = closed or reader.accept(".", ":")
+    closed = reader.accept(")", "]")
+    if grouped and not reader.accept("}"):
+        closed = False
+    if token.kind in ("symbol", "word") and len(token.text) == 1 and "A" <= token.text <= "J":
         if opened == closed or closed:
-            rest = reader.peek()
-            if reader.accept(":") or reader.accept(".") or not rest.text:
+            marked = closed or reader.sees(".", ":")
+            rest = reader.peek(0 if closed else 1)
+            if closed:
+                reader.accept(":", ".")
+            if not reader.peek().text or (marked and not rest.text):
+                reader.accept(".", ":")
                 return token.text
-            operator = rest.kind == "mark" and rest.text not in OPERANDS and rest.text not in "$-"
-            if ended and not operator and (token.prose or rest.text not in ("(", "-")):
-                if not reader.word("and", "or") and (closed or rest.kind != "symbol"):
-                    return token.text
+            product = not token.prose and rest.text in ("(", "-")  # (D)(x + 1), (D) - 3
+            sign = rest.kind == "mark" and rest.text not in OPERANDS and rest.text not in "$-"
+            joined = rest.kind == "word" and rest.text in ("and", "or")
+            if marked and not (product or sign or joined) and (closed or rest.kind != "symbol"):
+                reader.accept(".", ":")
+                return token.text
     reader.at = start
     return None
 
 
 def _whole(reader: AnswerReader) -> Tree:
     letter = _choice(reader)
-    if letter:
-        return ("choice", letter, None if reader.peek() is END else _rest(reader))
-    return _rest(reader)
+    if not letter:
+        return _rest(reader)
+    if reader.peek() is END:
+        return ("choice", letter, None)
+    start = reader.at
+    try:
+        return ("choice", letter, _rest(reader))
+    except Unreadable:
+        words = phrase(" ".join(token.text for token in reader.tokens[start:]))
+        if not is_prose(words):
+            raise
+        return ("choice", letter, ("text", words))
 
 
 def _rest(reader: AnswerReader) -> Tree:

@@ -140,9 +140,11 @@ class ExpressionReader:
         start = self.at
         if self.peek().text == "frac" and self.peek().kind == "command":
             part = self.power()
+            degrees = part[0] == "deg"
+            part = part[1] if degrees else part
             plain = part[0] == "div" and part[1][0] == part[2][0] == "num"
             if plain and 0 < part[1][1] < part[2][1]:
-                return ("add", whole, part)
+                return ("deg", ("add", whole, part)) if degrees else ("add", whole, part)
         elif self.peek().kind == "number" and self.peek().spaced and self.peek(1).text == "/":
             above, _, below = self.take(), self.take(), self.take()
             if below.kind == "number" and above.value and below.value:
@@ -344,7 +346,7 @@ class ExpressionReader:
             self.expect("\\}")
             if len(items) != 1:
                 raise Unreadable("set-builder notation")
-            return conditions[0] if not between else ("list", *conditions)
+            return conditions[0] if not between else ("list", between[0], *conditions)
         self.expect("\\}")
         return ("set", *items)
 
@@ -439,9 +441,11 @@ class ExpressionReader:
 
     def arguments(self) -> list[Tree]:
         """What a function is applied to: brackets, or the factors that follow."""
-        if self.sees("("):
+        if self.sees("(", "\\{"):
             node = self.primary()
-            return list(node[3:]) if node[0] == "fenced" else [node]
+            return list(
+                node[3:] if node[0] == "fenced" else node[1:] if node[0] == "set" else [node]
+            )
         node = None
         while True:
             token = self.peek()

@@ -36,7 +36,8 @@ _WHOLE: dict[str, Tree] = {
         (("empty",), """no solution|no solutions|no real solution|no real solutions|no roots|none|
             no integer solutions|no real roots|there is no solution|there are no solutions|no value|
             there are no real solutions|has no solution|empty set|null set|no such value|no values|
-            no such number|no such numbers|solution set is empty"""),
+            no such number|no such numbers|solution set is empty|
+            no solution exists|no solutions exist|no real values"""),
         (("space", "R"), """all real numbers|all reals|reals|real numbers|any real number|
             every real number|set of real numbers|set of all real numbers|all real x|
             all real values"""),
@@ -57,6 +58,7 @@ _WHOLE: dict[str, Tree] = {
 }  # fmt: skip
 _COMMAND = re.compile(r"\\(?:text|math|mbox|emph|bold|q?quad|left|right|operatorname|underline)\w*")
 _ARTICLES = re.compile(r"\b(?:the|a|an)\b(?!\s*$)")
+_HYPHEN = re.compile(r"(?<=[^\W\d_])-(?=[^\W\d_])")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _MATHEMATICS = re.compile(r"[\\=<>^+*/|\[\]]|\b(?:sin|cos|tan|log|ln|sqrt|pi)\b")
 
@@ -64,7 +66,7 @@ _MATHEMATICS = re.compile(r"[\\=<>^+*/|\[\]]|\b(?:sin|cos|tan|log|ln|sqrt|pi)\b"
 def phrase(text: str) -> str:
     """Lower case, without articles, wrappers, punctuation at the ends and spaces too many."""
     bare = re.sub(r"[{}$]", " ", _COMMAND.sub(" ", text)).casefold()
-    bare = bare.replace("’", "'").replace("-", " ").strip(" .,;:!\"'`*_")
+    bare = _HYPHEN.sub(" ", bare.replace("’", "'")).strip(" .,;:!\"'`*_")
     shorter = _ARTICLES.sub(" ", bare)
     return " ".join((shorter if shorter.strip() else bare).split())
 

@@ -61,7 +61,7 @@ _GROUPED = re.compile(
 _COMMAS = re.compile(r"(?!0)\d{1,3}(?:,\d{3})+(?!\d|,\d)(?:\.\d+)?")
 _DECIMAL_COMMA = re.compile(rf"(\d+){GROUP}(\d+)")
 _BASED = re.compile(
-    r"(\d[0-9A-F]*)\s*_\s*"
+    r"(\d[0-9A-Fa-f]*)\s*_\s*"
     r"(?:\{\s*(?:\\text\s*\{)?\s*(\w+)\s*\}?\s*\}|(\d)|\\text\s*\{\s*(\w+)\s*\})"
 )
 _SCIENTIFIC = re.compile(r"(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d{1,3})(?![\d.a-zA-Z])")
@@ -84,9 +84,11 @@ def _number(text: str, at: int, commas: bool) -> tuple[Token, int] | None:
         return _decimal(f"{found[1]}.{found[2]}"), found.end()
     if found := _BASED.match(text, at):
         base = found[2] or found[3] or found[4]
-        base = base if base.isdigit() else str(BASES.get(base.lower(), ""))
-        if base:
-            return Token("based", f"{found[1]}_{int(base)}"), found.end()
+        base = int(base) if base.isdigit() else BASES.get(base.lower(), 0)
+        digits = found[1].upper() if base == 16 else found[1]
+        if 2 <= base <= 36 and all(d.isdigit() or d.isupper() for d in digits):
+            if all(int(d, 36) < base for d in digits):
+                return Token("based", f"{digits}_{base}"), found.end()
     if found := _SCIENTIFIC.match(text, at):
         value = Fraction(found[1]) * Fraction(10) ** int(found[2])
         return Token("number", found[0], value), found.end()

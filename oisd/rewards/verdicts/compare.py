@@ -61,7 +61,7 @@ def same(gold: Tree, answer: Tree) -> bool:
         ):
             if "set" not in kinds or "fenced" not in kinds:
                 return same_region(g, a)
-    if "rel" in kinds and "list" not in kinds:
+    if "rel" in kinds:
         return _same_relation(gold, answer)
     if "pct" in kinds:
         return same_percent(_bare(gold), _bare(answer), same)
@@ -108,7 +108,7 @@ def _same_choice(gold: Tree, answer: Tree) -> bool:
         if gold[2] is not None:
             return same(gold[2], answer)
         return answer == ("sym", gold[1].lower()) or answer == ("sym", gold[1])
-    return answer[2] is not None and same(gold, answer[2])
+    return gold == ("sym", answer[1]) if answer[2] is None else same(gold, answer[2])
 
 
 def _same_relation(gold: Tree, answer: Tree) -> bool:
@@ -209,13 +209,18 @@ def _same_collection(gold: Tree, answer: Tree) -> bool:
         return _in_order(unnamed(g), unnamed(a))
     named = [bool(items) and all(name_of(item) for item in items) for items in (g, a)]
     if named[0] and not named[1] or named[1] and not named[0]:
-        names = {repr(name_of(item)) for item in (g if named[0] else a)}
+        names = {_base_name(item) for item in (g if named[0] else a)}
         if len(names) > 1:  # x = 2, y = -3 for 2, -3
             return kinds == ("list", "list") and _in_order(unnamed(g), unnamed(a))
         g, a = unnamed(g), unnamed(a)
     if "set" in kinds or gold[0] != "list" or answer[0] != "list" or "or" in (gold[1], answer[1]):
         g, a = _distinct(g), _distinct(a)
     return len(g) == len(a) and _matched(g, a)
+
+
+def _base_name(item: Tree) -> str:
+    """`x` of both `x_1 = 2` and `x_2 = 3`, which are values of the same unknown."""
+    return str((name_of(item) or ("", ""))[1]).rstrip("0123456789_")
 
 
 def _same_point(gold: Tree, answer: Tree) -> bool:
