@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from oisd.rewards.reading.expressions import END, MAX_DEPTH, OPERANDS, ExpressionReader
 from oisd.rewards.reading.phrases import (
+    DATES,
     HEDGES,
     LINKS,
     is_prose,
@@ -183,13 +184,15 @@ class AnswerReader(ExpressionReader):
         if not parts:
             return value
         first = parts[0].lower().replace(".", "")
-        if first in ("percent", "percentage", "pct", "per cent"):
+        if first in ("percent", "percentage", "pct") or parts[:2] == ["per", "cent"]:
             return ("pct", value)
         if first in ("am", "pm", "oclock", "o'clock") and value[0] == "num":
             return ("time", int(60 * value[1]), first if first in ("am", "pm") else None, (value,))
-        if any(p.lower() in HEDGES for p in parts):
+        if any(part.lower() in HEDGES | DATES for part in parts):
             raise Unreadable("words that qualify the value")
-        unit = unit_of(tuple(parts))
+        if value[0] == "pct":  # 30% of the area
+            return value
+        unit = unit_of(tuple(parts[1:] if first == "of" else parts))  # 3/4 of an hour
         return value if unit is None else ("quantity", value, unit)
 
     def unit_words(self) -> list[str]:

@@ -18,6 +18,13 @@ HEDGES = frozenset(
     when where for was were be is are solution minus plus
     """.split()
 )
+# No units, though they stand behind numbers.
+DATES = frozenset(
+    """
+    january february march april may june july august september october november december
+    monday tuesday wednesday thursday friday saturday sunday bc ad ce bce
+    """.split()
+)
 _SCALES = {
     "hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12,
     "dozen": 12, "mn": 10**6, "bn": 10**9,

@@ -63,8 +63,10 @@ def same(gold: Tree, answer: Tree) -> bool:
                 return same_region(g, a)
     if "rel" in kinds:
         return _same_relation(gold, answer)
+    if "quantity" in kinds and kinds & {"pct", "time"}:
+        return False
     if "pct" in kinds:
-        return same_percent(_bare(gold), _bare(answer), same)
+        return same_percent(gold, answer, same)
     if "time" in kinds:
         return same_time(gold, answer, same)
     if "quantity" in kinds and not kinds & {"list", "set", "fenced"}:
@@ -93,10 +95,6 @@ def _infinite(tree: Tree) -> int:
     if tree[0] == "neg":
         return -_infinite(tree[1])
     return 1 if tree == ("inf",) else 0
-
-
-def _bare(tree: Tree) -> Tree:
-    return tree[1] if tree[0] == "quantity" else tree
 
 
 def _same_choice(gold: Tree, answer: Tree) -> bool:
@@ -213,7 +211,7 @@ def _same_collection(gold: Tree, answer: Tree) -> bool:
         if len(names) > 1:  # x = 2, y = -3 for 2, -3
             return kinds == ("list", "list") and _in_order(unnamed(g), unnamed(a))
         g, a = unnamed(g), unnamed(a)
-    if "set" in kinds or gold[0] != "list" or answer[0] != "list" or "or" in (gold[1], answer[1]):
+    if "set" in kinds or "or" in (gold[1], answer[1]):
         g, a = _distinct(g), _distinct(a)
     return len(g) == len(a) and _matched(g, a)
 

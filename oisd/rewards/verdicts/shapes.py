@@ -149,6 +149,8 @@ def _family(items: list[Tree]) -> Tree | None:
 def stated(tree: Tree) -> Tree:
     """The value that an equation states: 5 of `x = 5`, of `5 = x` and of `x = 2 + 3 = 5`."""
     values = [side for side in tree[1] if side[0] not in _NAMES]
+    if len(values) == len(tree[1]) and values[-1] == num(0):
+        return ("false",)  # x + 2y - 6 = 0 states no value
     return values[-1] if values else tree[1][-1]
 
 

@@ -192,7 +192,7 @@ class Evaluation:
         for value in range(int(first), int(last) + 1):
             self.point[variable] = Fraction(value)
             total = self.note(self.binary("add" if form == "sum" else "mul", total, self(body)))
-        self.point.pop(variable)
+        self.point.pop(variable, None)
         if kept is not None:
             self.point[variable] = kept
         return total
