@@ -52,7 +52,7 @@ def closed_form(answer: str) -> str | None:
 
 def verify(answer: str, gold: str, timeout_s: float) -> bool | None:
     """Verdict on one pair; None: the gold answer cannot be read."""
-    if hasattr(signal, "setitimer"):  # ends the worker should the parent not live to kill it
+    if hasattr(signal, "setitimer"):  # ends the worker if its parent has died
         signal.setitimer(signal.ITIMER_REAL, 2 * timeout_s + 10)
     try:
         return _verify(answer, gold)

@@ -3,9 +3,9 @@ r"""Answers as strings: the last box, and the grader that needs no parser.
 `same_string` is the whole of the `boxed_string` reward, in the manner of the MATH data set
 (Hendrycks et al., arXiv 2103.03874), which BuPO and, through it, the OISD paper grade with. It
 normalises both sides and compares: `\frac12` is `\frac{1}{2}`, but 0.25 is not 1/4, nor is
-`x+1` equal to `1+x`. So it errs to the strict side, never takes long, and its numbers can be
-compared with papers that use the like. Written anew from the description of those rules; published
-scripts differ among themselves in small ways.
+`x+1` equal to `1+x`. So it errs on the strict side, is always fast, and its results can be compared
+with papers that grade this way. It is written from the description of those rules; published
+scripts differ in small ways.
 """
 
 from __future__ import annotations

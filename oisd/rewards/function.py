@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 
 class RewardError(RuntimeError):
-    """A reward function failed; `index` is that of its first offending value, if there is one."""
+    """A reward function failed; `index` is that of the first wrong value, if there is one."""
 
     def __init__(self, function: str, problem: str, index: int | None = None) -> None:
         super().__init__(f"reward {function}: {problem}")
@@ -45,4 +45,4 @@ class RewardFunction:
         """Start what grading needs, without waiting for it: call it before the first rollout."""
 
     def close(self) -> None:
-        """Stop the workers, if any; may be called twice, and a later call starts new ones."""
+        """Stop the workers, if any; may be called twice. Grading again starts new ones."""

@@ -20,7 +20,7 @@ MAX_BOX_CHARACTERS = 2000  # a box as long as this earns 0.0 unread: no answer i
 class MathReward(RewardFunction):
     """Grades the last box of each completion, see `math_reward`.
 
-    timeout_s: seconds for one grade, > 0; wall clock, so allow for a busy machine.
+    timeout_s: seconds to grade one answer, > 0; wall clock, so allow for a busy machine.
     workers: processes, >= 1; by default half of the cores, from 2 to 8.
     """
 

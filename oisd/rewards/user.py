@@ -34,7 +34,7 @@ def _why(error: BaseException) -> str:
 
 
 def _find_user(name: str) -> tuple[Any, str | None]:
-    """The user's function and what is wrong with its name; SystemExit must not end a worker."""
+    """The user's function, and what is wrong with it; SystemExit must not end a worker."""
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
@@ -53,7 +53,7 @@ def _check_user(name: str) -> str | None:
 def _call_user(
     name: str, completions: list[str], answers: list[str]
 ) -> tuple[list[float], str | None, int | None]:
-    """Rewards, problem, index of the first offending value."""
+    """Rewards, problem, index of the first wrong value."""
     try:
         values = _find_user(name)[0](completions, answers)
         if isinstance(values, str | bytes | Mapping | Set) or not hasattr(values, "__len__"):
@@ -107,7 +107,7 @@ class UserReward(RewardFunction):
 
     def __call__(self, completions: list[str], answers: list[str]) -> list[float]:
         check_batch(self.name, completions, answers)
-        # Instant, but in the replacement of a dead worker: imports have a deadline of their own.
+        # Instant, except in the replacement of a dead worker: imports have their own deadline.
         if problem := self._run(_check_user, IMPORT_TIMEOUT_S, self.name):
             raise RewardError(self.name, problem)
         batch = self.name, list(completions), list(answers)

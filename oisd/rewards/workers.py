@@ -146,6 +146,6 @@ class Workers:
         raise WorkersError("its workers died twice, see their output above")
 
     def close(self) -> None:
-        """End the processes; another `run` starts new ones. Idempotent."""
+        """End the processes; may be called twice. Another `run` starts new ones."""
         if self._finalizer is not None and self._owner == os.getpid():
             self._finalizer()  # once: a second call does nothing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 from functools import lru_cache
 
 from oisd.rewards.reading.expressions import END, MAX_DEPTH, OPERANDS, ExpressionReader
@@ -187,7 +188,8 @@ class AnswerReader(ExpressionReader):
         if first in ("percent", "percentage", "pct") or parts[:2] == ["per", "cent"]:
             return ("pct", value)
         if first in ("am", "pm", "oclock", "o'clock") and value[0] == "num":
-            return ("time", int(60 * value[1]), first if first in ("am", "pm") else None, (value,))
+            minutes = int(60 * Fraction(value[1]))
+            return ("time", minutes, first if first in ("am", "pm") else None, (value,))
         if any(part.lower() in HEDGES | DATES for part in parts):
             raise Unreadable("words that qualify the value")
         if value[0] == "pct":  # 30% of the area

@@ -30,10 +30,10 @@ def key(text: str) -> str:
 def is_readable(gold: str) -> bool:
     """Whether a gold answer has a meaning beyond its letters. NeedsAlgebra counts as none."""
     try:
-        readings = read(gold)
+        *meanings, (_, words) = read(gold)
     except NeedsAlgebra:
         return False
-    return len(readings) > 1 or is_prose(readings[-1][1])
+    return bool(meanings) or is_prose(words)
 
 
 @lru_cache(maxsize=65536)

@@ -64,7 +64,7 @@ def points(*trees: Tree) -> list[dict[str, Fraction]]:
 def difference(a: Tree, b: Tree, point: dict[str, Fraction]) -> tuple[bool, bool]:
     """Whether a equals b at a point, and whether both values are real."""
     digits = 50
-    for _ in range(2):
+    while True:
         try:
             run = Evaluation(dict(point), digits)
             left, right = run(a), run(b)
@@ -86,7 +86,6 @@ def difference(a: Tree, b: Tree, point: dict[str, Fraction]) -> tuple[bool, bool
         if needed > MAX_DIGITS:
             raise TooBig
         digits = needed + 50
-    return gap <= size, real
 
 
 def has_i(tree: Tree) -> bool:

@@ -14,7 +14,9 @@ from collections import Counter
 import pytest
 
 from oisd.rewards import MathReward, boxed_string_reward, load_reward
-from oisd.rewards.answers import normal_form, same_string
+from oisd.rewards.answers import last_boxed, normal_form, same_string
+from oisd.rewards.grading import forget
+from oisd.rewards.verdicts import verdict
 from tests import DATA, ROOT
 
 TABLE = DATA / "grading.jsonl"
@@ -70,9 +72,33 @@ def test_math_gives_the_humans_verdict():
     reward = MathReward(timeout_s=20.0, workers=2)
     try:
         assert wrong(rows, grade(reward, rows), "math") == []
-        assert reward.timeouts == 0  # the slowest needs some tenths of a second
+        assert reward.timeouts == 0  # none of them needs a worker
     finally:
         reward.close()
+
+
+def test_a_batch_earns_what_its_completions_earn_one_by_one():
+    rows = [row for row in ROWS if row["kind"] not in ("bomb", "long")][::4]
+    forget()
+    alone = []
+    reward = MathReward(timeout_s=20.0, workers=2)
+    together = grade(reward, rows + rows[::-1])
+    for row in rows:
+        forget()
+        alone += grade(reward, [row])
+    reward.close()
+    assert together == alone + alone[::-1]
+
+
+def test_no_verdict_takes_long():
+    forget()
+    slowest = 0.0
+    for row in ROWS:
+        if row["kind"] not in ("bomb", "long"):
+            start = time.process_time()
+            verdict(last_boxed(completion(row)) or "", row["gold"])
+            slowest = max(slowest, time.process_time() - start)
+    assert slowest < 1.0  # some 10 ms: the work for one verdict is bounded
 
 
 def check_bombs(rows: list[dict]) -> None:

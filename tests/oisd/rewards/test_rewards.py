@@ -450,7 +450,7 @@ def test_a_script_without_main_guard_may_grade_and_name_its_neighbours(tmp_path)
         "import sys\n"
         "import oisd.rewards as r\n"
         "sys.modules['torch'] = sys\n"
-        "print(r.math_reward([r'\\boxed{1/2}'], ['0.5']))\n"
+        "print(r.math_reward([r'\\boxed{\\int_0^1 x\\,dx}'], ['0.5']))\n"
         "print(r.load_reward('mine:ones')(['', ''], ['', '']))\n"
         "print(r.load_reward('reward_functions:main_module')(['', ''], ['', '']))\n"
     )
