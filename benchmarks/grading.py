@@ -113,7 +113,7 @@ def mistakes(grade: Callable[[list[str], list[str]], list[float]]) -> tuple[int,
 
 def main() -> None:
     """Measure, print, append a row to a JSONL file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Verdicts and time of the math reward")
     parser.add_argument("--problems", type=int, default=128)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)

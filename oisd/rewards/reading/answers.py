@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 from functools import lru_cache
 
 from oisd.rewards.reading.expressions import END, MAX_DEPTH, OPERANDS, ExpressionReader
@@ -19,7 +18,7 @@ from oisd.rewards.reading.phrases import (
 )
 from oisd.rewards.reading.spelling import tidy
 from oisd.rewards.reading.tokens import NeedsAlgebra, Unreadable, tokenize
-from oisd.rewards.reading.trees import Tree, num
+from oisd.rewards.reading.trees import Tree, num, times
 from oisd.rewards.reading.units import (
     CURRENCIES,
     CURRENCY_WORDS,
@@ -180,7 +179,7 @@ class AnswerReader(ExpressionReader):
         parts += self.unit_words()
         words = 1 if money else 0  # $5 million, 5 million dollars
         while len(parts) > words and (factor := scale(parts[words])) is not None:
-            value = ("mul", value, num(factor))
+            value = times(value, factor)
             parts.pop(words)
         if not parts:
             return value
@@ -188,8 +187,7 @@ class AnswerReader(ExpressionReader):
         if first in ("percent", "percentage", "pct") or parts[:2] == ["per", "cent"]:
             return ("pct", value)
         if first in ("am", "pm", "oclock", "o'clock") and value[0] == "num":
-            minutes = int(60 * Fraction(value[1]))
-            return ("time", minutes, first if first in ("am", "pm") else None, (value,))
+            return ("time", int(60 * value[1]), first if first in ("am", "pm") else None, (value,))
         if any(part.lower() in HEDGES | DATES for part in parts):
             raise Unreadable("words that qualify the value")
         if value[0] == "pct":  # 30% of the area

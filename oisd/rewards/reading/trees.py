@@ -19,12 +19,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
-Tree = tuple
+Tree = tuple[Any, ...]
 
 
 def num(value: int | Fraction) -> Tree:
     return ("num", Fraction(value), None)
+
+
+def times(value: Tree, factor: Fraction) -> Tree:
+    return ("mul", value, num(factor))
 
 
 def replaced(tree: Tree, old: Tree, new: Tree) -> Tree:
