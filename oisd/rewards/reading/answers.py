@@ -105,6 +105,7 @@ class AnswerReader(ExpressionReader):
             form = {"∪": "union", "∩": "inter", "∖": "minus"}[self.take().text]
             left = (form, left, self.quantity())
         ratio = left[0] in ("num", "fn", "mul", "const", "div") and self.sees(":")
+        ratio = ratio and not self.bars  # within { }, a colon says "such that"
         if ratio or (left[0] == "num" and self.word("to") and self.peek(1).kind == "number"):
             return self.ratio(left)
         return left
@@ -223,7 +224,7 @@ class AnswerReader(ExpressionReader):
                 parts.append(self.take().text)
             elif token.kind == "number" and token.value in (2, 3) and not token.spaced:
                 parts.append(f"^{self.take().text}")  # cm2
-            elif self.sees(".") and (not after.text or after.kind == "word"):
+            elif self.sees(".") and (not after.text or after.kind in ("word", "number")):
                 self.take()
             else:
                 return parts
@@ -317,7 +318,7 @@ def _rest(reader: AnswerReader) -> Tree:
     items, between = reader.items()
     while reader.accept(".", ",", ";", ":"):
         pass
-    if reader.accept("⇒", "⇔", "→"):
+    if reader.accept("⇒", "⇔"):
         return _rest(reader)
     if reader.peek() is not END:
         raise Unreadable(f"{reader.peek().text!r} at the end")

@@ -76,7 +76,7 @@ GREEK = frozenset(
 # Of two letters, and yet no product.
 SHORT_WORDS = frozenset(
     """
-    AM PM
+    AM PM cc
     or no in to of is at am pm cm mm km kg mg ml ft yd mi lb oz hr dm cL dL kW mL kL sq cu
     as if be by so an km hz Hz kN ms ns us mA kV
     """.split()

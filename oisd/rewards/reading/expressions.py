@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from oisd.rewards.reading.commands import FUNCTIONS
 from oisd.rewards.reading.tokens import NeedsAlgebra, Token, Unreadable
-from oisd.rewards.reading.trees import Tree, num, replaced
+from oisd.rewards.reading.trees import Tree, nodes, num, replaced
 from oisd.rewards.reading.units import SYMBOL_UNITS
 
 MAX_DEPTH = 40
@@ -140,11 +140,11 @@ class ExpressionReader:
         start = self.at
         if self.peek().text == "frac" and self.peek().kind == "command":
             part = self.power()
-            degrees = part[0] == "deg"
-            part = part[1] if degrees else part
+            mark = part[0] if part[0] in ("deg", "pct") else ""
+            part = part[1] if mark else part
             plain = part[0] == "div" and part[1][0] == part[2][0] == "num"
             if plain and 0 < part[1][1] < part[2][1]:
-                return ("deg", ("add", whole, part)) if degrees else ("add", whole, part)
+                return (mark, ("add", whole, part)) if mark else ("add", whole, part)
         elif self.peek().kind == "number" and self.peek().spaced and self.peek(1).text == "/":
             above, _, below = self.take(), self.take(), self.take()
             if below.kind == "number" and above.value and below.value:
@@ -341,12 +341,10 @@ class ExpressionReader:
         bars, self.bars = self.bars, 1
         items, _ = self.items()
         self.bars = bars
-        if self.accept("|", ":"):  # { x | condition }
+        if self.accept("|", ":"):
             conditions, between = self.items()
             self.expect("\\}")
-            if len(items) != 1:
-                raise Unreadable("set-builder notation")
-            return conditions[0] if not between else ("list", between[0], *conditions)
+            return _set_builder(items, conditions, between)
         self.expect("\\}")
         return ("set", *items)
 
@@ -471,3 +469,17 @@ class ExpressionReader:
         if node is None:
             raise Unreadable("a function of nothing")
         return [node]
+
+
+def _set_builder(items: list[Tree], conditions: list[Tree], between: list[str]) -> Tree:
+    """{ x | condition } is the condition; { 2k | k in Z } is a family, `2k, k in Z`."""
+    if len(items) != 1:
+        raise Unreadable("set-builder notation")
+    what = items[0]
+    if what[0] == "rel" and what[2] == ("∈",) and what[1][1] == ("space", "R"):
+        what = what[1][0]
+    if what[0] == "sym" and all(what in nodes(condition) for condition in conditions):
+        return conditions[0] if not between else ("list", between[0], *conditions)
+    if what[0] in ("rel", "sym") or len(conditions) != 1 or conditions[0][0] != "rel":
+        raise Unreadable("set-builder notation")
+    return ("list", ",", what, conditions[0])

@@ -203,6 +203,9 @@ def _same_collection(gold: Tree, answer: Tree) -> bool:
     g, a = (list(tree[1:]) if tree[0] == "set" else list(items_of(tree)) for tree in (gold, answer))
     if max(len(g), len(a)) > MAX_ITEMS:
         return False
+    joints = {tree[1] for tree in (gold, answer) if tree[0] == "list"}
+    if joints == {"and", "or"} and any(item[0] == "sym" for item in g):  # p and q, p or q
+        return False
     if any(item[0] == "dots" for item in g + a):
         return _in_order(unnamed(g), unnamed(a))
     named = [bool(items) and all(name_of(item) for item in items) for items in (g, a)]

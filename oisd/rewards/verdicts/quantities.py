@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
-from oisd.rewards.reading.trees import Tree, num, replaced
+from oisd.rewards.reading.trees import Tree, nodes, num, replaced, times
 from oisd.rewards.verdicts.equality import EXPRESSIONS, equal, is_constant, symbols
 from oisd.rewards.verdicts.shapes import name_of
 from oisd.rewards.verdicts.values import exact, value
@@ -34,6 +34,11 @@ def same_quantity(gold: Tree, answer: Tree, same: Same) -> bool:
             for v, u in ((g, unit), (a, other))
         ]
         return equal(sides[0], sides[1])
+    for angle, other in ((gold, answer), (answer, gold)):
+        # An angle in degrees beside a multiple of pi, which can only be in radians.
+        if angle[0] == "quantity" and angle[2].is_angle and other[0] in EXPRESSIONS:
+            if ("const", "π") in nodes(other) and angle[2].pi == 0:
+                return equal(("deg", times(angle[1], angle[2].factor)), other)
     return same(
         gold[1] if gold[0] == "quantity" else gold, answer[1] if answer[0] == "quantity" else answer
     )

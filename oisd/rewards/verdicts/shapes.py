@@ -57,8 +57,8 @@ def normal(tree: Tree) -> Tree:
                 and name_of(flat[-1])
                 and name_of(flat[-1]) == name_of(flat[0])
             ):
-                item = ("rel", (flat[0][1][0], item), ("=",))
-            flat += item[2:] if item[0] == "list" else [item]
+                item = ("list", ",", *(("rel", (flat[0][1][0], i), ("=",)) for i in items_of(item)))
+            flat += items_of(item)
         family = _family(flat)
         return family or ("list", tree[1], *flat)
     if form in ("quantity", "pct") and has(tree, "pm"):
