@@ -27,7 +27,7 @@ from oisd.rewards.reading.units import (
     unit_of,
 )
 
-_RELATIONS = frozenset("= ≠ < > ≤ ≥ ∈ ≡ ≈ ∉ ~ ∝".split())
+_RELATIONS = frozenset("= ≠ < > ≤ ≥ ∈ ≡ ≈ ∉ ~ ∝ →".split())
 _CLOSERS = frozenset([")", "]", "}", "\\}", "|", "⌋", "⌉", "&", "\\\\", ""])
 _JOINTS = frozenset([",", ";", "and", "or", ",and", ",or", ";and", ";or"])
 

@@ -126,6 +126,8 @@ def _same_relation(gold: Tree, answer: Tree) -> bool:
         flipped = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
         if len(gold[2]) != 1 or len(answer[2]) != 1 or not _are_expressions(gold, answer):
             return False
+        if gold[2][0] not in flipped and gold[2] != ("≠",):
+            return gold[2] == answer[2] and _in_order(gold[1], answer[1])
         if gold[2][0] in flipped and answer[2] == (flipped[gold[2][0]],):
             answer = ("rel", answer[1][::-1], gold[2])
         return gold[2] == answer[2] and _proportional(
@@ -214,7 +216,7 @@ def _same_collection(gold: Tree, answer: Tree) -> bool:
         if len(names) > 1:  # x = 2, y = -3 for 2, -3
             return kinds == ("list", "list") and _in_order(unnamed(g), unnamed(a))
         g, a = unnamed(g), unnamed(a)
-    if "set" in kinds or "or" in (gold[1], answer[1]):
+    if "set" in kinds or "or" in joints:
         g, a = _distinct(g), _distinct(a)
     return len(g) == len(a) and _matched(g, a)
 
