@@ -1,6 +1,6 @@
 r"""Verdicts and time of the `math` reward beside plain math-verify, in one run.
 
-    python -m benchmarks.grading [--problems 128] [--group 8] [--rounds 3] [--out FOLDER]
+    python -m benchmarks.grading [--problems 128] [--group 8] [--steps 60] [--rounds 3]
 
 The batch is one step's: `--problems` golds with `--group` completions each, the answers of
 tests/data/grading.jsonl inside long completions. Left out are the answers that are meant to hang a
@@ -39,8 +39,8 @@ STEP = (
 )
 
 
-def completion(box: str, steps: int = 60) -> str:
-    """About 8,000 characters of reasoning and the box."""
+def completion(box: str, steps: int) -> str:
+    """Some steps of reasoning, 140 characters each, and the box."""
     thoughts = "".join(STEP.format(i=i) for i in range(steps))
     return f"{thoughts}Hence the answer is $\\boxed{{{box}}}$."
 
@@ -55,7 +55,7 @@ def table() -> list[tuple[str, str, bool]]:
     ]
 
 
-def batch(problems: int, group: int) -> tuple[list[str], list[str]]:
+def batch(problems: int, group: int, steps: int) -> tuple[list[str], list[str]]:
     """Completions and golds: the answers to each gold, repeated to fill its group."""
     answers: dict[str, list[str]] = {}
     for box, gold, _ in table():
@@ -65,7 +65,7 @@ def batch(problems: int, group: int) -> tuple[list[str], list[str]]:
     for i in range(problems):
         gold = golds[i % len(golds)]
         boxes = answers[gold]
-        completions += [completion(boxes[j % len(boxes)]) for j in range(group)]
+        completions += [completion(boxes[j % len(boxes)], steps) for j in range(group)]
         wanted += [gold] * group
     return completions, wanted
 
@@ -87,11 +87,11 @@ def timed(grade: Callable[[], list[float]]) -> float:
     return time.perf_counter() - start
 
 
-def cold(problems: int, group: int) -> float:
+def cold(*size: int) -> float:
     """Seconds of the first call in a new process."""
     code = (
         "import warnings, benchmarks.grading as b; warnings.simplefilter('ignore')\n"
-        f"c, g = b.batch({problems}, {group}); r = b.MathReward()\n"
+        f"c, g = b.batch(*{size}); r = b.MathReward()\n"
         "print(b.timed(lambda: r(c, g))); r.close()"
     )
     done = subprocess.run(
@@ -116,11 +116,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Verdicts and time of the math reward")
     parser.add_argument("--problems", type=int, default=128)
     parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=60, help="of reasoning before the box")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=None, help="folder for grading.jsonl")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    completions, golds = batch(arguments.problems, arguments.group)
+    size = arguments.problems, arguments.group, arguments.steps
+    completions, golds = batch(*size)
     reward = MathReward()
     together = reward(completions, golds)
     alone = []
@@ -133,7 +135,7 @@ def main() -> None:
     plain_math_verify(completions[:1], golds[:1])
     for _ in range(arguments.rounds):
         times["math-verify"].append(timed(partial(plain_math_verify, completions, golds)))
-        times["cold"].append(cold(arguments.problems, arguments.group))
+        times["cold"].append(cold(*size))
         forget()
         times["warm"].append(timed(partial(reward, completions, golds)))
     ours, theirs = mistakes(reward), mistakes(plain_math_verify)

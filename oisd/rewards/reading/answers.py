@@ -275,7 +275,10 @@ def _choice(reader: AnswerReader) -> str | None:
         reader.accept(":")
     grouped = reader.accept("{")
     opened = reader.accept("(", "[")
+    inner = reader.accept("{")
     token = reader.take()
+    if inner:
+        reader.accept("}")
     closed = reader.accept(")", "]")
     if grouped and not reader.accept("}"):
         closed = False
@@ -299,6 +302,9 @@ def _choice(reader: AnswerReader) -> str | None:
 
 
 def _whole(reader: AnswerReader) -> Tree:
+    while reader.word("so", "thus", "hence", "therefore", "then", "finally"):
+        reader.take()
+        reader.accept(",")
     letter = _choice(reader)
     if not letter:
         return _rest(reader)

@@ -349,6 +349,8 @@ class ExpressionReader:
         return ("set", *items)
 
     def matrix(self, kind: str) -> Tree:
+        if kind == "cases":
+            return self.system()
         if kind not in _MATRICES:
             raise Unreadable(f"environment {kind}")
         rows: list[tuple[Tree, ...]] = []
@@ -364,6 +366,14 @@ class ExpressionReader:
             raise Unreadable("rows of different lengths")
         node: Tree = ("matrix", kind, tuple(rows))
         return ("fn", "det", node) if kind == "vmatrix" else node
+
+    def system(self) -> Tree:
+        """Equations one below the other, x = 1 and y = 2; not the pieces of a function."""
+        lines, _ = self.items()
+        while self.accept("\\\\") and not self.sees("end cases"):
+            lines += self.items()[0]
+        self.expect("end cases")
+        return ("list", ",", *lines)
 
     # ---- commands and functions ----
 

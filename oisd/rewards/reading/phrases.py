@@ -34,6 +34,10 @@ _ONES = """
     sixteen seventeen eighteen nineteen
     """.split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_PARTS = {
+    "half": 2, "halves": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6,
+    "eighth": 8, "tenth": 10,
+}  # fmt: skip
 _NUMBERS = {word: i for i, word in enumerate(_ONES)} | {
     word: 10 * i for i, word in enumerate(_TENS, 2)
 }
@@ -110,4 +114,9 @@ def number_words(words: list[str]) -> tuple[Fraction | None, int]:
         else:
             break
         used += 1
+    word = words[used].lower() if 0 < used < len(words) else ""
+    if below := _PARTS.get(word) or _PARTS.get(word.removesuffix("s")):  # two thirds
+        return Fraction(total + part, below), used + 1
+    if used == 0 and words and words[0].lower() in ("half", "one-half"):
+        return Fraction(1, 2), 1
     return (Fraction(total + part), used) if used else (None, 0)

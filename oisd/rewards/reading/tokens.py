@@ -246,8 +246,10 @@ class _Lexer:
 
     def word(self, found: re.Match[str]) -> None:
         if self.prose or not found[0].isascii():
-            self.at = found.end()
-            self.letters(found[0].rstrip("."), prose=True)
+            word = found[0].rstrip(".")
+            # The point of an abbreviation is part of it, that of a choice (D.) is not.
+            self.at = found.end() - (len(word) == 1 and word != found[0])
+            self.letters(word, prose=True)
             return
         found = _LETTERS.match(self.text, self.at) or found
         self.at = found.end()
