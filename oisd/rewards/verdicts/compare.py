@@ -214,7 +214,11 @@ def _same_collection(gold: Tree, answer: Tree) -> bool:
     if named[0] and not named[1] or named[1] and not named[0]:
         names = {_base_name(item) for item in (g if named[0] else a)}
         if len(names) > 1:  # x = 2, y = -3 for 2, -3
-            return kinds == ("list", "list") and _in_order(unnamed(g), unnamed(a))
+            return (
+                kinds == ("list", "list")
+                and "or" not in joints
+                and _in_order(unnamed(g), unnamed(a))
+            )
         g, a = unnamed(g), unnamed(a)
     if "set" in kinds or "or" in joints:
         g, a = _distinct(g), _distinct(a)
