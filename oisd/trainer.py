@@ -12,6 +12,7 @@ adapters to trainers that have them.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -79,9 +80,22 @@ class Trainer:
             # Weights and AdamW's two moments, for each checkpoint kept and one being written.
             size = 3 * adapters.trained_bytes(self.policy.model)
             self.folder.require_space(size * (run.keep_checkpoints + 1))
+        if self.processes.is_first and self.policy.dropout_replaced:
+            rates = ", ".join(f"{n} {rate:g}" for n, rate in self.policy.dropout_replaced.items())
+            warnings.warn(
+                f"model.dropout = {config.model.dropout:g} replaces what the model ships: {rates}; "
+                f'"none" keeps it',
+                stacklevel=2,
+            )
         encode = partial(encode_problems, self.policy.tokenizer, config.data)
         self.examples, self.prompts = encode(self.examples, config.data.overlong_prompts)
         self.eval_examples, self.eval_prompts = encode(self.eval_examples, "error")
+        self.policy.require_positions(
+            [*self.prompts, *self.eval_prompts],
+            config.rollout.max_completion_tokens,
+            "data.max_prompt_tokens",
+            "rollout.max_completion_tokens",
+        )
         internal = config.grpo.internal_layer is not None
         with _naming("grpo.internal_layer" if internal else "oisd.student_layers"):
             self.objective = Objective(self.policy, config)
