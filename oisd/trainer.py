@@ -65,16 +65,14 @@ class Trainer:
         self.eval_examples = []
         if config.eval.source:
             self.eval_examples = load_problems(config.eval.source, config.eval, run.seed)
-        if self.processes.is_first:
-            self.folder.prepare(config)
-            warn_of_answers(self.reward, [*self.examples[:256], *self.eval_examples[:256]])
-        self.processes.barrier()
-
+        self.processes.on_first(self._prepare_folder)
         checkpoint = self.folder.latest()
         self.policy = load_policy(
             config.model, seed=run.seed, device=self.processes.device, checkpoint=checkpoint
         )
         adapters.refuse_others(self.policy.model, config.model)
+        # The commit of a Hub model may be known, and may have moved on, only now.
+        self.processes.on_first(self._require_sources)
         self.policy.model.train()
         if self.processes.is_first and checkpoint is None:
             # Weights and AdamW's two moments, for each checkpoint kept and one being written.
@@ -107,6 +105,15 @@ class Trainer:
             self.step = state["step"]
             self.optimizer.load_state_dict(state["learner"])
         self.reference = self._load_reference() if config.grpo.kl_coef and self.resumed else None
+
+    def _prepare_folder(self) -> None:
+        self.folder.prepare(self.config)
+        self._require_sources()
+        warn_of_answers(self.reward, [*self.examples[:256], *self.eval_examples[:256]])
+
+    def _require_sources(self) -> None:
+        problems = {"data.source": self.examples, "eval.source": self.eval_examples}
+        self.folder.require_sources(self.config.model.path, problems, self.config.reward.function)
 
     # ------------------------------------------------------------------ the run
 
