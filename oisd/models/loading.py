@@ -144,16 +144,16 @@ def _require_all_weights(model: nn.Module, found: dict[str, Any], named: str) ->
     for prefix in ("_orig_mod.", "module."):
         if any(key.startswith(prefix) for key in unexpected):
             remedy = f"take the prefix {prefix!r} off its keys, or save it from the unwrapped model"
+    random = " (it would be random there)" if missing or sizes else ""
     raise ConfigError(
-        f"{named} does not fit {type(model).__name__}, whose other weights would be random: it "
-        f"{', '.join(parts)}; {remedy}"
+        f"{named} does not fit {type(model).__name__}: it {', '.join(parts)}{random}; {remedy}"
     )
 
 
 def _listed(what: str, keys: Collection[str]) -> Iterator[str]:
     if keys:
         first = ", ".join([*keys][:3])
-        yield f"{what} {len(keys)} of the weights ({first}{', ...' if len(keys) > 3 else ''})"
+        yield f"{what} {len(keys)} weights ({first}{', ...' if len(keys) > 3 else ''})"
 
 
 def require_finite(model: Any, named: str) -> None:
