@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,12 +31,12 @@ from torch import Tensor, nn
 
 from oisd.config import ConfigError, ModelConfig, TrainConfig
 
-_CONFIG = "adapter_config.json"
+CONFIG = "adapter_config.json"
 
 
 def is_adapter(folder: str | Path) -> bool:
     """Whether a folder holds an adapter in PEFT's format, rather than a whole model."""
-    return (Path(folder) / _CONFIG).is_file()
+    return (Path(folder) / CONFIG).is_file()
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -46,11 +47,11 @@ def is_adapted(model: nn.Module) -> bool:
 def base_path(folder: Path) -> str:
     """The base model that an adapter's folder names. Raises ConfigError if it names none."""
     try:
-        base = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"{folder / _CONFIG} is not PEFT's: {error!r}") from error
+        raise ConfigError(f"{folder / CONFIG} is not PEFT's: {error!r}") from error
     if not base:
-        raise ConfigError(f"{folder / _CONFIG} names no base model: set base_model_name_or_path")
+        raise ConfigError(f"{folder / CONFIG} names no base model: set base_model_name_or_path")
     return base
 
 
@@ -88,11 +89,27 @@ def load(model: Any, folder: Path, *, trainable: bool) -> Any:
     """
     peft = _peft()
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except (ValueError, RuntimeError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            loaded = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        given = set(peft.utils.load_peft_weights(str(folder), device="cpu"))
+    except Exception as error:  # a file of nonsense may raise anything
         raise ConfigError(
-            f"the adapter {str(folder)!r} does not fit {type(model).__name__}: {error}"
+            f"the adapter {str(folder)!r} does not fit {type(model).__name__}: "
+            f"{' '.join(str(error).split())[:300]}"
         ) from error
+    wanted = set(peft.get_peft_model_state_dict(loaded, save_embedding_layers=False))
+    # An adapter's file may also hold layers of the model, such as a longer embedding.
+    known = wanted | {name.replace(".base_layer.", ".") for name in loaded.state_dict()}
+    missing, unexpected = sorted(wanted - given), sorted(given - known)
+    if missing or unexpected or not wanted:
+        first = ", ".join((missing or unexpected)[:3])
+        raise ConfigError(
+            f"the adapter {str(folder)!r} does not fit {type(model).__name__}: it lacks "
+            f"{len(missing)} of {len(wanted)} weights and has {len(unexpected)} unknown ones "
+            f"({first}, ...); give the base model that it was trained on, and its whole file"
+        )
+    return loaded
 
 
 def save(model: Any, folder: Path) -> None:

@@ -43,6 +43,9 @@ class ModelConfig:
     """Attention implementation, as transformers names it: "sdpa" or "eager"."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Off by default."""
+    dropout: float | None = 0.0
+    """Replaces each dropout rate above 0 that the model ships; "none" keeps them. Rollouts run
+    without dropout, so that it is noise in the ratios and in the KL term. Not LoRA's own."""
     lora_rank: int = 0
     """Rank r of LoRA adapters, which are then the only trained weights; 0 trains the model."""
     lora_alpha: float = 32.0
@@ -55,6 +58,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         targets = list(self.lora_targets)
+        rate = self.dropout
+        require(rate is None or 0 <= rate < 1, "model.dropout", 'in [0, 1), or "none"', rate)
         at_least(0, self, "model.lora_rank")
         above_0(self, "model.lora_alpha")
         require(0 <= self.lora_dropout < 1, "model.lora_dropout", "in [0, 1)", self.lora_dropout)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from oisd import adapters
 from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.config import ConfigError, ModelConfig
 from oisd.data import check_vocabulary
-from oisd.models.layout import unwrap
+from oisd.models.dropout import set_dropout
+from oisd.models.layout import learned_positions, unwrap
+from oisd.models.loading import folder_problem, read_model, read_tokenizer, require_finite
 from oisd.rollout import Completions, sample
 
 
@@ -26,6 +27,8 @@ class Policy:
     tokenizer: Any
     dtype: torch.dtype
     """float32, or bfloat16 for mixed precision over float32 parameters (or frozen ones in bf16)."""
+    dropout_replaced: dict[str, float] = field(default_factory=dict)
+    """The rates that the model came with, by name, where `model.dropout` replaced them."""
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +70,26 @@ class Policy:
                 **settings,
             )
 
+    def require_positions(
+        self, prompts: Sequence[Sequence[int]], completion_tokens: int, prompt_key: str, key: str
+    ) -> None:
+        """Raise ConfigError where a prompt with its completion has more tokens than positions.
+
+        prompt_key, key: the settings that limit prompts and completions.
+        """
+        limit = learned_positions(unwrap(self.model))
+        longest = max(map(len, prompts), default=0)
+        # The last token of a completion is never read.
+        if limit is None or longest + max(completion_tokens - 1, 0) <= limit:
+            return
+        room = limit - longest + 1
+        lower = f"{key} (here at most {room})" if room > 0 else f"{prompt_key} (at most {limit})"
+        raise ConfigError(
+            f"{key} = {completion_tokens} and a prompt of {longest} tokens need more positions "
+            f"than {type(unwrap(self.model)).__name__} has learned, which are {limit}; lower "
+            f"{lower}, or {prompt_key}"
+        )
+
     def decode(self, completions: Completions) -> list[str]:
         """The completions' texts, without special tokens."""
         lengths = completions.lengths.tolist()
@@ -92,20 +115,30 @@ def load_policy(
     round_frozen: keep the layers that adapters freeze in `config.dtype`; False to run the model
         outside `Policy.autocast`.
 
-    Weights are read from safetensors alone. Raises ConfigError if the model cannot be loaded or has
-    no end-of-sequence token, or adapters do not fit it; DataError if the tokenizer has tokens that
-    the model lacks.
+    Weights are read from safetensors alone. Raises ConfigError if the model cannot be loaded, has
+    no end-of-sequence token, or lacks weights; if adapters do not fit it; and if weights are not
+    finite. Raises DataError if the tokenizer has tokens that the model lacks.
     """
     adapter = _adapter_folder(config, checkpoint)
+    named = f"model.path {config.path!r}"
     if config.path == "arithmetic" and checkpoint is None:
         model: Any = arithmetic_model(seed)
         model.set_attn_implementation(config.attn_implementation)
         tokenizer: Any = arithmetic_tokenizer()
     else:
-        model, tokenizer = _from_files(config, checkpoint, adapter)
+        source, named = _source(config, checkpoint, adapter)
+        trust = config.trust_remote_code
+        attention = config.attn_implementation
+        model = read_model(source, named, attn_implementation=attention, trust_remote_code=trust)
+        shipped = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+        where = adapter if adapter is not None and shipped else source
+        tokenizer = read_tokenizer(where, named, trust_remote_code=trust)
     check_vocabulary(tokenizer, model.config)
+    # Before the adapters, whose own dropout stays.
+    replaced = {} if config.dropout is None else set_dropout(model, config.dropout)
     if adapter is not None:
         model = adapters.load(model, adapter, trainable=config.lora_rank > 0)
+        named = f"the adapter {str(adapter)!r} or {named}"
     elif config.lora_rank:
         model = adapters.attach(model, config, seed=seed)
     # After the adapters, which would take up their layer's dtype.
@@ -113,7 +146,9 @@ def load_policy(
         adapters.round_frozen(model, getattr(torch, config.dtype))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = Policy(model.to(device), tokenizer, getattr(torch, config.dtype))
+    model = model.to(device)
+    require_finite(model, named)
+    policy = Policy(model, tokenizer, getattr(torch, config.dtype), replaced)
     if not policy.eos_token_ids:
         raise ConfigError(
             f"model.path {config.path!r} has no end-of-sequence token, in its generation config or "
@@ -131,32 +166,22 @@ def load_for_command(
         dtype=options.dtype,
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
+        dropout=None,  # nothing is trained
     )
     return load_policy(config, seed=options.seed, device=device, round_frozen=round_frozen)
 
 
-def _from_files(
+def _source(
     config: ModelConfig, checkpoint: Path | None, adapter: Path | None
-) -> tuple[Any, Any]:
-    """A whole model, or the base of an adapter, and the tokenizer."""
+) -> tuple[str | Path, str]:
+    """Where the model is read from, and how messages call it: an adapter is read onto its base."""
     source = checkpoint or config.path
-    if adapter is not None:
-        source = config.path if config.lora_rank else adapters.base_path(adapter)
-    shipped = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    trust = config.trust_remote_code
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=torch.float32,
-            attn_implementation=config.attn_implementation,
-            trust_remote_code=trust,
-            use_safetensors=True,
-        )
-        where = adapter if shipped else source
-        return model, AutoTokenizer.from_pretrained(where, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
-        named = f", the base of the adapter {str(adapter)!r}," if adapter else ""
-        raise ConfigError(f"model.path {str(source)!r}{named} cannot be loaded: {error}") from error
+    if adapter is None:
+        return source, f"model.path {str(source)!r}"
+    if problem := folder_problem(adapter, adapters.CONFIG):
+        raise ConfigError(f"the adapter {str(adapter)!r} cannot be loaded: {problem}")
+    source = config.path if config.lora_rank else adapters.base_path(adapter)
+    return source, f"model.path {str(source)!r}, the base of the adapter {str(adapter)!r},"
 
 
 def _adapter_folder(config: ModelConfig, checkpoint: Path | None) -> Path | None:

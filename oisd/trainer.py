@@ -12,6 +12,7 @@ adapters to trainers that have them.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -64,24 +65,35 @@ class Trainer:
         self.eval_examples = []
         if config.eval.source:
             self.eval_examples = load_problems(config.eval.source, config.eval, run.seed)
-        if self.processes.is_first:
-            self.folder.prepare(config)
-            warn_of_answers(self.reward, [*self.examples[:256], *self.eval_examples[:256]])
-        self.processes.barrier()
-
+        self.processes.on_first(self._prepare_folder)
         checkpoint = self.folder.latest()
         self.policy = load_policy(
             config.model, seed=run.seed, device=self.processes.device, checkpoint=checkpoint
         )
         adapters.refuse_others(self.policy.model, config.model)
+        # The commit of a Hub model may be known, and may have moved on, only now.
+        self.processes.on_first(self._require_sources)
         self.policy.model.train()
         if self.processes.is_first and checkpoint is None:
             # Weights and AdamW's two moments, for each checkpoint kept and one being written.
             size = 3 * adapters.trained_bytes(self.policy.model)
             self.folder.require_space(size * (run.keep_checkpoints + 1))
+        if self.processes.is_first and self.policy.dropout_replaced:
+            rates = ", ".join(f"{n} {rate:g}" for n, rate in self.policy.dropout_replaced.items())
+            warnings.warn(
+                f"model.dropout = {config.model.dropout:g} replaces what the model ships: {rates}; "
+                f'"none" keeps it',
+                stacklevel=2,
+            )
         encode = partial(encode_problems, self.policy.tokenizer, config.data)
         self.examples, self.prompts = encode(self.examples, config.data.overlong_prompts)
         self.eval_examples, self.eval_prompts = encode(self.eval_examples, "error")
+        self.policy.require_positions(
+            [*self.prompts, *self.eval_prompts],
+            config.rollout.max_completion_tokens,
+            "data.max_prompt_tokens",
+            "rollout.max_completion_tokens",
+        )
         internal = config.grpo.internal_layer is not None
         with _naming("grpo.internal_layer" if internal else "oisd.student_layers"):
             self.objective = Objective(self.policy, config)
@@ -93,6 +105,15 @@ class Trainer:
             self.step = state["step"]
             self.optimizer.load_state_dict(state["learner"])  # as version 0.1 names it
         self.reference = self._load_reference() if config.grpo.kl_coef and self.resumed else None
+
+    def _prepare_folder(self) -> None:
+        self.folder.prepare(self.config)
+        self._require_sources()
+        warn_of_answers(self.reward, [*self.examples[:256], *self.eval_examples[:256]])
+
+    def _require_sources(self) -> None:
+        problems = {"data.source": self.examples, "eval.source": self.eval_examples}
+        self.folder.require_sources(self.config.model.path, problems, self.config.reward.function)
 
     # ------------------------------------------------------------------ the run
 

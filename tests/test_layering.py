@@ -25,8 +25,8 @@ LAYERS = (
 USE_TRANSFORMERS = {
     "oisd/models/__init__.py",
     "oisd/models/layout.py",
+    "oisd/models/loading.py",
     "oisd/models/attention.py",
-    "oisd/policy.py",
     "oisd/rollout/__init__.py",
     "oisd/rollout/sampling.py",
     "oisd/rollout/continuous.py",

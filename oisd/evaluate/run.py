@@ -8,9 +8,11 @@ A restart reads what all processes wrote, so their number may change. Samples ar
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from oisd.options import EvalRun
 from oisd.plots import plot_pass_at_k
 from oisd.policy import Policy, load_for_command
 from oisd.rewards import RewardFunction, load_reward
+from oisd.run import provenance
 from oisd.run.processes import Processes
 from oisd.schema import option, require, require_device
 
@@ -64,10 +67,8 @@ def run(model: str, config: EvalRun) -> list[dict[str, Any]]:
         # no folder behind that would refuse the copy which the message asks for.
         examples = [load_problems(job.source.written, config, config.seed) for job in jobs]
         graders += _graders(config)
-        if processes.is_first:
-            for job in jobs:
-                _prepare(model, config, job)
-        processes.barrier()
+        for job, problems in zip(jobs, examples, strict=True):
+            processes.on_first(partial(_prepare, model, config, job, problems))
         policy = None
         summaries = []
         for job, problems in zip(jobs, examples, strict=True):
@@ -76,6 +77,8 @@ def run(model: str, config: EvalRun) -> list[dict[str, Any]]:
             mine = []
             if any(example.id not in done for example in problems):
                 policy = policy or load_for_command(model, config, processes.device)
+                # The commit of a Hub model may be known, and may have moved on, only now.
+                processes.on_first(partial(_require_same, model, config, job, problems, bool(done)))
                 mine = _evaluate(policy, problems, config, job, graders, set(done), processes)
             result = in_order([done.values(), *processes.gather(mine)], problems)
             if processes.is_first:
@@ -163,6 +166,12 @@ def _evaluate(
         chat_template=config.chat_template,
         max_prompt_tokens=config.max_prompt_tokens,
     )
+    policy.require_positions(
+        prompts.token_ids,
+        config.max_completion_tokens,
+        "--max-prompt-tokens",
+        "--max-completion-tokens",
+    )
     own = job.folder / f"problems-{processes.rank}-of-{processes.size}.jsonl"
     with Bar(disable=not processes.is_first) as bar:
         left = [example for example in examples if example.id not in done]
@@ -209,31 +218,87 @@ def _write(model: str, config: EvalRun, job: Job, result: Evaluation) -> dict[st
     return summary
 
 
-def _prepare(model: str, config: EvalRun, job: Job) -> None:
+def _prepare(model: str, config: EvalRun, job: Job, examples: Sequence[Example]) -> None:
     """Make the folder, or find that it holds this very evaluation."""
     settings: dict[str, Any] = {"model": model}
     free = config._free
     settings |= {k: v for k, v in asdict(config).items() if k not in free}
     settings |= {"data": job.source.written, "samples": job.samples}
     settings["system_prompt"] = job.system_prompt
-    file = job.folder / "settings.json"
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         done = read_all(job.folder)  # which also repairs unfinished lines
-        if file.exists() and done:
-            theirs = json.loads(file.read_text(encoding="utf-8"))
+        theirs = _read_settings(job) if done else {}
+        if done and theirs:
             # A setting that did not exist yet when the folder was written had its default.
-            theirs = {k: getattr(EvalRun, k, None) for k in settings} | theirs
-            changed = [
-                f"{k}: {theirs[k]!r} != {v!r}" for k, v in settings.items() if theirs[k] != v
-            ]
+            known = {k: getattr(EvalRun, k, None) for k in settings} | theirs
+            changed = [f"{k}: {known[k]!r} != {v!r}" for k, v in settings.items() if known[k] != v]
             if changed:
                 raise ConfigError(
                     f"{job.folder} holds an evaluation with other settings (there != here): "
                     f"{'; '.join(changed)}; choose another --output-dir"
                 )
-        file.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        if done and "sources" not in theirs:
+            raise ConfigError(
+                f"{job.folder} holds results without a record of the weights, problems and reward "
+                f"that they are of, as oisd 0.1 left them; {_remedies(job)}"
+            )
+        _write_settings(job, settings | {k: theirs[k] for k in ("sources",) if k in theirs})
     except OSError as error:
         raise ConfigError(
             f"output_dir {str(job.folder)!r} cannot be written: {error.strerror or error}"
         ) from error
+    finished = all(example.id in done for example in examples)
+    _require_same(model, config, job, examples, bool(done), loaded=finished)
+
+
+def _require_same(
+    model: str,
+    config: EvalRun,
+    job: Job,
+    examples: Sequence[Example],
+    has_results: bool,
+    loaded: bool = True,
+) -> None:
+    """Write down what the evaluation is of, or find that its results are of the same.
+
+    loaded: whether a Hub model has its copy here, and with it a commit, if it ever has.
+    Raises ConfigError that names what changed.
+    """
+    settings = _read_settings(job)
+    then = settings.get("sources")
+    problems = {"--benchmark" if config.benchmark else "--data": examples}
+    now = provenance.of_sources(model, problems, config.reward, then)
+    if has_results and then is not None:
+        if not loaded and provenance.is_unknown(now["model"]):
+            now["model"] = then["model"]
+        if changed := provenance.changes(then, now, model, config.reward):
+            raise ConfigError(
+                f"{job.folder} holds results of something else under the same names; changed "
+                f"since: {'; '.join(changed)}; {_remedies(job)}"
+            )
+        provenance.warn_of_versions(str(job.folder), then, now)
+        now["versions"] = then["versions"]
+    if now != then:
+        _write_settings(job, settings | {"sources": now})
+
+
+def _remedies(job: Job) -> str:
+    return f"choose another --output-dir, or delete {job.folder} to evaluate again"
+
+
+def _read_settings(job: Job) -> dict[str, Any]:
+    file = job.folder / "settings.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ConfigError(f"{file} is not JSON ({error}); {_remedies(job)}") from error
+
+
+def _write_settings(job: Job, settings: dict[str, Any]) -> None:
+    # Never half a file: it tells what the results beside it are of.
+    writing = job.folder / ".settings.json.writing"
+    writing.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    os.replace(writing, job.folder / "settings.json")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
@@ -35,6 +36,7 @@ from oisd.integrations.alignment import Rollouts, alignment_losses, gathered, re
 from oisd.integrations.versions import Versions
 from oisd.losses import Mean, Metrics, add_metrics
 from oisd.models import Taps
+from oisd.models.dropout import dropout_rates, set_dropout
 
 VERSIONS = Versions("trl", "1.16", "2")
 VERSIONS.check(VERSIONS.installed)
@@ -223,6 +225,7 @@ class OISDTrainer(GRPOTrainer):
                 f"from oisd.integrations.trl"
             )
         super().__init__(model, reward_funcs, args, *more, **options)
+        _settle_dropout(_base(self.model), args.disable_dropout)
         self.alignment = args.alignment()
         self._taps: Taps | None = None
         self._asked: _Asked | None = None
@@ -349,6 +352,23 @@ class OISDTrainer(GRPOTrainer):
         for name, mean in reduced_means(self._open_metrics, reduce).items():
             self._metrics["train"][name].append(mean)
         self._open_metrics = {}
+
+
+def _settle_dropout(model: Any, disable: bool) -> None:
+    """Turn off the rates that TRL's `disable_dropout` leaves on, or warn that there are any.
+
+    TRL turns off dropout modules alone; many attentions read their rate from the config.
+    """
+    if disable:
+        set_dropout(model, 0.0)
+    elif rates := dropout_rates(model):
+        named = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        warnings.warn(
+            f"OISDTrainer: the model's dropout ({named}) is on in training but not in the "
+            f"rollouts: noise in each ratio and in the KL term; pass disable_dropout=True in "
+            f"OISDConfig",
+            stacklevel=3,
+        )
 
 
 def _base(model: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from oisd.models import Taps
+from oisd.models import Taps, UnsupportedModelError
 from oisd.models.layout import Layout, find_layout, first_tensor, unwrap
 from oisd_kernels import linear_logprob
 from oisd_kernels.lens.logit_lens import lens_with_top
@@ -72,6 +72,8 @@ class LayerLens:
         self.divergence, self.beta = divergence, beta
         self.layout: Layout = find_layout(unwrap(model))
         self.num_layers = len(self.layout.layers)
+        if self.num_layers < 2:
+            raise UnsupportedModelError("the lens compares layers, but the model has only one")
         below = range(1, self.num_layers)
         self.taps = Taps(model, student_layers=below, attention=False, lens_norm=lens_norm)
 

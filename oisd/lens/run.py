@@ -182,6 +182,9 @@ def _texts(policy: Policy, config: LookRun) -> list[list[int]]:
             f"--prompt holds a text of {longest} tokens, the limit is {config.max_prompt_tokens}; "
             f"shorten it or raise --max-prompt-tokens"
         )
+    policy.require_positions(
+        prompts, config.completion_tokens, "--max-prompt-tokens", "--completion-tokens"
+    )
     if config.completion_tokens > 0:
         most, rows = config.completion_tokens, range(len(prompts))
         made = policy.sample(prompts, rows, max_completion_tokens=most, seed=config.seed)

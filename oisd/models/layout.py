@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from oisd.models.attention import PLAN, AttentionCall, FusedPlan, UnsupportedMod
 # Where configs keep the factor of the logits; the probe tells whether it multiplies or divides.
 _SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 _SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap")
+_POSITIONS = re.compile("wpe|embed_positions|positions_embed|position_embeddings?|pos_emb.*")
 
 
 class Layout(NamedTuple):
@@ -58,6 +60,25 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
             )
         model = inner
     return model
+
+
+def learned_positions(model: Any) -> int | None:
+    """The longest text that the model has positions for; None where they are computed.
+
+    Positions are an embedding or a table of their own, or (MPT) fixed in the config.
+    """
+    limits = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _POSITIONS.fullmatch(name.rsplit(".", 1)[-1]):
+            # The first rows may belong to padding.
+            padding = -1 if module.padding_idx is None else module.padding_idx
+            limits.append(module.num_embeddings - getattr(module, "offset", padding + 1))
+    for name, table in model.named_buffers():
+        if name.rsplit(".", 1)[-1] in ("embed_positions", "pos_encoding"):
+            limits.append(table.shape[0])
+    if model.config.model_type == "mpt":
+        limits.append(model.config.max_seq_len)
+    return min(limits, default=None)
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -202,7 +223,9 @@ def find_layout(model: Any) -> Layout:
         return UnsupportedModelError(f"Taps: {type(model).__name__} is not understood: {what}")
 
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    if model.config.is_encoder_decoder or decoder is model or not isinstance(head, nn.Module):
+    config = getattr(decoder, "config", None)  # some have a linear layer of this name
+    whole = config is not None and isinstance(head, nn.Module)
+    if model.config.is_encoder_decoder or decoder is model or not whole:
         raise refuse("it must have a decoder (get_decoder) and a head (get_output_embeddings)")
     head_parameters(model)
     depth = decoder.config.get_text_config().num_hidden_layers

@@ -1,7 +1,7 @@
 """The folder of a run: metrics, completions, and checkpoints that survive a kill at any moment.
 
     config.toml  metrics.jsonl  completions/step-N.jsonl  checkpoints/step-N/  tensorboard/  plots/
-    engine.json, where continuous batching was tried
+    sources.json, what the run is of; engine.json, where continuous batching was tried
 
 A checkpoint is written beside its final place, its files' digests last, flushed to disk and then
 renamed: a folder named step-N is complete. If its digests do not match, the one before is taken,
@@ -23,7 +23,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ import torch
 
 from oisd import adapters
 from oisd.config import TrainConfig, differences, load_recipe, to_tables
+from oisd.data import Example
+from oisd.run import provenance
 from oisd.run.jsonl import read_rows
 
 # Settings that may change between a run and its continuation: they say how long and how often, not
@@ -58,6 +60,7 @@ class RunFolder:
         self.plots = self.path / "plots"
         self.reference = self.path / "reference"
         self.engine = self.path / "engine.json"
+        self.sources = self.path / "sources.json"
         self.tensorboard = self.path / "tensorboard"
 
     def prepare(self, config: TrainConfig) -> None:
@@ -95,6 +98,45 @@ class RunFolder:
                 + "\nContinue it with its own settings, choose another folder by "
                 "--run.output-dir, or delete it and start again with --run.restart."
             )
+
+    def require_sources(
+        self, model: str, problems: Mapping[str, Sequence[Example]], reward: str
+    ) -> None:
+        """Write down what the run is of, or find that its results are of the same.
+
+        problems: by the setting that names them. A base model that is not here, which a checkpoint
+        may not need, is taken to be the same. Raises RunFolderError that names what changed.
+        """
+        try:
+            then = json.loads(self.sources.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            then = None
+        except ValueError as error:
+            raise RunFolderError(
+                f"{self.sources} is not JSON ({error}); delete it to resume without this check"
+            ) from error
+        now = provenance.of_sources(model, problems, reward, then)
+        if self._steps() or self.metrics():
+            if then is None:
+                warnings.warn(
+                    f"{self.path} has no record of its base model, problems and reward, as runs of "
+                    "oisd 0.1: they are taken to be those of today",
+                    stacklevel=2,
+                )
+            else:
+                if provenance.is_unknown(now["model"]):
+                    now["model"] = then["model"]
+                if changed := provenance.changes(then, now, model, reward):
+                    raise RunFolderError(
+                        f"{self.path} holds a run that began with something else under the same "
+                        f"names; changed since: {'; '.join(changed)}. Put back what it began with, "
+                        "choose another folder by --run.output-dir, or delete the run and start "
+                        "again with --run.restart True."
+                    )
+                provenance.warn_of_versions(str(self.path), then, now)
+                now["versions"] = then["versions"]
+        if now != then:
+            _write_atomically(self.sources, json.dumps(now, indent=1))
 
     def require_space(self, num_bytes: int) -> None:
         """Raise RunFolderError when the disk has less than `num_bytes` left."""

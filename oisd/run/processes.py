@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -67,6 +67,21 @@ class Processes:
         gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, thing)
         return gathered
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What `work` returns on the first process, on every process; and what it raises there."""
+        if self.size == 1:
+            return work()
+        found: tuple[Any, Exception | None] = None, None
+        if self.is_first:
+            try:
+                found = work(), None
+            except Exception as error:  # or the others would wait for this process
+                found = None, error
+        result, error = self.gather(found)[0]
+        if error is not None:
+            raise error
+        return result
 
     def reduce(self, metrics: Metrics) -> Metrics:
         """The metrics over all processes; a process may lack some of the names."""

@@ -11,7 +11,10 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +32,55 @@ _SAMPLES = 64
 _SAMPLE_BYTES = 1 << 16
 
 Record = dict[str, Any]
+
+
+def of_sources(
+    model: str,
+    problems: Mapping[str, Sequence[Example]],
+    reward: str,
+    then: Mapping[str, Any] | None = None,
+) -> Record:
+    """The record of a result: its model, its problems by setting, its reward, and versions.
+
+    then: an earlier record, which saves reading large files that are as they were.
+    """
+    return {
+        "model": of_model(model) if then is None else refreshed(then["model"], model),
+        "problems": {setting: of_examples(rows) for setting, rows in problems.items()},
+        "reward": of_reward(reward),
+        "versions": versions(),
+    }
+
+
+def changes(then: Mapping[str, Any], now: Mapping[str, Any], model: str, reward: str) -> list[str]:
+    """What of a record's sources is not what it was, in words; versions are left to `warn`."""
+    found = changed_model(then["model"], model, now["model"])
+    more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+    text = [f"the model {model!r}: {', '.join(found[:3])}{more}"] if found else []
+    settings = then["problems"].keys() | now["problems"].keys()
+    for setting in sorted(settings):
+        if then["problems"].get(setting) != now["problems"].get(setting):
+            text.append(f"the problems of {setting} or their answers")
+    if then["reward"] != now["reward"]:
+        text.append(f"the source of the reward {reward!r}")
+    return text
+
+
+def warn_of_versions(where: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn of packages that have another version than the record's."""
+    before, after = then["versions"], now["versions"]
+    names = [name for name in sorted(before.keys() | after.keys())
+             if before.get(name) != after.get(name)]  # fmt: skip
+    if names:
+        listed = ", ".join(f"{n} {before.get(n, 'none')} -> {after.get(n, 'none')}" for n in names)
+        warnings.warn(f"{where} was begun with other versions: {listed}", stacklevel=3)
+
+
+def is_unknown(model: Mapping[str, Any]) -> bool:
+    """Whether a model, or an adapter's base, is of the Hub and has no copy here yet."""
+    if "base" in model:
+        return is_unknown(model["base"])
+    return "name" in model and model["commit"] is None
 
 
 def of_model(path: str) -> Record:
@@ -51,7 +103,13 @@ def of_examples(examples: Iterable[Example]) -> str:
 def of_reward(name: str) -> str:
     """Digest of the source of a reward: the user's module, or our own graders."""
     module, _, function = name.partition(":")
-    found = importlib.util.find_spec(module if function else "oisd.rewards")
+    path = [*sys.path]
+    try:
+        sys.path.insert(0, os.getcwd())  # as the processes that grade do
+        importlib.invalidate_caches()
+        found = importlib.util.find_spec(module if function else "oisd.rewards")
+    finally:
+        sys.path[:] = path
     if found is None or found.origin is None:
         return name
     source = Path(found.origin)

@@ -38,6 +38,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "lora_rank": 4,
         "lora_alpha": 8.0,
         "lora_dropout": 0.1,
+        "dropout": 0.2,
         "lora_targets": ("q_proj", "up_proj"),
         "attn_implementation": "eager",
         "trust_remote_code": True,
@@ -229,6 +230,7 @@ def test_whole_numbers_stand_for_floats():
 RANGES = {
     "model.lora_rank": ([-1], [0, 4]),
     "model.lora_alpha": ([0.0, -1.0, float("nan")], [0.5]),
+    "model.dropout": ([-0.1, 1.0], [0.0, 0.5, None]),
     "model.lora_dropout": ([-0.1, 1.0], [0.0, 0.5]),
     "model.lora_targets": (
         [[], [""], ["q_proj", "q_proj"], ["q_proj", "all-linear"], ["q_proj", "model.lm_head"]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import fields
 from typing import Any
 
@@ -451,3 +452,17 @@ def test_a_trl_that_calls_another_forward_fails_loudly(tmp_path, monkeypatch):
         trainer.compute_loss(trainer.model, micro_batch())
     with pytest.raises(RuntimeError, match="no 'advantages'"):
         rollouts_of({k: v for k, v in micro_batch().items() if k != "advantages"})
+
+
+# ---- dropout -----------------------------------------------------------------------------------
+
+
+def test_a_models_dropout_is_warned_of_and_turned_off(tmp_path):
+    policy = dict(attention_dropout=0.2)
+    with pytest.warns(UserWarning, match=r"attention_dropout 0\.2.*disable_dropout=True"):
+        make(str(tmp_path), policy=policy)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "OISDTrainer: the model's dropout")
+        model = make(str(tmp_path), policy=policy, disable_dropout=True).model
+        make(str(tmp_path))
+    assert {layer.self_attn.attention_dropout for layer in model.model.layers} == {0.0}
