@@ -203,7 +203,7 @@ def _lens(arguments: Sequence[str]) -> int:
     boundary = report["boundary_layer"]
     rows = [
         ("texts, tokens", f"{report['texts']}, {report['tokens']}"),
-        ("boundary layer", f"{boundary}" if boundary else "none: no block raises the entropy"),
+        ("boundary layer", f"{boundary}" if boundary else report["without_boundary"]),
         (f"divergence of layer {layer}", f"{summary['divergence'][layer - 1]:.4f} nats"),
         (f"lens entropy of layer {layer}", f"{summary['entropy'][layer - 1]:.4f} nats"),
         (f"top token of layer {layer}", f"final one's at {summary['agreement'][layer - 1]:.1%}"),
@@ -216,10 +216,10 @@ def _lens(arguments: Sequence[str]) -> int:
 
 
 def _attention(arguments: Sequence[str]) -> int:
-    from oisd.options import LookRun
+    from oisd.options import AttentionRun
 
     text = "Overlap of every layer's attention with the final layer's."
-    model, config = _parse_model(arguments, "attention", LookRun, text)
+    model, config = _parse_model(arguments, "attention", AttentionRun, text)
     from oisd.lens.run import run_attention
 
     report = run_attention(model, config)
@@ -228,8 +228,11 @@ def _attention(arguments: Sequence[str]) -> int:
         ("texts, tokens", f"{report['texts']}, {report['tokens']}"),
         (f"overlap of layer {layer}", f"{report['overlap'][layer - 1]:.4f}"),
         (f"divergence of layer {layer}", f"{report['divergence'][layer - 1]:.4f} nats"),
-        ("picture", report["plots"][0]),
     ]
+    for name, means in report["compared"].items():
+        overlap = means["overlap"][layer - 1]
+        rows.append((f"overlap of layer {layer} in {name}", f"{overlap:.4f}"))
+    rows.append(("picture", report["plots"][0]))
     _print_table(f"oisd attention: {model}", rows)
     return 0
 

@@ -11,6 +11,7 @@ L layers, T tokens, D width, V vocabulary. Layers are counted from 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -146,6 +147,13 @@ def summarise(looks: Sequence[Lens]) -> LensSummary:
         tokens=sum(look.entropy.shape[1] for look in looks),
         boundary_layer=max(raising, default=None),
     )
+
+
+def without_boundary(summary: LensSummary) -> str:
+    """Why a summary has no boundary layer, in words."""
+    if any(map(math.isnan, summary.entropy_before)):
+        return "not measured, because this model's feed-forward blocks are not found"
+    return "none: no block raises the entropy"
 
 
 @contextmanager
