@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +30,33 @@ lens       what each layer would say next: pictures, numbers, the layer to align
 attention  how far each layer's attention overlaps with the final layer's
 
 `oisd COMMAND --help` lists all settings. RECIPE is a name such as qwen3-4b, or a TOML file.
+With --debug, any command shows the traceback of an error that it did not foresee.
 """
+
+_COMPARE_USAGE = """\
+usage: oisd compare FOLDER ... [--output-dir FOLDER]
+
+Tables and pass@k curves, side by side, of several evaluations. FOLDER is one into which
+`oisd eval` has written the results of benchmarks.
+
+--output-dir FOLDER  where the tables and the picture go; by default runs/compare
+"""
+
+
+# How to go on after Ctrl-C.
+_AFTER_INTERRUPT = {
+    "train": "run the same command again to resume from the last checkpoint",
+    "eval": "run the same command again to resume after the last problem that was written",
+    "lens": "nothing is kept; run the same command again to start over",
+    "attention": "nothing is kept; run the same command again to start over",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 failed, 2 for an impossible request."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
     commands = {
         "train": _train,
         "plan": _plan,
@@ -41,24 +65,83 @@ def main(argv: Sequence[str] | None = None) -> int:
         "lens": _lens,
         "attention": _attention,
     }
-    if not arguments or arguments[0] not in commands:
-        asked_for_help = arguments and arguments[0] in ("-h", "--help")
-        print(_USAGE, end="", file=sys.stdout if asked_for_help else sys.stderr)
-        return 0 if asked_for_help else 2
     try:
-        return commands[arguments[0]](arguments[1:])
-    except ConfigError as error:
-        print(f"oisd: {error}", file=sys.stderr)
-        return 2
+        if not arguments or arguments[0] not in commands:
+            asked_for_help = arguments and arguments[0] in ("-h", "--help")
+            print(_USAGE, end="", file=sys.stdout if asked_for_help else sys.stderr, flush=True)
+            return 0 if asked_for_help else 2
+        try:
+            return commands[arguments[0]](arguments[1:])
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is known for what it is
+    except BrokenPipeError:
+        _discard_output()
+        return 141  # as a shell says it: 128 + SIGPIPE
     except KeyboardInterrupt:
-        message = "oisd: interrupted; run the same command again to resume from the last checkpoint"
-        print(message, file=sys.stderr)
+        then = _AFTER_INTERRUPT.get(arguments[0], "run the same command again")
+        print(f"oisd: interrupted; {then}", file=sys.stderr)
         return 130
     except Exception as error:
-        if not _is_explained(error):
+        if isinstance(error, ConfigError) or _is_explained(error):
+            print(f"oisd: {error}", file=sys.stderr)
+            return 2 if isinstance(error, ConfigError) else 1
+        if debug:
             raise
-        print(f"oisd: {error}", file=sys.stderr)
+        print(f"oisd: {_from_outside(error) or _of_defect(error)}", file=sys.stderr)
         return 1
+
+
+def _discard_output() -> None:
+    """Let what is still to be written to a closed pipe go nowhere, at exit too."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # no file of its own, as in a test
+        pass
+
+
+def _from_outside(error: Exception) -> str:
+    """What a machine or an installation lacks, in one line; "" for another error."""
+    reason = _one_line(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"out of memory: {reason}; take a smaller batch size or number of tokens, or see "
+            f"`oisd plan`"
+        )
+    if isinstance(error, ImportError):
+        return f"a package is missing or broken: {reason}"
+    if isinstance(error, OSError):
+        return f"{type(error).__name__}: {reason}"
+    return ""
+
+
+def _of_defect(error: Exception) -> str:
+    """One line about an error that nobody foresaw; its traceback goes into a file."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="oisd-traceback-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        traceback.print_exception(error, file=file)
+    return (
+        f"unexpected {type(error).__name__}: {_one_line(error)}; its traceback is in {file.name} "
+        f"(--debug shows it at once)"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:299] + "\u2026"
+
+
+def _quiet() -> None:
+    """Keep progress bars and notes of other libraries from between our lines, errors excepted."""
+    # Before `datasets` is imported, which not every command does, and after.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
 
 
 def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig:
@@ -101,11 +184,9 @@ def _train(arguments: Sequence[str]) -> int:
     config = _parse_shown(arguments, "train")
     if config is None:
         return 0
-    from transformers.utils.logging import disable_progress_bar
-
+    _quiet()
     from oisd.trainer import Trainer  # torch and transformers: --help need not wait for them
 
-    disable_progress_bar()  # one for each checkpoint would break up ours
     summary = Trainer(config).train()
     if summary:
         _print_table(f"oisd train: {config.run.output_dir}", _train_rows(summary))
@@ -116,6 +197,7 @@ def _plan(arguments: Sequence[str]) -> int:
     config = _parse_shown(arguments, "plan")
     if config is None:
         return 0
+    _quiet()
     from rich.console import Console
 
     from oisd.plan import check_layers, memory_plan, model_shape, rich_tables
@@ -135,7 +217,9 @@ def _parse_model(arguments: Sequence[str], command: str, kind: Any, text: str) -
     model, options = _named(arguments)
     if not model and not {"-h", "--help"} & set(options):
         raise ConfigError(f"oisd {command}: MODEL is missing: a checkpoint folder or Hub id")
-    return model, tyro.cli(kind, prog=f"oisd {command} MODEL", description=text, args=options)
+    config = tyro.cli(kind, prog=f"oisd {command} MODEL", description=text, args=options)
+    _quiet()
+    return model, config
 
 
 def _eval(arguments: Sequence[str]) -> int:
@@ -156,9 +240,10 @@ def _eval(arguments: Sequence[str]) -> int:
 
 
 def _compare(arguments: Sequence[str]) -> int:
-    from oisd.evaluate.table import read_summaries
-
     options = list(arguments)
+    if {"-h", "--help"} & set(options):
+        print(_COMPARE_USAGE, end="")
+        return 0
     out = Path("runs/compare")
     if "--output-dir" in options[:-1]:
         at = options.index("--output-dir")
@@ -167,11 +252,27 @@ def _compare(arguments: Sequence[str]) -> int:
     if not options or any(option.startswith("-") for option in options):
         raise ConfigError("oisd compare: wanted folders of `oisd eval --benchmark`, and no options "
                           "but --output-dir")  # fmt: skip
+    _quiet()
+    from oisd.evaluate.table import read_summaries
+
     runs = {}
     for folder in options:
         name = Path(folder).resolve().name
-        runs[folder if name in runs else name] = read_summaries(folder)
-    _print_benchmarks(runs, out)
+        try:
+            runs[folder if name in runs else name] = read_summaries(folder)
+        except (ValueError, AttributeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"{folder} holds a summary.json that is not an evaluation's: {_one_line(error)}"
+            ) from error
+    try:
+        _print_benchmarks(runs, out)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ConfigError(
+            f"{' '.join(options)}: a summary.json there lacks or has changed {_one_line(error)}; "
+            f"run that evaluation again"
+        ) from error
     return 0
 
 
