@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from oisd.config import ConfigError, TrainConfig, from_tables, load_recipe, to_tables
-from oisd.schema import recipe_path
+from oisd.schema import recipe_path, require, require_device
 
 _USAGE = """\
 usage: oisd train [RECIPE] [--show] [--table.key value ...]
@@ -82,9 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"oisd: interrupted; {then}", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, ConfigError) or _is_explained(error):
+        if isinstance(error, ConfigError):
+            print(f"oisd: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        if _is_explained(error):
             print(f"oisd: {error}", file=sys.stderr)
-            return 2 if isinstance(error, ConfigError) else 1
+            return 1
         if debug:
             raise
         print(f"oisd: {_from_outside(error) or _of_defect(error)}", file=sys.stderr)
@@ -185,6 +188,7 @@ def _train(arguments: Sequence[str]) -> int:
     if config is None:
         return 0
     _quiet()
+    _check_machine("run.seed", config.run)
     from oisd.trainer import Trainer  # torch and transformers: --help need not wait for them
 
     summary = Trainer(config).train()
@@ -219,6 +223,7 @@ def _parse_model(arguments: Sequence[str], command: str, kind: Any, text: str) -
         raise ConfigError(f"oisd {command}: MODEL is missing: a checkpoint folder or Hub id")
     config = tyro.cli(kind, prog=f"oisd {command} MODEL", description=text, args=options)
     _quiet()
+    _check_machine("--seed", config)
     return model, config
 
 
@@ -368,6 +373,27 @@ def _eval_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"by {graders['second']}", f"{graders['second_avg_at_k']:.4f}"))
         rows.append(("graders agree on", f"{graders['agreement']:.4f}"))
     return [*rows, ("dump", summary["output_dir"])]
+
+
+def _check_machine(seed: str, options: Any) -> None:
+    """Raise ConfigError for a seed, a device or threads that torch does not have here.
+
+    seed: the name of that option; the others' names follow from it.
+    """
+    import torch
+
+    before = seed.removesuffix("seed")
+    require(0 <= options.seed < 2**63, seed, "at least 0 and below 2^63", options.seed)
+    threads, name = options.threads, f"{before}threads"
+    require(threads is None or threads <= 4096, name, "at most 4096", threads)
+    require_device(f"{before}device", options.device)
+    kind, _, index = options.device.partition(":")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= count:
+        raise ConfigError(
+            f'{before}device must be one of this machine, which has {count} CUDA devices; "auto" '
+            f"takes what there is, got {options.device!r}"
+        )
 
 
 def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
