@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from oisd.config import ConfigError, TrainConfig, from_tables, load_recipe, to_tables
-from oisd.schema import recipe_path
+from oisd.schema import recipe_path, require, require_device
 
 _USAGE = """\
 usage: oisd train [RECIPE] [--show] [--table.key value ...]
@@ -27,12 +30,33 @@ lens       what each layer would say next: pictures, numbers, the layer to align
 attention  how far each layer's attention overlaps with the final layer's
 
 `oisd COMMAND --help` lists all settings. RECIPE is a name such as qwen3-4b, or a TOML file.
+With --debug, any command shows the traceback of an error that it did not foresee.
 """
+
+_COMPARE_USAGE = """\
+usage: oisd compare FOLDER ... [--output-dir FOLDER]
+
+Tables and pass@k curves, side by side, of several evaluations. FOLDER is one into which
+`oisd eval` has written the results of benchmarks.
+
+--output-dir FOLDER  where the tables and the picture go; by default runs/compare
+"""
+
+
+# How to go on after Ctrl-C.
+_AFTER_INTERRUPT = {
+    "train": "run the same command again to resume from the last checkpoint",
+    "eval": "run the same command again to resume after the last problem that was written",
+    "lens": "nothing is kept; run the same command again to start over",
+    "attention": "nothing is kept; run the same command again to start over",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 failed, 2 for an impossible request."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
     commands = {
         "train": _train,
         "plan": _plan,
@@ -41,24 +65,86 @@ def main(argv: Sequence[str] | None = None) -> int:
         "lens": _lens,
         "attention": _attention,
     }
-    if not arguments or arguments[0] not in commands:
-        asked_for_help = arguments and arguments[0] in ("-h", "--help")
-        print(_USAGE, end="", file=sys.stdout if asked_for_help else sys.stderr)
-        return 0 if asked_for_help else 2
     try:
-        return commands[arguments[0]](arguments[1:])
-    except ConfigError as error:
-        print(f"oisd: {error}", file=sys.stderr)
-        return 2
+        if not arguments or arguments[0] not in commands:
+            asked_for_help = arguments and arguments[0] in ("-h", "--help")
+            print(_USAGE, end="", file=sys.stdout if asked_for_help else sys.stderr, flush=True)
+            return 0 if asked_for_help else 2
+        try:
+            return commands[arguments[0]](arguments[1:])
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is known for what it is
+    except BrokenPipeError:
+        _discard_output()
+        return 141  # as a shell says it: 128 + SIGPIPE
     except KeyboardInterrupt:
-        message = "oisd: interrupted; run the same command again to resume from the last checkpoint"
-        print(message, file=sys.stderr)
+        then = _AFTER_INTERRUPT.get(arguments[0], "run the same command again")
+        print(f"oisd: interrupted; {then}", file=sys.stderr)
         return 130
     except Exception as error:
-        if not _is_explained(error):
+        if isinstance(error, ConfigError):
+            print(f"oisd: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+        if _is_explained(error):
+            print(f"oisd: {error}", file=sys.stderr)
+            return 1
+        if debug:
             raise
-        print(f"oisd: {error}", file=sys.stderr)
+        print(f"oisd: {_from_outside(error) or _of_defect(error)}", file=sys.stderr)
         return 1
+
+
+def _discard_output() -> None:
+    """Let what is still to be written to a closed pipe go nowhere, at exit too."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # no file of its own, as in a test
+        pass
+
+
+def _from_outside(error: Exception) -> str:
+    """What a machine or an installation lacks, in one line; "" for another error."""
+    reason = _one_line(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"out of memory: {reason}; take a smaller batch size or number of tokens, or see "
+            f"`oisd plan`"
+        )
+    if isinstance(error, ImportError):
+        return f"a package is missing or broken: {reason}"
+    if isinstance(error, OSError):
+        return f"{type(error).__name__}: {reason}"
+    return ""
+
+
+def _of_defect(error: Exception) -> str:
+    """One line about an error that nobody foresaw; its traceback goes into a file."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="oisd-traceback-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        traceback.print_exception(error, file=file)
+    return (
+        f"unexpected {type(error).__name__}: {_one_line(error)}; its traceback is in {file.name} "
+        f"(--debug shows it at once)"
+    )
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:299] + "\u2026"
+
+
+def _quiet() -> None:
+    """Keep progress bars and notes of other libraries from between our lines, errors excepted."""
+    # Before `datasets` is imported, which not every command does, and after.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        logging.set_verbosity_error()
 
 
 def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig:
@@ -101,11 +187,10 @@ def _train(arguments: Sequence[str]) -> int:
     config = _parse_shown(arguments, "train")
     if config is None:
         return 0
-    from transformers.utils.logging import disable_progress_bar
-
+    _quiet()
+    _check_machine("run.seed", config.run)
     from oisd.trainer import Trainer  # torch and transformers: --help need not wait for them
 
-    disable_progress_bar()  # one for each checkpoint would break up ours
     summary = Trainer(config).train()
     if summary:
         _print_table(f"oisd train: {config.run.output_dir}", _train_rows(summary))
@@ -116,6 +201,7 @@ def _plan(arguments: Sequence[str]) -> int:
     config = _parse_shown(arguments, "plan")
     if config is None:
         return 0
+    _quiet()
     from rich.console import Console
 
     from oisd.plan import check_layers, memory_plan, model_shape, rich_tables
@@ -135,7 +221,10 @@ def _parse_model(arguments: Sequence[str], command: str, kind: Any, text: str) -
     model, options = _named(arguments)
     if not model and not {"-h", "--help"} & set(options):
         raise ConfigError(f"oisd {command}: MODEL is missing: a checkpoint folder or Hub id")
-    return model, tyro.cli(kind, prog=f"oisd {command} MODEL", description=text, args=options)
+    config = tyro.cli(kind, prog=f"oisd {command} MODEL", description=text, args=options)
+    _quiet()
+    _check_machine("--seed", config)
+    return model, config
 
 
 def _eval(arguments: Sequence[str]) -> int:
@@ -156,9 +245,10 @@ def _eval(arguments: Sequence[str]) -> int:
 
 
 def _compare(arguments: Sequence[str]) -> int:
-    from oisd.evaluate.table import read_summaries
-
     options = list(arguments)
+    if {"-h", "--help"} & set(options):
+        print(_COMPARE_USAGE, end="")
+        return 0
     out = Path("runs/compare")
     if "--output-dir" in options[:-1]:
         at = options.index("--output-dir")
@@ -167,11 +257,27 @@ def _compare(arguments: Sequence[str]) -> int:
     if not options or any(option.startswith("-") for option in options):
         raise ConfigError("oisd compare: wanted folders of `oisd eval --benchmark`, and no options "
                           "but --output-dir")  # fmt: skip
+    _quiet()
+    from oisd.evaluate.table import read_summaries
+
     runs = {}
     for folder in options:
         name = Path(folder).resolve().name
-        runs[folder if name in runs else name] = read_summaries(folder)
-    _print_benchmarks(runs, out)
+        try:
+            runs[folder if name in runs else name] = read_summaries(folder)
+        except (ValueError, AttributeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(
+                f"{folder} holds a summary.json that is not an evaluation's: {_one_line(error)}"
+            ) from error
+    try:
+        _print_benchmarks(runs, out)
+    except (KeyError, TypeError, IndexError) as error:
+        raise ConfigError(
+            f"{' '.join(options)}: a summary.json there lacks or has changed {_one_line(error)}; "
+            f"run that evaluation again"
+        ) from error
     return 0
 
 
@@ -203,7 +309,7 @@ def _lens(arguments: Sequence[str]) -> int:
     boundary = report["boundary_layer"]
     rows = [
         ("texts, tokens", f"{report['texts']}, {report['tokens']}"),
-        ("boundary layer", f"{boundary}" if boundary else "none: no block raises the entropy"),
+        ("boundary layer", f"{boundary}" if boundary else report["without_boundary"]),
         (f"divergence of layer {layer}", f"{summary['divergence'][layer - 1]:.4f} nats"),
         (f"lens entropy of layer {layer}", f"{summary['entropy'][layer - 1]:.4f} nats"),
         (f"top token of layer {layer}", f"final one's at {summary['agreement'][layer - 1]:.1%}"),
@@ -216,10 +322,10 @@ def _lens(arguments: Sequence[str]) -> int:
 
 
 def _attention(arguments: Sequence[str]) -> int:
-    from oisd.options import LookRun
+    from oisd.options import AttentionRun
 
     text = "Overlap of every layer's attention with the final layer's."
-    model, config = _parse_model(arguments, "attention", LookRun, text)
+    model, config = _parse_model(arguments, "attention", AttentionRun, text)
     from oisd.lens.run import run_attention
 
     report = run_attention(model, config)
@@ -228,8 +334,11 @@ def _attention(arguments: Sequence[str]) -> int:
         ("texts, tokens", f"{report['texts']}, {report['tokens']}"),
         (f"overlap of layer {layer}", f"{report['overlap'][layer - 1]:.4f}"),
         (f"divergence of layer {layer}", f"{report['divergence'][layer - 1]:.4f} nats"),
-        ("picture", report["plots"][0]),
     ]
+    for name, means in report["compared"].items():
+        overlap = means["overlap"][layer - 1]
+        rows.append((f"overlap of layer {layer} in {name}", f"{overlap:.4f}"))
+    rows.append(("picture", report["plots"][0]))
     _print_table(f"oisd attention: {model}", rows)
     return 0
 
@@ -264,6 +373,27 @@ def _eval_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"by {graders['second']}", f"{graders['second_avg_at_k']:.4f}"))
         rows.append(("graders agree on", f"{graders['agreement']:.4f}"))
     return [*rows, ("dump", summary["output_dir"])]
+
+
+def _check_machine(seed: str, options: Any) -> None:
+    """Raise ConfigError for a seed, a device or threads that torch does not have here.
+
+    seed: the name of that option; the others' names follow from it.
+    """
+    import torch
+
+    before = seed.removesuffix("seed")
+    require(0 <= options.seed < 2**63, seed, "at least 0 and below 2^63", options.seed)
+    threads, name = options.threads, f"{before}threads"
+    require(threads is None or threads <= 4096, name, "at most 4096", threads)
+    require_device(f"{before}device", options.device)
+    kind, _, index = options.device.partition(":")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= count:
+        raise ConfigError(
+            f'{before}device must be one of this machine, which has {count} CUDA devices; "auto" '
+            f"takes what there is, got {options.device!r}"
+        )
 
 
 def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -65,12 +65,13 @@ class EvalRun:
 
 @dataclass(frozen=True)
 class LookRun:
-    """Settings of `oisd lens` and `oisd attention`: your own texts (`--prompt`), or problems."""
+    """Settings of `oisd lens`: your own texts (`--prompt`), or problems."""
 
     prompt: tuple[str, ...] = ()
     """Texts; with a chat template, each becomes a user's message."""
     data: str | None = None
-    """Name of a data set, file, `datasets` folder or Hub id, as for `oisd train`."""
+    """Name of a data set, file, `datasets` folder or Hub id, as for `oisd train`. The options up to
+    --limit are for it alone."""
     split: str = "test"
     subset: str | None = None
     prompt_field: str | None = None
@@ -92,6 +93,7 @@ class LookRun:
     divergence: Literal["jsd", "forward_kl", "reverse_kl"] = "jsd"
     lens_norm: Literal["final", "none"] = "final"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the model's forward passes; what is measured is computed in float32."""
     attn_implementation: str = "sdpa"
     trust_remote_code: bool = False
     device: str = "auto"
@@ -99,3 +101,11 @@ class LookRun:
     seed: int = 0
     output_dir: str | None = None
     """Folder for the pictures; by default under runs/lens."""
+
+
+@dataclass(frozen=True)
+class AttentionRun(LookRun):
+    """Settings of `oisd attention`, as those of `oisd lens`."""
+
+    output_dir: str | None = None
+    """Folder for the picture; by default under runs/attention."""

@@ -140,9 +140,13 @@ def model_shape(path: str) -> Shape:
 
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken configuration raises whatever its class stumbles over
         if path in SHAPES:
             return SHAPES[path]
+        if (Path(path) / "config.json").exists():
+            raise ConfigError(
+                f"model.path {path!r}: its config.json cannot be read: {_reason(error)}"
+            ) from error
         raise ConfigError(
             f"model.path {path!r} is neither a folder with a config.json, nor in the Hub's cache "
             f"here, nor one of {', '.join(SHAPES)}; `hf download {path} config.json` gets it"
@@ -163,8 +167,11 @@ def shape_of(config: Any, source: str = "its configuration") -> Shape:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config.get_text_config())
-    except ValueError as error:
-        raise ConfigError(f"model.path: wanted a causal language model, got {error}") from error
+    except Exception as error:  # as above
+        raise ConfigError(
+            f"model.path: wanted a causal language model, got a {config.model_type}: "
+            f"{_reason(error)}"
+        ) from error
     further = sum(p.numel() for p in model.parameters()) - shape.parameters
     if abs(further) > 0.01 * shape.parameters:
         raise ConfigError(
@@ -175,8 +182,29 @@ def shape_of(config: Any, source: str = "its configuration") -> Shape:
     return replace(shape, further=further)
 
 
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",
+          "vocab_size")  # fmt: skip
+
+
 def _formula(config: Any, source: str) -> Shape:
     text = config.get_text_config()
+    if config.is_encoder_decoder:
+        raise ConfigError(
+            f"model.path: the plan wants a decoder with gated feed-forward blocks, got a "
+            f"{config.model_type}, which has an encoder too"
+        )
+    for name in _SIZES:
+        size = getattr(text, name, None)
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(
+                f"model.path: the plan wants a decoder with gated feed-forward blocks, got a "
+                f"{config.model_type} whose configuration has "
+                f"{'no ' + name if size is None else f'{name} = {size!r}'}"
+            )
     heads = text.num_attention_heads
     return Shape(
         layers=text.num_hidden_layers,

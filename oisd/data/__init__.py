@@ -1,19 +1,22 @@
 """Problems with verifiable answers: reading and checking them.
 
-Everything is read through the `datasets` library, so a file, a folder and a Hub id behave alike.
+Folders, Parquet files and Hub ids are read through the `datasets` library, JSON by
+`oisd.data.files`, so that text stays as written.
 Every row is checked before training starts: a missing answer found at step 200 is a lost run.
 """
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import math
 import re
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, cast
 
-from oisd.data import catalogue
+from oisd.data import catalogue, files
 from oisd.data.catalogue import BOXED, DataSet, Source
 from oisd.data.examples import DataError, Example, Message, permutation, prompt_indices
 from oisd.data.prompts import EncodedPrompts, check_vocabulary, encode_prompts, render_prompt
@@ -27,8 +30,6 @@ __all__ = [
 ]  # fmt: skip
 
 PAPER_SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
-
-_FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 def load_examples(
@@ -67,6 +68,14 @@ def load_examples(
             raise DataError(
                 f'{source}: the built-in task is written "arithmetic" or "arithmetic:digits=2"'
             )
+        _refuse_unused(
+            source,
+            "the built-in task",
+            prompt_field=prompt_field,
+            answer_field=answer_field,
+            answer_pattern=answer_pattern,
+            subset=subset,
+        )
         return arithmetic_examples(int(match[1] or 2), split=split, limit=limit, seed=seed)
 
     if not source:
@@ -102,6 +111,12 @@ def load_examples(
             answer = _extract(answer_pattern, answer, where, answer_field)
         examples.append(Example(prompt, answer, f"{split}/{number}"))
     return examples
+
+
+def _refuse_unused(source: str, what: str, **options: str | None) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise DataError(f"{source}: {what} has no {name}, got {value!r}; leave it out")
 
 
 def _check_answer_pattern(answer_pattern: str) -> None:
@@ -163,8 +178,13 @@ def _declares_subsets(path: Path) -> bool:
 
 def _is_unnamed(path: Path) -> bool:
     """Whether a folder holds one data file, whose name contains no split's."""
-    files = [f for f in path.rglob("*") if f.suffix.lower() in _FILE_FORMATS]
-    return len(files) == 1 and not re.search(r"train|test|valid|dev", files[0].stem.lower())
+    found = _data_files(path)
+    return len(found) == 1 and not re.search(r"train|test|valid|dev", found[0].stem.lower())
+
+
+def _data_files(folder: Path) -> list[Path]:
+    found = [f for f in sorted(folder.rglob("*")) if f.suffix.lower() in files.FORMATS]
+    return [f for f in found if not any(p[0] == "." for p in f.relative_to(folder).parts)]
 
 
 def _read(source: str, split: str, subset: str | None, known_as: str = "") -> Any:
@@ -174,20 +194,21 @@ def _read(source: str, split: str, subset: str | None, known_as: str = "") -> An
     path = Path(source).expanduser()
     try:
         if path.is_file():
-            file_format = _FILE_FORMATS.get(path.suffix.lower())
-            if file_format is None:
-                raise DataError(f"{source}: expected a {', '.join(_FILE_FORMATS)} file or a folder")
-            if path.stat().st_size == 0:
-                raise DataError(f"{source}: the file is empty")
+            _refuse_unused(source, "a file", subset=subset)
+            files.check_file(path)
+            if files.FORMATS[path.suffix.lower()] == "json":
+                return files.read_json([path], split)
             name = re.split(r"[\[+]", split, maxsplit=1)[0]
-            return datasets.load_dataset(file_format, data_files={name: str(path)}, split=split)
+            return datasets.load_dataset("parquet", data_files={name: str(path)}, split=split)
         if path.is_dir():
             if (path / "dataset_dict.json").exists():
                 return _pick_split(datasets.load_from_disk(str(path)), source, split)
             if (path / "state.json").exists():
                 return datasets.load_from_disk(str(path))
-            return datasets.load_dataset(str(path), subset, split=split)
-        if path.suffix.lower() in _FILE_FORMATS or source[:1] in "./~" or source.count("/") > 1:
+            for file in _data_files(path):
+                files.check_file(file)
+            return _read_folder(path, split, subset)
+        if path.suffix.lower() in files.FORMATS or source[:1] in "./~" or source.count("/") > 1:
             raise DataError(f"{source}: no such file or folder")
         return datasets.load_dataset(source, subset, split=split)
     except DataError:
@@ -212,6 +233,20 @@ def _read(source: str, split: str, subset: str | None, known_as: str = "") -> An
         ) from error
 
 
+def _read_folder(path: Path, split: str, subset: str | None) -> Any:
+    """The rows of a folder's data files, split as `datasets` finds them by their names."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(str(path), subset)
+    found = (builder.config.data_files or {}).get(re.split(r"[\[+]", split, maxsplit=1)[0])
+    if builder.dataset_name is None or not found or "+" in split:
+        return datasets.load_dataset(str(path), subset, split=split)
+    own = [Path(str(file)) for file in found]
+    if not all(files.FORMATS.get(f.suffix.lower()) == "json" and f.is_file() for f in own):
+        return datasets.load_dataset(str(path), subset, split=split)
+    return files.read_json(own, split)
+
+
 def _pick_split(dataset: Any, source: str, split: str) -> Any:
     if split not in dataset:
         raise DataError(f"{source}: no split {split!r}; it has {', '.join(dataset)}")
@@ -232,7 +267,7 @@ def _lookup(row: dict[str, Any], field: str, where: str, option: str) -> Any:
             fields = list(value) if isinstance(value, dict) else []
             raise DataError(_missing_field(name, above, fields, where, option))
         value = value[name]
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+    if value is None or value == "" or (isinstance(value, float | Decimal) and math.isnan(value)):
         raise DataError(
             f"{where}: field {field!r} is empty; remove the row or choose another {option} "
             f"(fields: {', '.join(row)})"
@@ -254,7 +289,7 @@ def _missing_field(name: str, above: str, fields: list[str], where: str, option:
 def _parse_prompt(row: dict[str, Any], where: str, field: str) -> str | tuple[Message, ...]:
     value = _lookup(row, field, where, "prompt_field")
     if isinstance(value, str) and value.strip():
-        return value
+        return _encodable(value, where, field)
     if isinstance(value, list) and value:
         return tuple(_parse_message(message, where, field) for message in value)
     raise DataError(
@@ -270,19 +305,51 @@ def _parse_message(message: Any, where: str, field: str) -> Message:
             f"{where}: each message of {field!r} must have a role and a content, both text, "
             f"got {message!r}"
         )
-    return Message(role, content)
+    return Message(role, _encodable(content, where, field))
+
+
+def _encodable(text: str, where: str, field: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: field {field!r} has half of a surrogate pair, {text[error.start]!r}, which "
+            f"is no text; mend or remove the row"
+        ) from error
+    return text
 
 
 def _parse_answer(row: dict[str, Any], where: str, field: str) -> str:
     value = _lookup(row, field, where, "answer_field")
     if isinstance(value, str) and value.strip():
-        return value.strip()
-    # Many tools turn a column of integers with a null into floats.
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if isinstance(value, (bool, int, float)):
+        return _encodable(value.strip(), where, field)
+    if isinstance(value, (bool, int)):
         return str(value)
+    if isinstance(value, float | Decimal):
+        return _number(value)
+    if isinstance(value, datetime.date):  # a column of dates, in a Parquet file
+        return _date(value)
     raise DataError(f"{where}: field {field!r} must be text or a number, got {value!r}")
+
+
+def _number(value: float | Decimal) -> str:
+    """The digits of a number; without a point where it is whole, as 12.0 for 12.
+
+    Many tools turn a column of integers with a null into floats.
+    """
+    if not math.isfinite(value):
+        return str(value)
+    exact = Decimal(repr(value)) if isinstance(value, float) else value
+    _, digits, exponent = exact.as_tuple()
+    if exact == exact.to_integral_value() and len(digits) + int(exponent) <= 400:
+        return f"{exact.to_integral_value():f}"
+    return str(value)
+
+
+def _date(value: datetime.date) -> str:
+    if isinstance(value, datetime.datetime) and value.time() == datetime.time():
+        value = value.date()
+    return value.isoformat()
 
 
 def _extract(answer_pattern: str, text: str, where: str, field: str) -> str:

@@ -32,6 +32,7 @@ def render_prompt(
     chat_template: apply the tokenizer's chat template; None: when it has one. Without it, the parts
         are joined by blank lines.
     enable_thinking: handed to the chat template; Qwen3's opens a thinking block with it.
+    A conversation that ends with the assistant's words is continued there.
     Raises DataError when a chat template is asked for and absent, or refuses the conversation.
     """
     messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
@@ -39,19 +40,27 @@ def render_prompt(
         messages = (Message("system", system_prompt), *messages)
     if not _uses_chat_template(tokenizer, chat_template):
         return "\n\n".join(message.content for message in messages)
+    continued = messages[-1].role == "assistant"
     try:
         return tokenizer.apply_chat_template(
             [message._asdict() for message in messages],
             tokenize=False,
-            add_generation_prompt=True,
+            add_generation_prompt=not continued,
+            continue_final_message=continued,
             enable_thinking=enable_thinking,
         )
     except Exception as error:
         roles = ", ".join(message.role for message in messages)
+        reason = " ".join(str(error).split())
+        remedy = (
+            "If it cannot continue the assistant's words, end the conversation with the user's"
+            if continued
+            else "If it knows no system role, leave system_prompt empty and put the instruction "
+            "into the problem"
+        )
         raise DataError(
             f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} refuses a "
-            f"conversation of roles {roles}: {error}. If it knows no system role, leave "
-            f"system_prompt empty and put the instruction into the problem"
+            f"conversation of roles {roles}: {reason}. {remedy}"
         ) from error
 
 
@@ -64,6 +73,37 @@ def _uses_chat_template(tokenizer: Any, chat_template: bool | None) -> bool:
             f"tokenizer"
         )
     return has_template if chat_template is None else chat_template
+
+
+def token_ids_of(
+    tokenizer: Any, texts: Sequence[str], chat_template: bool | None = None
+) -> list[list[int]]:
+    """Token ids of rendered prompts, ready to be continued; see `render_prompt`.
+
+    A chat template has written the special tokens itself. To a plain text the tokenizer adds those
+    that begin one, except a BOS that the text begins with already, and none that end it.
+    """
+
+    def tokenize(texts: Sequence[str], special: bool) -> list[list[int]]:
+        found = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)
+        return [list(ids) for ids in found["input_ids"]]
+
+    bare = tokenize(texts, False)
+    if _uses_chat_template(tokenizer, chat_template):
+        return bare
+    bos = getattr(tokenizer, "bos_token_id", None)
+    found = []
+    for ids, own in zip(tokenize(texts, True), bare, strict=True):
+        # What stands before and after the text's own tokens; a tokenizer may add either.
+        before = next((n for n in range(len(ids) + 1) if ids[n : n + len(own)] == own), None)
+        if before is None:  # its tokens depend on what stands beside them
+            found.append(ids)
+            continue
+        if bos is not None and own[:1] == [bos] and bos in ids[:before]:
+            before = 0
+            ids = own
+        found.append(ids[: before + len(own)])
+    return found
 
 
 def encode_prompts(
@@ -96,9 +136,7 @@ def encode_prompts(
         )
         for example in examples
     ]
-    # A chat template writes the special tokens itself; a second BOS would shift the whole model.
-    plain = not _uses_chat_template(tokenizer, chat_template)
-    encoded = tokenizer(texts, add_special_tokens=plain, return_attention_mask=False)["input_ids"]
+    encoded = token_ids_of(tokenizer, texts, chat_template)
 
     token_ids, kept, dropped = [], [], []
     for ids, example in zip(encoded, examples, strict=True):

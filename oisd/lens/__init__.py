@@ -11,7 +11,8 @@ L layers, T tokens, D width, V vocabulary. Layers are counted from 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -54,9 +55,10 @@ class LayerLens:
     divergence, beta: of `oisd_kernels.logit_lens_divergence`.
     lens_norm: whether the final norm comes before the unembedding ("final") or nothing ("none").
     boundary: whether to measure the entropies before the feed-forward blocks, from which the
-        boundary layer follows; this doubles the projections.
+        boundary layer follows; this doubles the projections. They are NaN where a layer's
+        feed-forward block is not found.
 
-    Raises UnsupportedModelError for a model whose layout is not recognised.
+    Raises UnsupportedModelError for a model whose layout is not recognised, or of one layer.
     """
 
     def __init__(
@@ -73,7 +75,10 @@ class LayerLens:
         self.layout: Layout = find_layout(unwrap(model))
         self.num_layers = len(self.layout.layers)
         if self.num_layers < 2:
-            raise UnsupportedModelError("the lens compares layers, but the model has only one")
+            raise UnsupportedModelError(
+                f"the lens wants a model of at least two layers, since it compares each with the "
+                f"final one; {type(self.layout.model).__name__} has {self.num_layers}"
+            )
         below = range(1, self.num_layers)
         self.taps = Taps(model, student_layers=below, attention=False, lens_norm=lens_norm)
 
@@ -91,14 +96,14 @@ class LayerLens:
             self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
             students, final = self.taps.student_hidden()[:, 0], self.taps.final_hidden()[0]
             head = self.taps.unembedding
-            residuals = [self._ready(residual()[0]) for residual in before]
+            residuals = [self._ready(stream[0]) for stream in before() or ()]
         cap = {"bias": head.bias, "logit_softcap": head.logit_softcap}
         # One call for all layers: the final layer's logits are computed once.
         stats, top = lens_with_top(
             students, final, head.weight, divergence=self.divergence, beta=self.beta, **cap
         )
         entropy_before = stats.divergence.new_full((self.num_layers, len(final)), torch.nan)
-        if self.boundary:
+        if residuals:
             rows = torch.cat(residuals)
             entropy = linear_logprob(rows, head.weight, ids.new_zeros(len(rows)), **cap).entropy
             entropy_before = entropy.view(self.num_layers, -1)
@@ -144,37 +149,93 @@ def summarise(looks: Sequence[Lens]) -> LensSummary:
     )
 
 
-@contextmanager
-def _before_feed_forward(layers: nn.ModuleList) -> Iterator[list[Any]]:
-    """For each layer a function that gives the residual stream [B, T, D] before its last block.
+def without_boundary(summary: LensSummary) -> str:
+    """Why a summary has no boundary layer, in words."""
+    if any(map(math.isnan, summary.entropy_before)):
+        return "not measured, because this model's feed-forward blocks are not found"
+    return "none: no block raises the entropy"
 
-    The feed-forward block is the last child called that holds a matrix. Where a norm comes before
-    it, the residual stream is what the norm got.
+
+@contextmanager
+def _before_feed_forward(layers: nn.ModuleList) -> Iterator[Callable[[], list[Tensor] | None]]:
+    """Gives a function for after a forward: each layer's residual stream before its feed-forward.
+
+    It returns None unless every layer's block, [B, T, D] in and out, is found. The block is the
+    last that a layer calls with two matrices or more: one child, or linear layers of which each
+    reads what another child made. Where a norm comes before it, the residual stream is what the
+    norm got.
     """
-    calls: list[list[tuple[nn.Module, Any, Any]]] = [[] for _ in layers]
+    calls: list[list[_Call]] = [[] for _ in layers]
+    streams: list[Tensor | None] = [None for _ in layers]
     handles = []
 
-    def keep(number: int, child: nn.Module, args: tuple[Any, ...], kwargs: Any, out: Any) -> None:
-        given = next(x for x in [*args, *kwargs.values()] if isinstance(x, Tensor))
-        calls[number].append((child, given, first_tensor(out)))
+    def keep(number: int, name: str, child: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        given = next((x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)), None)
+        out = first_tensor(out)
+        if given is not None and isinstance(out, Tensor):
+            calls[number].append(_Call(name, child, given, out))
 
-    def residual(number: int) -> Tensor:
-        *_, (place, given) = (
-            (i, x)
-            for i, (child, x, _) in enumerate(calls[number])
-            if any(p.ndim > 1 for p in child.parameters())
-        )
-        for _, norm_input, norm_output in calls[number][:place]:
-            if norm_output is given:
-                return norm_input
-        return given
+    def keep_stream(number: int, layer: nn.Module, args: Any, out: Any) -> None:
+        streams[number] = first_tensor(out)
+
+    def residuals() -> list[Tensor] | None:
+        found = [
+            None if stream is None else _residual(own, stream)
+            for own, stream in zip(calls, streams, strict=True)
+        ]
+        complete = [x for x in found if x is not None]
+        return complete if len(complete) == len(found) else None
 
     for number, layer in enumerate(layers):
-        for child in layer.children():
-            hook = partial(keep, number)
+        handles.append(layer.register_forward_hook(partial(keep_stream, number)))
+        for name, child in layer.named_children():
+            hook = partial(keep, number, name)
             handles.append(child.register_forward_hook(hook, with_kwargs=True))
     try:
-        yield [partial(residual, number) for number in range(len(layers))]
+        yield residuals
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Call(NamedTuple):
+    name: str
+    child: nn.Module
+    given: Tensor
+    out: Tensor
+
+    @property
+    def matrices(self) -> int:
+        return sum(p.ndim > 1 for p in self.child.parameters())
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether this is one projection, not a block of several or with attention."""
+        return self.matrices == 1 and not any(True for _ in self.child.children())
+
+    @property
+    def mixes_tokens(self) -> bool:
+        name = f"{self.name} {type(self.child).__name__}".lower()
+        return any(word in name for word in ("attn", "attention", "mixer", "mamba", "conv"))
+
+
+def _residual(calls: Sequence[_Call], stream: Tensor) -> Tensor | None:
+    """The residual stream before the feed-forward block of one layer, shaped as its output."""
+    for place in range(len(calls) - 1, -1, -1):
+        last = calls[place]
+        if last.matrices == 0:
+            continue
+        if last.mixes_tokens:
+            return None
+        given, matrices = last.given, last.matrices
+        for earlier in reversed(calls[:place]):
+            if _same(earlier.out, given) and (earlier.matrices == 0 or earlier.is_linear):
+                given, matrices = earlier.given, matrices + earlier.matrices
+        if matrices > 1 and given.shape[-1] == stream.shape[-1]:
+            return given.view(stream.shape) if given.numel() == stream.numel() else None
+    return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors that are both alive are one, perhaps in another shape."""
+    return a.data_ptr() == b.data_ptr() and a.numel() == b.numel()

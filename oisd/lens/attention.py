@@ -25,7 +25,7 @@ class AttentionOverlap(NamedTuple):
 
     layers: list[int]
     overlap: Tensor  # [layers, T] in [0, 1]
-    divergence: Tensor  # [layers, T], Jensen-Shannon, nats
+    divergence: Tensor  # [layers, T], nats
     maps: Tensor  # [layers, T, T], mean over heads, query by key
     final_map: Tensor  # [T, T]
 
@@ -33,12 +33,13 @@ class AttentionOverlap(NamedTuple):
 class LayerAttention:
     """Compares the attention of some layers with the final layer's.
 
+    divergence: of `oisd_kernels.attention_divergence`.
     Raises UnsupportedModelError if a layer's attention is not a causal softmax of its queries and
     keys, and ValueError for a layer outside 1..L-1.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int]):
-        self.model = model
+    def __init__(self, model: nn.Module, layers: Sequence[int], divergence: str = "jsd"):
+        self.model, self.divergence = model, divergence
         self.taps = Taps(model, student_layers=list(layers), attention=True)
 
     @torch.no_grad()
@@ -59,6 +60,7 @@ class LayerAttention:
                 attention_divergence(
                     pair.q, pair.k, pair.q_teacher, pair.k_teacher, window=pair.window,
                     softcap=pair.softcap, scale=pair.scale, scale_teacher=pair.scale_teacher,
+                    divergence=self.divergence,
                 )[0]
             )  # fmt: skip
             maps.append(student.mean(0))

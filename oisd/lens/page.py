@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from oisd.lens import LensSummary
+from oisd.lens import LensSummary, without_boundary
 from oisd.lens.attention import AttentionOverlap
 from oisd.lens.plots import Picture, visible_controls
 
@@ -128,13 +129,15 @@ def _layers_section(name: str, summary: LensSummary, layer: int) -> str:
     for number, (divergence, after, before, same) in reversed(list(enumerate(layers, start=1))):
         chosen = ' class="chosen"' if number == layer else ""
         values = (divergence, before, after, same)
-        cells = "".join(f"<td>{value:.4f}</td>" for value in values)
+        cells = "".join(
+            "<td>\u2013</td>" if math.isnan(value) else f"<td>{value:.4f}</td>" for value in values
+        )
         rows.append(f"<tr{chosen}><th>{number}</th>{cells}</tr>")
     boundary = (
         f"Boundary layer, the last below the final one whose feed-forward block raises the "
         f"entropy: {summary.boundary_layer}."
         if summary.boundary_layer
-        else "No layer's feed-forward block raises the entropy."
+        else without_boundary(summary).capitalize() + "."
     )
     return (
         f"<h2>Layer by layer: {html.escape(name)}</h2>"

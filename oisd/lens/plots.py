@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -119,16 +119,23 @@ def plot_layers(summaries: Sequence[tuple[str, LensSummary]], path: str | Path) 
 
 
 def plot_attention(
-    overlap: AttentionOverlap, tokens: Sequence[str], layer: int, path: str | Path
+    overlap: AttentionOverlap,
+    tokens: Sequence[str],
+    layer: int,
+    path: str | Path,
+    *,
+    most: int = 40,
+    others: Mapping[str, Sequence[float]] | None = None,
 ) -> Path:
     """Draw what the last query attends to in `layer` and in the final layer, and overlap by layer.
 
-    tokens: of the whole text; the last 40 are shown.
+    tokens: of the whole text; the last `most` are shown.
+    others: mean overlap by layer of other models, by name, drawn beside this one's.
     Raises ValueError where `layer` is not among `overlap.layers`.
     """
     if layer not in overlap.layers:
         raise ValueError(f"plot_attention: layer must be one of {overlap.layers}, got {layer}")
-    first = max(len(tokens) - 40, 0)
+    first = max(len(tokens) - most, 0)
     shown = [_readable(token, 12) for token in tokens[first:]]
     width, place = max(0.27 * len(shown), 6), overlap.layers.index(layer)
     figure = Figure(figsize=(width + 4.4, 3.9), layout="constrained")
@@ -147,6 +154,9 @@ def plot_attention(
     style_axes(right, "Overlap with the final layer", "layer", "mean over heads and queries")
     right.plot(overlap.layers, mean, color=BLUE, marker="o", markersize=3.5)
     right.plot([layer], [mean[place]], "D", color=ORANGE, markersize=8, label=f"layer {layer}")
+    for name, means in (others or {}).items():
+        right.plot(range(1, len(means) + 1), means, color=GREEN, marker="o", markersize=3.5,
+                   label=name)  # fmt: skip
     right.set_ylim(0, 1.03)
     right.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     right.legend(fontsize=9, frameon=False, labelcolor=INK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,22 +15,25 @@ from rich.progress import track
 from oisd.config import ConfigError
 from oisd.data import encode_prompts, render_prompt
 from oisd.data.problems import load_problems
-from oisd.lens import LayerLens, Lens, LensSummary, summarise
+from oisd.data.prompts import token_ids_of
+from oisd.lens import LayerLens, Lens, LensSummary, summarise, without_boundary
 from oisd.lens.attention import AttentionOverlap, LayerAttention
 from oisd.lens.page import write_page
 from oisd.lens.plots import Picture, plot_attention, plot_compare, plot_layers, plot_lens
 from oisd.models import UnsupportedModelError
 from oisd.options import LookRun
 from oisd.policy import Policy, load_for_command
+from oisd.run import provenance
 from oisd.schema import option, require, require_device
 
 
 def run_lens(model: str, config: LookRun) -> dict[str, Any]:
     """Apply the lens; write pictures, lens.json and index.html; return the report.
 
-    Raises ConfigError for settings that the models do not allow, DataError for unreadable data.
+    Raises ConfigError for settings that the models do not allow or for a folder that holds another
+    model's pictures, DataError for unreadable data.
     """
-    models = [model] + ([config.compare] if config.compare else [])
+    models = _models(model, config)
     names = _distinct_names(models)
     folder = _folder(model, config, "lens")
     texts: list[list[int]] = []
@@ -39,35 +43,36 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
     attention: AttentionOverlap | None = None
     per_token: dict[str, dict[str, list[list[float]]]] = {}
     depth, vocabulary, without_attention = sys.maxsize, {}, ""
-    for name, path in zip(names, models, strict=True):
+    for number, (name, path) in enumerate(zip(names, models, strict=True)):
         policy = _load(path, config)
-        vocabulary = vocabulary or policy.tokenizer.get_vocab()
-        if policy.tokenizer.get_vocab() != vocabulary:
-            raise ConfigError(
-                f"--compare needs a model of the same vocabulary as {model!r}, got {path!r}"
-            )
+        vocabulary = _checked_vocabulary(policy, vocabulary, model, path)
         lens = LayerLens(policy.model, divergence=config.divergence, lens_norm=config.lens_norm)
         depth = min(depth, lens.num_layers)
         _check_layer(config.layer, depth)
         texts = texts or _texts(policy, config)
-        looks = [
-            lens(ids, config.picture_tokens if number == 0 else 0)
-            for number, ids in enumerate(track(texts, f"{name}: lens", transient=True))
-        ]
+        with policy.autocast():
+            looks = [
+                lens(ids, config.picture_tokens if place == 0 else 0)
+                for place, ids in enumerate(track(texts, f"{name}: lens", transient=True))
+            ]
         summaries.append((name, summarise(looks)))
         per_token[name] = {
             what: [[round(x, 6) for x in row] for row in getattr(looks[0], what).tolist()]
             for what in ("divergence", "entropy", "agreement")
         }
         pictures.append((name, _picture(policy, texts[0], looks[0], config.picture_tokens)))
-        if path == model:
+        if number == 0:
             tokens = _decode_each(policy, texts[0])
+            layers = range(1, lens.num_layers)
             try:
-                attention = LayerAttention(policy.model, range(1, lens.num_layers))(texts[0])
+                look = LayerAttention(policy.model, layers, config.divergence)
+                with policy.autocast():
+                    attention = look(texts[0])
             except UnsupportedModelError as error:  # no softmax over keys: the lens needs none
                 without_attention = _as_options(error)
     layer = config.layer or _default_layer(summaries[0][1], depth)
     title = f"Logit lens of {names[0]}"
+    made_of = _made_of(models, folder, "lens")
     plots = [
         plot_lens(pictures[0][1], folder / "lens.png", title=title, layer=layer),
         plot_layers(summaries, folder / "layers.png"),
@@ -76,14 +81,16 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
         both = "Top token of the final layer and of an intermediate one"
         plots.append(plot_compare(pictures, layer, folder / "compare.png", title=both))
     if attention is not None:
-        plots.append(plot_attention(attention, tokens, layer, folder / "attention.png"))
+        file, most = folder / "attention.png", config.picture_tokens
+        plots.append(plot_attention(attention, tokens, layer, file, most=most))
     report = {
         "model": model,
+        "made_of": made_of,
         "layer": layer,
         "boundary_layer": summaries[0][1].boundary_layer,
         "texts": len(texts),
         "tokens": summaries[0][1].tokens,
-        "layers": {name: summary._asdict() for name, summary in summaries},
+        "layers": {name: _without_nan(summary) for name, summary in summaries},
         "first_text": {"tokens": tokens, "layers": per_token},
         "pictures": {name: picture._asdict() for name, picture in pictures},
         "output_dir": str(folder),
@@ -91,7 +98,13 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
     }
     (folder / "lens.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     page = write_page(folder / "index.html", title, summaries, pictures, attention, tokens, layer)
-    return {**report, "page": str(page), "without_attention": without_attention}
+    without = "" if report["boundary_layer"] else without_boundary(summaries[0][1])
+    return {
+        **report,
+        "page": str(page),
+        "without_attention": without_attention,
+        "without_boundary": without,
+    }
 
 
 def run_attention(model: str, config: LookRun) -> dict[str, Any]:
@@ -99,29 +112,51 @@ def run_attention(model: str, config: LookRun) -> dict[str, Any]:
 
     Raises as `run_lens`, and UnsupportedModelError if the attention is not a causal softmax.
     """
+    models = _models(model, config)
     folder = _folder(model, config, "attention")
-    policy = _load(model, config)
-    lens = LayerLens(policy.model, lens_norm=config.lens_norm)
-    depth = lens.num_layers
-    _check_layer(config.layer, depth)
-    texts = _texts(policy, config)
-    layer = config.layer or _default_layer(summarise([lens(ids) for ids in texts]), depth)
-    try:
-        look = LayerAttention(policy.model, range(1, depth))
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(_as_options(error)) from error
-    seen = [look(ids) for ids in track(texts, "attention", transient=True)]
-    overlap = torch.cat([x.overlap for x in seen], dim=1)
-    divergence = torch.cat([x.divergence for x in seen], dim=1)
-    first = seen[0]._replace(overlap=overlap, divergence=divergence)
-    plot = plot_attention(first, _decode_each(policy, texts[0]), layer, folder / "attention.png")
+    seen: dict[str, AttentionOverlap] = {}
+    texts: list[list[int]] = []
+    tokens: list[str] = []
+    depth, vocabulary, boundary = sys.maxsize, {}, 0
+    for name, path in zip(_distinct_names(models), models, strict=True):
+        policy = _load(path, config)
+        vocabulary = _checked_vocabulary(policy, vocabulary, model, path)
+        lens = LayerLens(policy.model, lens_norm=config.lens_norm)
+        depth = min(depth, lens.num_layers)
+        _check_layer(config.layer, depth)
+        texts = texts or _texts(policy, config)
+        tokens = tokens or _decode_each(policy, texts[0])
+        with policy.autocast():
+            if not config.layer and not boundary:
+                summary = summarise([lens(ids) for ids in texts])
+                boundary = _default_layer(summary, lens.num_layers)
+            seen[name] = _overlap(policy, lens.num_layers, texts, config)
+    layer = config.layer or min(boundary, depth - 1)
+    made_of = _made_of(models, folder, "attention")
+    means = {
+        name: {
+            "overlap": look.overlap.mean(1).tolist(),
+            "divergence": look.divergence.mean(1).tolist(),
+        }
+        for name, look in seen.items()
+    }
+    first, *others = seen
+    plot = plot_attention(
+        seen[first],
+        tokens,
+        layer,
+        folder / "attention.png",
+        most=config.picture_tokens,
+        others={name: means[name]["overlap"] for name in others},
+    )
     report = {
         "model": model,
+        "made_of": made_of,
         "layer": layer,
         "texts": len(texts),
-        "tokens": overlap.shape[1],
-        "overlap": overlap.mean(1).tolist(),
-        "divergence": divergence.mean(1).tolist(),
+        "tokens": seen[first].overlap.shape[1],
+        **means[first],
+        "compared": {name: means[name] for name in others},
         "output_dir": str(folder),
         "plots": [str(plot)],
     }
@@ -129,9 +164,52 @@ def run_attention(model: str, config: LookRun) -> dict[str, Any]:
     return report
 
 
+def _overlap(
+    policy: Policy, depth: int, texts: Sequence[Sequence[int]], config: LookRun
+) -> AttentionOverlap:
+    """Of all texts; the maps are the first one's."""
+    try:
+        look = LayerAttention(policy.model, range(1, depth), config.divergence)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(_as_options(error)) from error
+    seen = [look(ids) for ids in track(texts, "attention", transient=True)]
+    overlap = torch.cat([x.overlap for x in seen], dim=1)
+    divergence = torch.cat([x.divergence for x in seen], dim=1)
+    return seen[0]._replace(overlap=overlap, divergence=divergence)
+
+
+def _models(model: str, config: LookRun) -> list[str]:
+    return [model] + ([config.compare] if config.compare else [])
+
+
+def _checked_vocabulary(
+    policy: Policy, vocabulary: dict[str, int], model: str, path: str
+) -> dict[str, int]:
+    """The first model's vocabulary, which another one has to share."""
+    own = policy.tokenizer.get_vocab()
+    if vocabulary and own != vocabulary:
+        raise ConfigError(
+            f"--compare needs a model of the same vocabulary as {model!r}, got {path!r}"
+        )
+    return own
+
+
+def _without_nan(summary: LensSummary) -> dict[str, Any]:
+    """JSON has no NaN."""
+    before = [None if math.isnan(x) else x for x in summary.entropy_before]
+    return {**summary._asdict(), "entropy_before": before}
+
+
+# Options that choose rows of --data.
+_OF_DATA = ("split", "subset", "prompt_field", "answer_field", "limit")
+
+
 def _folder(model: str, config: LookRun, command: str) -> Path:
     if bool(config.prompt) == bool(config.data):
         raise ConfigError(f"oisd {command}: give either --prompt or --data")
+    for name in _OF_DATA:
+        if config.prompt and getattr(config, name) != getattr(LookRun, name):
+            raise ConfigError(f"{option(name)} is for --data, not for --prompt; leave it out")
     for name in ("limit", "max_prompt_tokens", "picture_tokens", "threads"):
         value = getattr(config, name)
         require(value is None or value >= 1, option(name), "at least 1", value)
@@ -147,7 +225,41 @@ def _folder(model: str, config: LookRun, command: str) -> Path:
         raise ConfigError(
             f"output_dir {str(folder)!r} cannot be written: {error.strerror or error}"
         ) from error
+    drawn = _read_made_of(folder, command)
+    if drawn and next(iter(drawn)) != _place(model):
+        raise ConfigError(
+            f"{folder} holds pictures of {next(iter(drawn))}, not of {_place(model)}; choose "
+            f"another --output-dir, or remove the folder"
+        )
     return folder
+
+
+def _place(model: str) -> str:
+    """What a model's files stand for: a folder, wherever the command runs, or a name."""
+    return str(Path(model).resolve()) if Path(model).exists() else model
+
+
+def _read_made_of(folder: Path, command: str) -> dict[str, Any]:
+    """The records of the models that a folder's pictures were made of, the first one's first."""
+    try:
+        report = json.loads((folder / f"{command}.json").read_text(encoding="utf-8"))
+        return dict(report.get("made_of") or {_place(report["model"]): {}})
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return {}  # no pictures, or none that were finished
+
+
+def _made_of(models: Sequence[str], folder: Path, command: str) -> dict[str, Any]:
+    """Records of the models; says so where one has other weights than the folder's pictures."""
+    drawn = _read_made_of(folder, command)
+    found = {}
+    for model in models:
+        place = _place(model)
+        found[place] = provenance.refreshed(drawn.get(place, {}), model)
+        if drawn.get(place):
+            changed = provenance.changed_model(drawn[place], model, found[place])
+            if changed:
+                print(f"oisd {command}: {model} has changed since ({changed[0]}); drawn again")
+    return found
 
 
 def _load(path: str, config: LookRun) -> Policy:
@@ -156,7 +268,7 @@ def _load(path: str, config: LookRun) -> Policy:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    # The lens runs in float32.
+    # Outside autocast, as where it measures, the lens reads float32 parameters.
     policy = load_for_command(path, config, device, round_frozen=False)
     policy.model.eval()
     return policy
@@ -172,7 +284,7 @@ def _texts(policy: Policy, config: LookRun) -> list[list[int]]:
         prompts = encode_prompts(tokenizer, examples, max_prompt_tokens=most, **options).token_ids
     else:
         rendered = [render_prompt(tokenizer, text, **options) for text in config.prompt]
-        prompts = [tokenizer(text)["input_ids"] for text in rendered]
+        prompts = token_ids_of(tokenizer, rendered, config.chat_template)
     if not all(prompts):
         raise ConfigError("--prompt holds a text without tokens")
     # The attention's maps grow with the square of the length: 9 GiB for 8,192 tokens, 36 layers.

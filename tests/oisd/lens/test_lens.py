@@ -61,9 +61,10 @@ def test_residual_before_the_feed_forward_block(name):
         layer.register_forward_hook(lambda *a, n=number: outputs.__setitem__(n, a[-1]))
     with torch.no_grad(), _before_feed_forward(layers) as before:
         model(torch.tensor([TEXT]), use_cache=False)
-        for number in range(LAYERS):
+        residuals = before()
+        assert residuals is not None
+        for number, residual in enumerate(residuals):
             assert added[number].norm() > 1e-2
-            residual = before[number]()
             torch.testing.assert_close(residual + added[number], outputs[number])
 
 
