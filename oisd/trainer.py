@@ -32,6 +32,8 @@ from oisd.evaluate import evaluate, in_order
 from oisd.losses import Mean, Metrics, add_metrics, frac_zero_std
 from oisd.losses.advantages import completion_advantages
 from oisd.models import UnsupportedModelError
+from oisd.models.layout import unwrap
+from oisd.models.loading import require_savable
 from oisd.objective import NonFiniteError, Objective, Totals
 from oisd.optimizer import Optimizer
 from oisd.policy import load_policy
@@ -74,6 +76,8 @@ class Trainer:
         # The commit of a Hub model may be known, and may have moved on, only now.
         self.processes.on_first(self._require_sources)
         self.policy.model.train()
+        named = f"model.path {config.model.path!r}"
+        require_savable(unwrap(self.policy.model), self.policy.tokenizer, named)
         if self.processes.is_first and checkpoint is None:
             # Weights and AdamW's two moments, for each checkpoint kept and one being written.
             size = 3 * adapters.trained_bytes(self.policy.model)
@@ -82,7 +86,7 @@ class Trainer:
             rates = ", ".join(f"{n} {rate:g}" for n, rate in self.policy.dropout_replaced.items())
             warnings.warn(
                 f"model.dropout = {config.model.dropout:g} replaces what the model ships: {rates}; "
-                f'"none" keeps it',
+                f'"none" (None on the command line) keeps it',
                 stacklevel=2,
             )
         encode = partial(encode_problems, self.policy.tokenizer, config.data)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def read_model(source: str | Path, named: str, **options: Any) -> Any:
                 **options,
             )
     except Exception as error:  # a config of nonsense may raise anything
-        raise ConfigError(f"{named} cannot be loaded: {in_short(error)}") from error
+        here = "" if Path(source).exists() else "there is no such folder here, and from the Hub: "
+        raise ConfigError(f"{named} cannot be loaded: {here}{in_short(error)}") from error
     _require_all_weights(model, found, named)
     _make_savable(model)
     return model
@@ -154,6 +156,21 @@ def _listed(what: str, keys: Collection[str]) -> Iterator[str]:
     if keys:
         first = ", ".join([*keys][:3])
         yield f"{what} {len(keys)} weights ({first}{', ...' if len(keys) > 3 else ''})"
+
+
+def require_savable(model: Any, tokenizer: Any, named: str) -> None:
+    """Raise ConfigError for a config, generation config or tokenizer that a checkpoint cannot have.
+
+    Some are read, but not written; the first checkpoint would be too late.
+    """
+    with TemporaryDirectory() as folder:
+        for part in (model.config, getattr(model, "generation_config", None), tokenizer):
+            try:
+                if part is not None:
+                    part.save_pretrained(folder)
+            except Exception as error:
+                what = type(part).__name__
+                raise ConfigError(f"{named} cannot be saved: {what}: {in_short(error)}") from error
 
 
 def require_finite(model: Any, named: str) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.cli import main
@@ -203,3 +204,46 @@ def test_overlong_prompts_can_be_dropped(in_tmp_path):
         assert main([*SMALL, *arguments, "--data.overlong-prompts", "drop"]) == 0
     table = (in_tmp_path / "run" / "completions" / "step-1.jsonl").read_text().splitlines()
     assert {json.loads(line)["prompt"] for line in table} == {"1+1="}
+
+
+def save_gpt2(folder):
+    size = {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 24}
+    config = AutoConfig.for_model("gpt2", vocab_size=14, eos_token_id=13, bos_token_id=12, **size)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    arithmetic_tokenizer().save_pretrained(folder)
+
+
+def test_texts_beyond_learned_positions_are_refused_before_the_first_step(in_tmp_path, capsys):
+    save_gpt2(in_tmp_path / "gpt2")
+    model = ["--model.path", "gpt2", "--oisd.student-layers", "2"]
+    assert main([*SMALL, *model, "--rollout.max-completion-tokens", "20"]) == 2
+    printed = capsys.readouterr().err
+    assert "rollout.max_completion_tokens = 20 and a prompt of 6 tokens" in printed
+    assert "24; lower rollout.max_completion_tokens (here at most 19)" in printed
+    assert main(["eval", "gpt2", "--limit", "2", "--max-completion-tokens", "20"]) == 2
+    assert "--max-completion-tokens = 20" in capsys.readouterr().err
+    look = ["lens", "gpt2", "--prompt", "1+2=", "--completion-tokens"]
+    assert main([*look, "22"]) == 2
+    assert "--completion-tokens = 22" in capsys.readouterr().err
+
+
+def test_a_models_dropout_is_replaced_with_a_word(in_tmp_path):
+    save_gpt2(in_tmp_path / "gpt2")
+    model = ["--model.path", "gpt2", "--oisd.student-layers", "2", "--grpo.kl-coef", "0.1"]
+    model += ["--rollout.max-completion-tokens", "19", "--grpo.minibatches", "2"]
+    with pytest.warns(UserWarning, match=r"model\.dropout = 0 replaces .*resid_pdrop 0\.1.*none"):
+        assert main([*SMALL, *model]) == 0
+    row = json.loads((in_tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert abs(row["kl/ref"]) < 1e-6
+    assert main([*SMALL, *model, "--run.restart", "True", "--model.dropout", "None"]) == 0
+    row = json.loads((in_tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["kl/ref"] > 1e-4
+
+
+def test_a_tokenizer_that_cannot_be_saved_is_found_before_the_first_step(monkeypatch, capsys):
+    def refuse(*_, **__):
+        raise ValueError("not to be written")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", refuse)
+    assert main(SMALL) == 2
+    assert "cannot be saved: " in capsys.readouterr().err
