@@ -65,7 +65,8 @@ MODELS = [
 ]  # fmt: skip
 VALUES = ["", "-1", "0", "1", "2", "1.5", "nan", "inf", "-inf", "1e400", "None", "none",
           "True", "cpu", "cuda:99", "x", "é", "(", "(x)", "[1:", "train[:1]", "\0", "eager",
-          "9" * 30, "x" * 500, "good.jsonl", "m", "/dev/null/x", "--", "nothing:here", "os:getcwd"]  # fmt: skip
+          "9" * 30, "x" * 500, "good.jsonl", "m", "/dev/null/x", "--", "nothing:here",
+          "os:getcwd"]  # fmt: skip
 # One that is valid and large would take long, which is no fault.
 LARGE = {"samples", "batch_size", "max_completion_tokens", "completion_tokens", "steps"}
 
