@@ -70,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             asked_for_help = arguments and arguments[0] in ("-h", "--help")
             print(_USAGE, end="", file=sys.stdout if asked_for_help else sys.stderr, flush=True)
             return 0 if asked_for_help else 2
+        if any("\0" in argument for argument in arguments):
+            raise ConfigError("an argument holds a NUL character, which no name or text may")
         try:
             return commands[arguments[0]](arguments[1:])
         finally:

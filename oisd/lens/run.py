@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
         with policy.autocast():
             looks = [
                 lens(ids, config.picture_tokens if place == 0 else 0)
-                for place, ids in enumerate(track(texts, f"{name}: lens", transient=True))
+                for place, ids in enumerate(_tracked(texts, f"{name}: lens"))
             ]
         summaries.append((name, summarise(looks)))
         per_token[name] = {
@@ -164,6 +164,11 @@ def run_attention(model: str, config: LookRun) -> dict[str, Any]:
     return report
 
 
+def _tracked(texts: Sequence[Any], name: str) -> Iterable[Any]:
+    """The texts, with a bar on a terminal; elsewhere it would leave an empty line."""
+    return track(texts, name, transient=True, disable=not sys.stdout.isatty())
+
+
 def _overlap(
     policy: Policy, depth: int, texts: Sequence[Sequence[int]], config: LookRun
 ) -> AttentionOverlap:
@@ -172,7 +177,7 @@ def _overlap(
         look = LayerAttention(policy.model, range(1, depth), config.divergence)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(_as_options(error)) from error
-    seen = [look(ids) for ids in track(texts, "attention", transient=True)]
+    seen = [look(ids) for ids in _tracked(texts, "attention")]
     overlap = torch.cat([x.overlap for x in seen], dim=1)
     divergence = torch.cat([x.divergence for x in seen], dim=1)
     return seen[0]._replace(overlap=overlap, divergence=divergence)
