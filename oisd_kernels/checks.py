@@ -181,7 +181,8 @@ def check_positive(op: str, argument: str, value: Any, *, optional: bool = False
     """A finite number above 0; with `optional`, None as well."""
     if optional and value is None:
         return
-    if not _is_number(value) or not (math.isfinite(value) and value > 0):
+    # Comparisons alone, which torch.compile can guard on; NaN fails them.
+    if not _is_number(value) or not 0 < value < math.inf:
         remedy = "None switches it off" if optional else ""
         raise argument_error(op, argument, "be a finite number above 0", repr(value), remedy)
 

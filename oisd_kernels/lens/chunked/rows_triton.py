@@ -212,14 +212,14 @@ def student_rows_kernel(
     ZFinal += slot * stride_f
     dZ += row * stride_d
     o_v = tl.arange(0, BLOCK)
-    max_q, entropy, top1, lq_top, _ = row_statistics(
+    max_q, entropy, top1, lq_top, log_sum = row_statistics(
         Z, Bias, V, stride_z, V, TEMPERATURE, SOFTCAP, HAS_BIAS, BLOCK
     )
     # Scores less their row's largest, as in the sums: a logsumexp of large scores has lost digits
     # of the log-probabilities that matter.
     top1_p, lp_top = tl.load(FinalTop1 + slot), tl.load(FinalTopLogProb + slot)
     v_top = top1_p.to(tl.int64) + tl.zeros([1], tl.int64)  # a block, as `load_scores` takes it
-    max_p, _ = load_scores(ZFinal, Bias, v_top, V, stride_f, TEMPERATURE, SOFTCAP, HAS_BIAS)
+    max_p, slope_p = load_scores(ZFinal, Bias, v_top, V, stride_f, TEMPERATURE, SOFTCAP, HAS_BIAS)
     max_p = tl.max(max_p, 0)
     tl.store(Entropy + row, entropy)
     tl.store(Agreement + row, tl.where(top1 == top1_p, 1.0, 0.0))
