@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64,)
@@ -152,12 +154,18 @@ def check_values(
     op: str, argument: str, x: Tensor, low: int, high: int | Tensor, remedy: str
 ) -> None:
     """Integers of a CPU tensor lie in [low, high); `high` may be a tensor that broadcasts."""
-    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
-        return  # a value cannot decide what a compiled graph looks like
+    if x.device.type != "cpu" or x.numel() == 0 or not _has_values(x):
+        return
     bad = (x < low) | (x >= high)
     if bad.any():
         bound = high if isinstance(high, int) else "its sequence's length"
         raise argument_error(op, argument, f"lie in [{low}, {bound})", x[bad][0].item(), remedy)
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether the host may read them: not of a graph that is traced, a fake tensor or a vmap."""
+    traced = torch.compiler.is_compiling() or is_functorch_wrapped_tensor(x)
+    return not traced and not isinstance(x, FakeTensor)
 
 
 def check_choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> None:
