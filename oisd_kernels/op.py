@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 DOUBLE_BACKWARD = (
     "oisd_kernels: the gradient of a fused op cannot itself be differentiated "
@@ -32,7 +32,7 @@ def refuse_transforms(arguments: Iterable[Any]) -> None:
     """
     for x in arguments:
         if isinstance(x, Tensor) and (
-            is_functorch_wrapped_tensor(x) or unpack_dual(x).tangent is not None
+            is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None
         ):
             raise RuntimeError(TRANSFORMS)
 
@@ -71,6 +71,8 @@ def custom_op(
             return _returned(run(record))
 
     def fake(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
+        if forward_ad._current_level >= 0:  # a compiled `jvp`, whose tangents do not show here
+            raise RuntimeError(TRANSFORMS)
         return _returned(allocate(call(*arguments)))
 
     kernel.__signature__ = _signature(call, result)

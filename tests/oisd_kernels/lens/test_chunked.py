@@ -301,7 +301,7 @@ POLICY = {"policy_advantage": normal(11, seed=20), "policy_weight": normal(11, s
     ],
 )  # fmt: skip
 def test_opcheck(changes):
-    torch.library.opcheck(head_pass, tuple(record(**changes)))
+    torch.library.opcheck(torch.ops.oisd_kernels.head_pass.default, tuple(record(**changes)))
 
 
 @pytest.mark.parametrize("grad_weight", [False, True], ids=["hidden", "weight"])

@@ -236,7 +236,7 @@ def record(**changes) -> HeadCall:
     ],
 )  # fmt: skip
 def test_opcheck(changes):
-    torch.library.opcheck(head_pass, tuple(record(**changes)))
+    torch.library.opcheck(torch.ops.oisd_kernels.head_pass.default, tuple(record(**changes)))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])
