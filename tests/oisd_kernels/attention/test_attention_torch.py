@@ -15,7 +15,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from oisd_kernels import attention_divergence
 from oisd_kernels.attention import torch_blocks
-from oisd_kernels.attention.divergence import divergence_op
 from oisd_kernels.attention.spec import Geometry
 from oisd_kernels.reference import attention as reference_attention
 from tests.oisd_kernels.attention.test_attention_reference import make, offsets, sampled
