@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._guards import detect_fake_mode
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64,)
@@ -163,9 +163,9 @@ def check_values(
 
 
 def _has_values(x: Tensor) -> bool:
-    """Whether the host may read them: not of a graph that is traced, a fake tensor or a vmap."""
+    """Whether the host may read them: not of a traced graph, among fake tensors or in a vmap."""
     traced = torch.compiler.is_compiling() or is_functorch_wrapped_tensor(x)
-    return not traced and not isinstance(x, FakeTensor)
+    return not traced and detect_fake_mode(x) is None
 
 
 def check_choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> None:
