@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._guards import detect_fake_mode
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64,)
@@ -152,12 +154,18 @@ def check_values(
     op: str, argument: str, x: Tensor, low: int, high: int | Tensor, remedy: str
 ) -> None:
     """Integers of a CPU tensor lie in [low, high); `high` may be a tensor that broadcasts."""
-    if x.device.type != "cpu" or x.numel() == 0 or torch.compiler.is_compiling():
-        return  # a value cannot decide what a compiled graph looks like
+    if x.device.type != "cpu" or x.numel() == 0 or not _has_values(x):
+        return
     bad = (x < low) | (x >= high)
     if bad.any():
         bound = high if isinstance(high, int) else "its sequence's length"
         raise argument_error(op, argument, f"lie in [{low}, {bound})", x[bad][0].item(), remedy)
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether the host may read them: not of a traced graph, among fake tensors or in a vmap."""
+    traced = torch.compiler.is_compiling() or is_functorch_wrapped_tensor(x)
+    return not traced and detect_fake_mode(x) is None
 
 
 def check_choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> None:
@@ -181,7 +189,8 @@ def check_positive(op: str, argument: str, value: Any, *, optional: bool = False
     """A finite number above 0; with `optional`, None as well."""
     if optional and value is None:
         return
-    if not _is_number(value) or not (math.isfinite(value) and value > 0):
+    # Comparisons alone, which torch.compile can guard on; NaN fails them.
+    if not _is_number(value) or not 0 < value < math.inf:
         remedy = "None switches it off" if optional else ""
         raise argument_error(op, argument, "be a finite number above 0", repr(value), remedy)
 

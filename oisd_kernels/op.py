@@ -11,11 +11,30 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 DOUBLE_BACKWARD = (
     "oisd_kernels: the gradient of a fused op cannot itself be differentiated "
     '(create_graph=True); use impl="reference"'
 )
+
+TRANSFORMS = (
+    "oisd_kernels: a fused op has a backward alone: no transform of torch.func (grad, jvp, vmap) "
+    'passes through it, and no forward-mode derivative; use impl="reference"'
+)
+
+
+def refuse_transforms(arguments: Iterable[Any]) -> None:
+    """Raises RuntimeError for a tensor of a torch.func transform, or one with a tangent.
+
+    Left to torch, they end in an error about autograd.Function, or in a derivative of 0.
+    """
+    for x in arguments:
+        if isinstance(x, Tensor) and (
+            is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None
+        ):
+            raise RuntimeError(TRANSFORMS)
 
 
 def refuse_double_backward() -> None:
@@ -52,6 +71,8 @@ def custom_op(
             return _returned(run(record))
 
     def fake(*arguments: Any) -> Tensor | tuple[Tensor, ...]:
+        if forward_ad._current_level >= 0:  # a compiled `jvp`, whose tangents do not show here
+            raise RuntimeError(TRANSFORMS)
         return _returned(allocate(call(*arguments)))
 
     kernel.__signature__ = _signature(call, result)
@@ -59,7 +80,13 @@ def custom_op(
     op.register_fake(fake)
     if save is not None and backward is not None:
         _register_autograd(op, call, result, save, backward)
-    return op
+
+    def refusing(*arguments: Any) -> Any:
+        if not torch.compiler.is_compiling():  # a trace has no such tensors
+            refuse_transforms(arguments)
+        return op(*arguments)
+
+    return refusing
 
 
 def keep(ctx: Any, *records: Any) -> None:

@@ -159,9 +159,13 @@ def linear_logprob(
     with torch.autocast(hidden.device.type, enabled=False):
         dtype = compute_dtype(hidden, weight, bias)
         logits = _logits(hidden, weight, bias, temperature, logit_softcap, dtype)  # [N, V]
-        lq = _log_softmax(logits)
-        logprob = lq.gather(-1, labels[:, None])[:, 0]
-        return LinearLogprob(logprob, _entropy(lq.detach()), logits.detach().logsumexp(-1))
+        # Of the label against the others, and not through a softmax, in whose gradient 1 - p of a
+        # confident token has no digits left.
+        lowest, label = torch.finfo(dtype).min, labels[:, None]
+        others = logits.scatter(-1, label, lowest).logsumexp(-1)
+        logprob = logsigmoid(logits.gather(-1, label)[:, 0] - others).clamp_min(lowest)
+        logits = logits.detach()
+        return LinearLogprob(logprob, _entropy(_log_softmax(logits)), logits.logsumexp(-1))
 
 
 def attention(

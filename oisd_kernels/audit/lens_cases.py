@@ -97,7 +97,7 @@ def _tiled_gradient(
     rows = states[0].shape[:-1]
     if of == "logprob":
         labels = _empty(rows[1], dtype=torch.int64)
-        loss = gradient.LogprobLoss(labels, _empty(rows[1]))
+        loss = gradient.LogprobLoss(labels, _empty(rows[1]), _empty(rows[1]))
     else:
         loss = gradient.LensLoss(of, 0.5, _empty(rows[1]), _empty(*rows), _empty(*rows))
     wanted = True, True, bias is not None

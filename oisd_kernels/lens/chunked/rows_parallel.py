@@ -16,7 +16,14 @@ from torch import Tensor
 from oisd_kernels.divergences_torch import row_gradient, row_terms
 from oisd_kernels.lens.chunked.chunks import SCRATCH_ROWS
 from oisd_kernels.lens.chunked.rows import FinalRows, RowMath, StudentRows, in_place
-from oisd_kernels.lens.chunked.rows_torch import likeliest, scores, slope, tiles
+from oisd_kernels.lens.chunked.rows_torch import (
+    label_logprob,
+    likeliest,
+    scores,
+    slope,
+    subtract_log,
+    tiles,
+)
 
 NOWHERE = torch.iinfo(torch.int64).max  # the place of a maximum on a rank that does not hold it
 
@@ -41,7 +48,8 @@ class ParallelRows:
         entropies: bool,
         top1s: bool,
     ) -> FinalRows:
-        logsumexp, top1, top_logprob = self._log_softmax(z, bias, math_, top1s)
+        *values, sums = self._log_softmax(z, bias, math_, top1s, labels)
+        logsumexp, top1, top_logprob = values
         partial = z.new_zeros(2, len(z))
         if entropies:
             for tile, (e,) in tiles(z, 1):
@@ -54,7 +62,7 @@ class ParallelRows:
         if entropies or labels is not None:
             self.sum(partial)
         entropy, logprob = partial
-        logprob = z.new_zeros(0) if labels is None else logprob
+        logprob = z.new_zeros(0) if labels is None else label_logprob(*sums, logprob)
         return FinalRows(logsumexp, entropy, top1, logprob, top_logprob)
 
     def final_rows_again(
@@ -84,6 +92,7 @@ class ParallelRows:
         del bias
         d_logits, scale = in_place(z, operand)
         row_factor = (factor / math_.temperature)[:, None]
+        own = -final.logprob.expm1() * row_factor[:, 0]  # 1 - p of the label, with all its digits
         here, place = self._labels_here(labels, z)
         for tile, (bend,) in tiles(z, 1):
             tile_z = z[tile]
@@ -91,8 +100,9 @@ class ParallelRows:
                 slope(torch.add(tile_z, final.logsumexp[tile, None], out=bend), math_)
             tile_z.exp_().mul_(-row_factor[tile])
             if z.shape[1]:
-                own = torch.where(here[tile, None], row_factor[tile], 0.0)
-                tile_z.scatter_add_(1, place[tile, None], own)
+                at = place[tile, None]
+                value = torch.where(here[tile, None], own[tile, None], tile_z.gather(1, at))
+                tile_z.scatter_(1, at, value)
             if math_.softcap is not None:
                 tile_z.mul_(bend)
             _round(tile_z, bend, d_logits[tile], scale[tile])
@@ -111,7 +121,7 @@ class ParallelRows:
         stats: bool,
         operand: torch.dtype,
     ) -> StudentRows:
-        logsumexp, top1, top_logprob = self._log_softmax(z, bias, math_, stats)
+        logsumexp, top1, top_logprob, _ = self._log_softmax(z, bias, math_, stats)
         kind = math_.divergence, math_.beta
         # Of each row the divergence, <q, inner> and the entropy.
         partial = z.new_zeros(3, len(z))
@@ -142,11 +152,17 @@ class ParallelRows:
         return StudentRows(*values, d_logits, scale)
 
     def _log_softmax(
-        self, z: Tensor, bias: Tensor | None, math_: RowMath, top1s: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self,
+        z: Tensor,
+        bias: Tensor | None,
+        math_: RowMath,
+        top1s: bool,
+        labels: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Raw logits to log-probabilities, in place.
 
-        -> (logsumexp, likeliest token, its log-probability), each [R].
+        -> (logsumexp, likeliest token, its log-probability), each [R], and [2, R] the exponentials
+        that the sum is made of: the label's, 0 without labels, and the sum of the others.
         """
         largest = z.new_full((len(z),), -torch.inf)
         place = torch.full_like(largest, NOWHERE, dtype=torch.int64)
@@ -161,13 +177,19 @@ class ParallelRows:
         if top1s:
             place.masked_fill_(local != largest, NOWHERE)
             dist.all_reduce(place, dist.ReduceOp.MIN, self.group)
-        sums = torch.zeros_like(largest)
+        sums = z.new_zeros(2, len(z))
         for tile, (e,) in tiles(z, 1):
-            sums[tile] = torch.exp(z[tile].sub_(largest[tile, None]), out=e).sum(-1)
-        log_sums = self.sum(sums).log()
+            torch.exp(z[tile].sub_(largest[tile, None]), out=e)
+            if labels is not None and z.shape[1]:
+                here, at = self._labels_here(labels[tile], z)
+                taken = e.gather(1, at[:, None])[:, 0]
+                sums[0, tile] = own = torch.where(here, taken, 0.0)
+                e.scatter_(1, at[:, None], (taken - own)[:, None])
+            sums[1, tile] = e.sum(-1)
+        log_sums = self.sum(sums).sum(0).log()
         for tile, _ in tiles(z, 0):
-            z[tile].sub_(log_sums[tile, None]).clamp_min_(torch.finfo(z.dtype).min)
-        return largest + log_sums, place, -log_sums
+            subtract_log(z[tile], log_sums[tile])
+        return largest + log_sums, place, -log_sums, sums
 
     def _labels_here(self, labels: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """Which labels this rank holds, and where; a place that can be read for the others."""

@@ -29,6 +29,7 @@ def final_rows(
     top1s: bool,
 ) -> FinalRows:
     logsumexp, entropy, top_logprob = (z.new_zeros(len(z)) for _ in range(3))
+    logprob = z.new_zeros(0 if labels is None else len(z))
     top1 = torch.zeros(len(z), dtype=torch.int64, device=z.device)
     for tile, (e,) in tiles(z, 1):
         scores(z[tile], bias, math_)
@@ -36,11 +37,21 @@ def final_rows(
             largest, top1[tile] = likeliest(z[tile])
         else:
             largest = z[tile].amax(-1)
-        log_sums, sums = _log_softmax(z[tile], largest, e)
+        torch.exp(z[tile].sub_(largest[:, None]), out=e)
+        label = None if labels is None else labels[tile, None]
+        own = 0.0 if label is None else take_out(e, label)
+        others = e.sum(-1)
+        sums = others + own
+        log_sums = sums.log()
+        subtract_log(z[tile], log_sums)
         logsumexp[tile], top_logprob[tile] = largest + log_sums, -log_sums
         if entropies:
             entropy[tile] = -e.mul_(z[tile]).sum(-1) / sums
-    logprob = z.new_zeros(0) if labels is None else z.gather(-1, labels[:, None])[:, 0]
+        if label is not None:
+            taken = z[tile].gather(1, label)[:, 0]
+            logprob[tile] = label_logprob(own, others, taken)
+            if entropies:
+                entropy[tile] -= logprob[tile].exp() * logprob[tile]
     return FinalRows(logsumexp, entropy, top1, logprob, top_logprob)
 
 
@@ -69,12 +80,13 @@ def final_gradient(
 ) -> tuple[Tensor, Tensor]:
     del bias, operand
     row_factor = (factor / math_.temperature)[:, None]
+    rest = -final.logprob.expm1()[:, None]  # 1 - p of the label, with all its digits
     for tile, (bend,) in tiles(z, 1):
         tile_z = z[tile]
         if math_.softcap is not None:
             slope(torch.add(tile_z, final.logsumexp[tile, None], out=bend), math_)
         tile_z.exp_().mul_(-row_factor[tile])
-        tile_z.scatter_add_(1, labels[tile, None], row_factor[tile])
+        tile_z.scatter_(1, labels[tile, None], rest[tile] * row_factor[tile])
         if math_.softcap is not None:
             tile_z.mul_(bend)
     return z, z.new_zeros(0)
@@ -213,5 +225,22 @@ def _log_softmax(z: Tensor, largest: Tensor, e: Tensor) -> tuple[Tensor, Tensor]
     """Scores to log-probabilities, in place; e = exp(scores - largest) -> (log of its sum, sum)."""
     sums = torch.exp(z.sub_(largest[:, None]), out=e).sum(-1)
     log_sums = sums.log()
-    z.sub_(log_sums[:, None]).clamp_min_(torch.finfo(z.dtype).min)
+    subtract_log(z, log_sums)
     return log_sums, sums
+
+
+def subtract_log(z: Tensor, log_sums: Tensor) -> None:
+    """Scores less their largest to log-probabilities, in place; finite where they are 0."""
+    z.sub_(log_sums[:, None]).clamp_min_(torch.finfo(z.dtype).min)
+
+
+def take_out(e: Tensor, label: Tensor) -> Tensor:
+    """Entries [R] of e [R, V] at label [R, 1]; e holds 0 there afterwards."""
+    own = e.gather(1, label)[:, 0]
+    e.scatter_(1, label, 0)
+    return own
+
+
+def label_logprob(own: Tensor, others: Tensor, logprob: Tensor) -> Tensor:
+    """log(own / (own + others)) with all its digits near 0 too, where `logprob` has none left."""
+    return torch.where(others < own, -torch.log1p(others / own), logprob)

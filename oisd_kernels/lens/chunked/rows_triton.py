@@ -1,7 +1,7 @@
 """Row kernels of a chunk: one program per row, reading logits in blocks of V.
 
     final_rows      one pass: logsumexp, entropy, likeliest token, log-probability of the label
-    final_gradient  one pass: factor * ([v is the label] - e^(z - logsumexp))
+    final_gradient  one pass: -factor * e^(z - logsumexp), and factor * (1 - p) at the label
     student_rows    one pass for the student's logsumexp, one for the divergence and <q, inner>, one
                     for the gradient factor * q * (<q, inner> - inner), with the terms of
                     `oisd_kernels.divergences`. The forward KL's gradient, factor * (q - p), needs
@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from oisd_kernels.divergences import log_probability, tanh, terms
+from oisd_kernels.divergences import log1p_exp_neg, log_probability, tanh, terms
 from oisd_kernels.lens.chunked.rows import FinalRows, RowMath, StudentRows, in_place
 
 BLOCK, WARPS = 1024, 8
@@ -57,26 +57,28 @@ def load_scores(
 
 @triton.jit
 def row_statistics(
-    Z, Bias, V, stride,
+    Z, Bias, V, stride, label,
     TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """logsumexp, entropy, likeliest token and its log-probability, in one pass.
+    """Largest score, entropy, likeliest token, its log-probability, and the log of the sum of
+    e^(z - largest score) over all tokens but the label, in one pass.
 
-    Each lane of [BLOCK] keeps the maximum, its token and two sums of its own, in an online softmax.
-    A NaN makes all results NaN but the token, which is then the likeliest of the rest.
+    Each lane of [BLOCK] keeps the maximum, its token and its own sums, in an online softmax. A NaN
+    makes all results NaN but the largest score and its token, which are then those of the rest.
     """
     o_v = tl.arange(0, BLOCK)
     dtype = Z.dtype.element_ty
-    lane_max = tl.full([BLOCK], -3.4028234663852886e38, dtype)
+    lane_max = tl.full([BLOCK], -1e30, dtype)
     total = tl.zeros([BLOCK], dtype)  # sum of e^(z - lane_max)
+    others = tl.zeros([BLOCK], dtype)  # `total` without the label
     moment = tl.zeros([BLOCK], dtype)  # sum of (z - lane_max) e^(z - lane_max)
     argmax = tl.zeros([BLOCK], tl.int32)
     for start in range(0, V, BLOCK):
         v = start + o_v
         # [BLOCK]
         z, _ = load_scores(Z, Bias, v, V, stride, TEMPERATURE, SOFTCAP, HAS_BIAS)
-        # The lowest finite number stands for -inf, whose differences would be NaN.
-        z = tl.where(z < -3.4028234663852886e38, -3.4028234663852886e38, z)
+        # Finite, so that differences of two are not NaN; small enough that many can be summed.
+        z = tl.where(z < -1e30, -1e30, z)
         difference = z - lane_max
         # One exponential serves both cases: it rescales the sums if z is a new maximum, and is
         # z's own term if not.
@@ -85,6 +87,8 @@ def row_statistics(
         # The moment uses the old total, so it is updated first.
         moment = tl.where(is_larger, e * (moment - difference * total), moment + difference * e)
         total = tl.where(is_larger, total * e + 1, total + e)
+        is_other = tl.where(v == label, 0.0, 1.0)
+        others = tl.where(is_larger, others * e + is_other, others + is_other * e)
         argmax = tl.where(is_larger, v, argmax)
         lane_max = tl.where(is_larger, z, lane_max)
     # The lanes' sums are brought to the row's maximum and added up.
@@ -95,7 +99,8 @@ def row_statistics(
     moment = tl.sum(e * (moment + difference * total), 0)
     total = tl.sum(e * total, 0)
     log_total = tl.log(total)
-    return row_max + log_total, log_total - moment / total, top1, -log_total
+    log_others = tl.log(tl.sum(e * others, 0))
+    return row_max, log_total - moment / total, top1, -log_total, log_others
 
 
 @triton.jit
@@ -122,19 +127,24 @@ def final_rows_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     Z += row * stride_z
-    logsumexp, entropy, top1, top_logprob = row_statistics(
-        Z, Bias, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS, BLOCK
+    label = tl.load(Labels + row).to(tl.int32) if HAS_LABELS else V
+    row_max, entropy, top1, top_logprob, log_others = row_statistics(
+        Z, Bias, V, stride_z, label, TEMPERATURE, SOFTCAP, HAS_BIAS, BLOCK
     )
-    tl.store(LogSumExp + row, logsumexp)
+    tl.store(LogSumExp + row, row_max - top_logprob)
     tl.store(Entropy + row, entropy)
     tl.store(Top1 + row, top1)
     tl.store(TopLogProb + row, top_logprob)
     if HAS_LABELS:
-        label = tl.load(Labels + row)
         # A label outside [0, V) reads nothing and gives -inf. [1], since the loads take blocks.
-        label = tl.where(label < 0, V, label) + tl.zeros([1], tl.int64)
+        label = tl.where(label < 0, V, label) + tl.zeros([1], tl.int32)
         z, _ = load_scores(Z, Bias, label, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS)
-        tl.store(LogProb + row + tl.zeros([1], tl.int64), z - logsumexp)
+        z -= row_max
+        # Near p = 1 from the other tokens' sum: the sum of all has no digits of 1 - p.
+        odds = z - log_others
+        near_one = -log1p_exp_neg(tl.maximum(odds, 0.0))
+        logprob = tl.where(odds > 0, near_one, z + top_logprob)
+        tl.store(LogProb + row + tl.zeros([1], tl.int64), logprob)
 
 
 @triton.jit
@@ -155,20 +165,21 @@ def final_gradient_kernel(
     Z += row * stride_z
     dZ += row * stride_d
     o_v = tl.arange(0, BLOCK)
-    logsumexp, label = tl.load(LogSumExp + row), tl.load(Labels + row)
+    logsumexp, label = tl.load(LogSumExp + row), tl.load(Labels + row).to(tl.int32)
     factor = tl.load(Factor + row) / TEMPERATURE
+    # 1 - p of the label, as e^logprob - 1 = 2 tanh(logprob/2) / (1 - tanh(logprob/2)).
+    half = tanh(tl.load(LogProb + row) / 2)
+    rest = -2 * half / (1 - half)
     if SCALED:
-        # |dz| <= |factor| (1 - e^logprob); the softcap only lowers it.
-        bound = tl.abs(factor) * tl.maximum(1 - tl.exp(tl.load(LogProb + row)), 1e-7)
-        scale, inverse = power_of_two(bound)
+        # |dz| <= |factor| (1 - p); the softcap only lowers it.
+        scale, inverse = power_of_two(tl.abs(factor) * rest)
         tl.store(Scale + row, inverse)
         factor *= scale
     for start in range(0, V, BLOCK):
         v = start + o_v
         # [BLOCK], like all that follows
         z, slope = load_scores(Z, Bias, v, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS)
-        one_hot = tl.where(v == label, 1.0, 0.0)
-        dz = factor * (one_hot - tl.exp(z - logsumexp)) * slope
+        dz = factor * tl.where(v == label, rest, -tl.exp(z - logsumexp)) * slope
         # All threads have read the block before any overwrites it: dZ is in Z's memory.
         tl.debug_barrier()
         tl.store(dZ + v, dz.to(dZ.dtype.element_ty), mask=v < stride_z)
@@ -182,8 +193,8 @@ def student_rows_kernel(
     Bias,  # [V]
     Slot,  # [R]: the student row's final row
     Factor,  # [R]
-    LogSumExp,  # [C]
     FinalTop1,  # [C]
+    FinalTopLogProb,  # [C]
     Divergence,  # [R]
     Entropy,  # [R]
     Agreement,  # [R]
@@ -201,10 +212,15 @@ def student_rows_kernel(
     ZFinal += slot * stride_f
     dZ += row * stride_d
     o_v = tl.arange(0, BLOCK)
-    lse_q, entropy, top1, lq_top = row_statistics(
-        Z, Bias, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS, BLOCK
+    max_q, entropy, top1, lq_top, log_sum = row_statistics(
+        Z, Bias, V, stride_z, V, TEMPERATURE, SOFTCAP, HAS_BIAS, BLOCK
     )
-    lse_p, top1_p = tl.load(LogSumExp + slot), tl.load(FinalTop1 + slot)
+    # Scores less their row's largest, as in the sums: a logsumexp of large scores has lost digits
+    # of the log-probabilities that matter.
+    top1_p, lp_top = tl.load(FinalTop1 + slot), tl.load(FinalTopLogProb + slot)
+    v_top = top1_p.to(tl.int64) + tl.zeros([1], tl.int64)  # a block, as `load_scores` takes it
+    max_p, slope_p = load_scores(ZFinal, Bias, v_top, V, stride_f, TEMPERATURE, SOFTCAP, HAS_BIAS)
+    max_p = tl.max(max_p, 0)
     tl.store(Entropy + row, entropy)
     tl.store(Agreement + row, tl.where(top1 == top1_p, 1.0, 0.0))
     tl.store(Top1 + row, top1)
@@ -214,33 +230,31 @@ def student_rows_kernel(
     if DIVERGENCE == "jsd":
         factor *= 1 - BETA
 
-    # Of each lane, [BLOCK]: the divergence, <q, inner>, and the largest |q * inner|
-    loss = tl.zeros([BLOCK], lse_q.dtype)
-    q_inner = tl.zeros([BLOCK], lse_q.dtype)
-    q_inner_max = tl.zeros([BLOCK], lse_q.dtype)
+    # Of each lane, [BLOCK]: the divergence, <q, inner>, the sum of q, and the largest |q * inner|
+    loss = tl.zeros([BLOCK], lq_top.dtype)
+    q_inner = tl.zeros([BLOCK], lq_top.dtype)
+    q_sum = tl.zeros([BLOCK], lq_top.dtype)
+    q_inner_max = tl.zeros([BLOCK], lq_top.dtype)
     if not ONE_PASS:
         for start in range(0, V, BLOCK):
             v = start + o_v
             zq, _ = load_scores(Z, Bias, v, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS)
             zp, _ = load_scores(ZFinal, Bias, v, V, stride_f, TEMPERATURE, SOFTCAP, HAS_BIAS)
             # [BLOCK], like the terms
-            lp, lq = log_probability(zp, lse_p), log_probability(zq, lse_q)
+            lp, lq = log_probability(zp - max_p, -lp_top), log_probability(zq - max_q, -lq_top)
             term, inner, q = terms(lp, lq, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA)
             loss += term
             q_inner += q * inner
+            q_sum += q
             if SCALED:
                 q_inner_max = tl.maximum(q_inner_max, tl.abs(q * inner))
-        centre = tl.sum(q_inner, 0)
+        centre = tl.sum(q_inner, 0) / tl.sum(q_sum, 0)
 
     if GRADIENT:
         if SCALED:
             if ONE_PASS:
                 # |q - p| <= max(q, p), and both maxima are known.
-                v_top = top1_p.to(tl.int64) + tl.zeros([1], tl.int64)
-                top_score, top_slope = load_scores(
-                    ZFinal, Bias, v_top, V, stride_f, TEMPERATURE, SOFTCAP, HAS_BIAS
-                )
-                dz_bound = tl.maximum(tl.exp(lq_top), tl.max(tl.exp(top_score - lse_p), 0))
+                dz_bound = tl.maximum(tl.exp(lq_top), tl.exp(lp_top))
             else:
                 # |q (centre - inner)| <= max |q inner| + max q |centre|
                 dz_bound = tl.max(q_inner_max, 0) + tl.exp(lq_top) * tl.abs(centre)
@@ -252,7 +266,7 @@ def student_rows_kernel(
             zq, slope = load_scores(Z, Bias, v, V, stride_z, TEMPERATURE, SOFTCAP, HAS_BIAS)
             zp, _ = load_scores(ZFinal, Bias, v, V, stride_f, TEMPERATURE, SOFTCAP, HAS_BIAS)
             # [BLOCK], like dz
-            lp, lq = log_probability(zp, lse_p), log_probability(zq, lse_q)
+            lp, lq = log_probability(zp - max_p, -lp_top), log_probability(zq - max_q, -lq_top)
             term, inner, q = terms(lp, lq, DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA)
             if ONE_PASS:
                 loss += term
@@ -347,8 +361,8 @@ def student_rows(
         SCALED=scale.numel() > 0,
     )
     student_rows_kernel[(len(z),)](
-        z, z_final, d_logits, bias, slot.contiguous(), factor.contiguous(), final.logsumexp,
-        final.top1, divergence, entropy, agreement, top1, top_logprob, scale, z.shape[1],
+        z, z_final, d_logits, bias, slot.contiguous(), factor.contiguous(), final.top1,
+        final.top_logprob, divergence, entropy, agreement, top1, top_logprob, scale, z.shape[1],
         z.stride(0), z_final.stride(0), d_logits.stride(0), **constants,
     )  # fmt: skip
     d_logits = d_logits if gradient else None

@@ -142,6 +142,7 @@ class LogprobLoss(NamedTuple):
 
     labels: Tensor  # [N]
     logsumexp: Tensor  # [N]
+    rest: Tensor  # [N]: 1 - p of the label
 
 
 class Gradients(NamedTuple):

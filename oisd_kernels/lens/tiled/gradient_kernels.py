@@ -112,6 +112,7 @@ def tiled_logprob_gradient_kernel(
     Count,  # []
     Labels,  # [R]
     LogSumExp,  # [R]
+    Rest,  # [R]: 1 - p of the label, which 1 - exp(z - logsumexp) has no digits of near p = 1
     Factor,  # [R]
     dZ,  # [R, slice]
     Mass,  # [tiles, R]
@@ -128,7 +129,7 @@ def tiled_logprob_gradient_kernel(
     # [BLOCK_V]
     v = first + tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_v = v < V
-    # [BLOCK_N, BLOCK_V], like one_hot and dz
+    # [BLOCK_N, BLOCK_V], like is_label and dz
     z, unused = project(
         X, X, W, o_x, o_x, in_n, v, in_v, D, stride_w,
         False, BLOCK_N, BLOCK_V, BLOCK_D, OPERAND, ACC, PRECISION,
@@ -136,8 +137,10 @@ def tiled_logprob_gradient_kernel(
     z = scores(z, Bias, v, in_v, softcap, per_softcap, per_temperature, HAS_BIAS, SOFTCAP)
     # [BLOCK_N]
     label = tl.load(Labels + r, mask=in_n, other=-1)
-    one_hot = tl.where((v[None, :] == label[:, None]) & in_v[None, :], 1.0, 0.0)
-    dz = one_hot - tl.exp(z - tl.load(LogSumExp + r, mask=in_n, other=0.0)[:, None])
+    is_label = (v[None, :] == label[:, None]) & in_v[None, :]
+    rest = tl.load(Rest + r, mask=in_n, other=0.0)
+    dz = -tl.exp(z - tl.load(LogSumExp + r, mask=in_n, other=0.0)[:, None])
+    dz = tl.where(is_label, rest[:, None], dz)
     # [BLOCK_N]
     factor = tl.load(Factor + r, mask=in_n, other=0.0) * per_temperature
     store_gradient(dz, z, dZ, Mass, factor, n, in_n, R, stride_dz, per_cap, SOFTCAP, BLOCK_V)

@@ -4,7 +4,9 @@ A program takes BLOCK_N rows and a part of the vocabulary (a split), and loops o
 [BLOCK_N, BLOCK_V]. Student and teacher share each tile of W. `oisd_kernels.lens.tiled.values`
 combines the splits' results:
 
-    tiled_statistics_kernel    m, l, moment and top1 of one distribution, and the label's score
+    tiled_statistics_kernel    m, l, moment and top1 of one distribution; with labels the label's
+                               score, and l and moment without the label, whose 1 - p would have no
+                               digits left beside p
     tiled_kl_kernel            m, l, moment and top1 of two distributions a and b, and kl_sum, for
                                KL(a||b): one pass
     tiled_jsd_kernel           sum of the JSD's terms, given both logsumexps, and <q, s>, which its
@@ -162,6 +164,8 @@ def tiled_statistics_kernel(
         z = z - m[:, None]
         # [BLOCK_N, BLOCK_V]
         e = tl.exp(z)
+        if LABELS:
+            e = tl.where(is_label, 0.0, e)
         # [BLOCK_N]
         rescale = tl.exp(-growth)
         if STATS:

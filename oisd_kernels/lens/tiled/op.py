@@ -108,7 +108,7 @@ def _lens_backward(ctx: Any, upstream: LensValues) -> dict[str, Tensor | None]:
     return _gradients(
         GradientCall(
             LENS, upstream.divergence, call.hidden, call.teacher, call.weight, call.bias,
-            call.row_weight, None, lse_q, lse_p, centre, call.divergence, call.beta,
+            call.row_weight, None, lse_q, lse_p, centre, None, call.divergence, call.beta,
             call.temperature, call.softcap, call.max_bytes, ctx.wanted.hidden, ctx.wanted.weight,
             ctx.wanted.bias,
         )
@@ -147,15 +147,15 @@ def _allocate_logprob(call: LogprobCall) -> LinearLogprob:
 
 def _save_logprob(ctx: Any, call: LogprobCall, out: LinearLogprob) -> None:
     ctx.mark_non_differentiable(out.entropy, out.logsumexp)
-    keep(ctx, call, (out.logsumexp,))
+    keep(ctx, call, (out.logsumexp, out.logprob))
 
 
 def _logprob_backward(ctx: Any, upstream: LinearLogprob) -> dict[str, Tensor | None]:
-    call, (logsumexp,) = kept(ctx)
+    call, (logsumexp, logprob) = kept(ctx)
     got = _gradients(
         GradientCall(
             LOGPROB, upstream.logprob[None], call.hidden[None], None, call.weight, call.bias,
-            None, call.labels, logsumexp[None], None, None, "", 0.0, call.temperature,
+            None, call.labels, logsumexp[None], None, None, logprob, "", 0.0, call.temperature,
             call.softcap, call.max_bytes, ctx.wanted.hidden, ctx.wanted.weight, ctx.wanted.bias,
         )
     )  # fmt: skip
@@ -189,6 +189,7 @@ class GradientCall(NamedTuple):
     lse_q: Tensor  # [S, N], of `hidden`
     lse_p: Tensor | None  # [N], of `teacher`
     centre: Tensor | None  # [S, N], as `LensValues` has it
+    logprob: Tensor | None  # [N], of the labels
     divergence: str
     beta: float
     temperature: float
@@ -201,7 +202,9 @@ class GradientCall(NamedTuple):
 
 def _run_gradient(call: GradientCall) -> Gradients:
     if call.labels is not None:
-        states, loss = [call.hidden], LogprobLoss(call.labels, call.lse_q[0])
+        assert call.logprob is not None
+        loss = LogprobLoss(call.labels, call.lse_q[0], -call.logprob.expm1())
+        states = [call.hidden]
     else:
         assert call.teacher is not None and call.lse_p is not None and call.centre is not None
         states = [call.hidden, call.teacher[None]]

@@ -98,11 +98,15 @@ def logprob_values(
         keep = torch.ones_like(labels[None, tokens], dtype=torch.bool)
         run = _Slab(head, Work.of(keep), scores, True)
         fields, top1 = run.statistics(head.states[0][:, tokens], run.rows, labels[tokens])
-        splits = _Splits(fields[0], fields[1], top1)
-        total = splits.logsumexp()
-        logprob[tokens] = run.put(fields[3].amax(0).double() - total)[0]
-        entropy[tokens] = run.put(splits.entropy(fields[2]))[0]
-        logsumexp[tokens] = run.put(total)[0]
+        others = _Splits(fields[0], fields[1], top1)
+        score = fields[3].amax(0).double() - others.largest
+        own = score.exp()
+        log_total = (others.total + own).log()
+        # Without a label, 0 * -inf.
+        moment = others.moment(fields[2]) + torch.where(own > 0, own * score, 0)
+        logprob[tokens] = run.put(score - log_total)[0]
+        entropy[tokens] = run.put(log_total - moment / (others.total + own))[0]
+        logsumexp[tokens] = run.put(others.largest + log_total)[0]
     return logprob, entropy, logsumexp
 
 
@@ -258,8 +262,11 @@ class _Splits:
         return self.largest + self.total.log()
 
     def entropy(self, moment: Tensor) -> Tensor:
-        moment = (self.share * (moment.double() + self.deficit * self.l)).sum(0)
-        return self.total.log() - moment / self.total
+        return self.total.log() - self.moment(moment) / self.total
+
+    def moment(self, moment: Tensor) -> Tensor:
+        """Of all splits about the largest score."""
+        return (self.share * (moment.double() + self.deficit * self.l)).sum(0)
 
     def top1(self) -> Tensor:
         """The first token of the largest score."""

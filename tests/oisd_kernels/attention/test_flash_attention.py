@@ -509,7 +509,9 @@ def test_opcheck():
     q, k, v, _, _ = leaves(packed([3, 4], 2, 1, 4))
     cu_seqlens = offsets([3, 4])
     options = (None, True, 3, 2.0, 0.5, IMPL)
-    torch.library.opcheck(flash.flash_attention_op, (q, k, v, cu_seqlens, None, *options))
+    torch.library.opcheck(
+        torch.ops.oisd_kernels.flash_attention.default, (q, k, v, cu_seqlens, None, *options)
+    )
     keyed = (q, k, v, cu_seqlens, AttentionAlignment()._key, *options)
     torch.library.opcheck(
         flash.flash_attention_op, keyed, test_utils=("test_schema", "test_faketensor")

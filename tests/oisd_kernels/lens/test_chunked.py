@@ -13,7 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from oisd_kernels import PolicyTerms, linear_logprob, logit_lens_divergence, policy_head
 from oisd_kernels.lens.chunked import chunks
-from oisd_kernels.lens.chunked.head_pass import head_pass
 from oisd_kernels.lens.chunked.record import HeadCall
 from oisd_kernels.lens.policy_loss import policy_loss, policy_slope
 from tests.oisd_kernels.test_reference import (
@@ -301,7 +300,7 @@ POLICY = {"policy_advantage": normal(11, seed=20), "policy_weight": normal(11, s
     ],
 )  # fmt: skip
 def test_opcheck(changes):
-    torch.library.opcheck(head_pass, tuple(record(**changes)))
+    torch.library.opcheck(torch.ops.oisd_kernels.head_pass.default, tuple(record(**changes)))
 
 
 @pytest.mark.parametrize("grad_weight", [False, True], ids=["hidden", "weight"])

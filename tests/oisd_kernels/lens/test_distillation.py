@@ -15,7 +15,6 @@ from torch.autograd import gradcheck
 from torch.profiler import ProfilerActivity, profile
 
 from oisd_kernels import distillation_divergence, logit_lens_divergence
-from oisd_kernels.lens.chunked.head_pass import head_pass
 from oisd_kernels.lens.chunked.record import HeadCall
 from tests import ROOT
 from tests.oisd_kernels.lens.test_chunked import budget, compare, matmuls
@@ -236,7 +235,7 @@ def record(**changes) -> HeadCall:
     ],
 )  # fmt: skip
 def test_opcheck(changes):
-    torch.library.opcheck(head_pass, tuple(record(**changes)))
+    torch.library.opcheck(torch.ops.oisd_kernels.head_pass.default, tuple(record(**changes)))
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean"])

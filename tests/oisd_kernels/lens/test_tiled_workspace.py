@@ -30,7 +30,7 @@ def backward(S, N, V, D, dtype, lens=True, bias=False, budget=None) -> Backward:
     states = [hidden, meta(1, N, D, dtype=dtype)] if lens else [hidden]
     loss = LensLoss("jsd", 0.5, rows[0], rows, rows)
     if not lens:
-        loss = LogprobLoss(meta(N, dtype=torch.int64), rows[0])
+        loss = LogprobLoss(meta(N, dtype=torch.int64), rows[0], rows[0])
     head = Head(states, weight, meta(V, dtype=dtype) if bias else None, torch.float32, 90)
     out = allocate_gradients(hidden, weight, torch.float32, (True, True, bias))
     return Backward("an_op", head, loss, rows, None, Scores(1.0, None), out, budget)
