@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,13 @@ from oisd.config import ConfigError, ModelConfig
 from oisd.data import check_vocabulary
 from oisd.models.dropout import set_dropout
 from oisd.models.layout import learned_positions, unwrap
-from oisd.models.loading import folder_problem, read_model, read_tokenizer, require_finite
+from oisd.models.loading import (
+    folder_problem,
+    read_model,
+    read_tokenizer,
+    require_finite,
+    require_savable,
+)
 from oisd.rollout import Completions, sample
 
 
@@ -29,6 +36,16 @@ class Policy:
     """float32, or bfloat16 for mixed precision over float32 parameters (or frozen ones in bf16)."""
     dropout_replaced: dict[str, float] = field(default_factory=dict)
     """The rates that the model came with, by name, where `model.dropout` replaced them."""
+
+    def warn_of_dropout(self, config: ModelConfig) -> None:
+        """Say which rates of the model `config.dropout` has replaced, if any."""
+        if self.dropout_replaced:
+            rates = ", ".join(f"{name} {rate:g}" for name, rate in self.dropout_replaced.items())
+            warnings.warn(
+                f"model.dropout = {config.dropout:g} replaces what the model ships: {rates}; "
+                f'"none" (None on the command line) keeps it',
+                stacklevel=3,
+            )
 
     @property
     def device(self) -> torch.device:
@@ -154,6 +171,15 @@ def load_policy(
             f"model.path {config.path!r} has no end-of-sequence token, in its generation config or "
             "its tokenizer; completions would never end"
         )
+    return policy
+
+
+def load_for_training(config: ModelConfig, **options: Any) -> Policy:
+    """`load_policy` with what an update needs: a model in training mode that can be saved."""
+    policy = load_policy(config, **options)
+    adapters.refuse_others(policy.model, config)
+    require_savable(unwrap(policy.model), policy.tokenizer, f"model.path {config.path!r}")
+    policy.model.train()
     return policy
 
 

@@ -11,6 +11,8 @@ import math
 import re
 import tomllib
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,6 +177,17 @@ def _convert(value: Any, hint: Any) -> Any:
             {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[hint]
         )
     return value
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Turn a plain ValueError into a ConfigError that names the setting it comes from."""
+    try:
+        yield
+    except ValueError as error:
+        if type(error) is not ValueError:  # one of ours, which says what it is about
+            raise
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def to_tables(config: Any) -> dict[str, dict[str, Any]]:

@@ -12,10 +12,9 @@ adapters to trainers that have them.
 
 from __future__ import annotations
 
-import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,24 +24,22 @@ from torch import Tensor
 
 from oisd import adapters
 from oisd.batch import Batch, assemble
-from oisd.config import AlignmentConfig, ConfigError, TrainConfig
+from oisd.config import AlignmentConfig, TrainConfig
 from oisd.data import prompt_indices
 from oisd.data.problems import encode_problems, load_problems, warn_of_answers
 from oisd.evaluate import evaluate, in_order
 from oisd.losses import Mean, Metrics, add_metrics, frac_zero_std
 from oisd.losses.advantages import completion_advantages
-from oisd.models import UnsupportedModelError
-from oisd.models.layout import unwrap
-from oisd.models.loading import require_savable
 from oisd.objective import NonFiniteError, Objective, Totals
 from oisd.optimizer import Optimizer
-from oisd.policy import load_policy
+from oisd.policy import load_for_training, load_policy
 from oisd.rewards import load_reward
 from oisd.run.engine_choice import EngineChoice, choose_engine
 from oisd.run.folder import RunFolder
 from oisd.run.processes import Processes
 from oisd.run.progress import Progress, Stopwatch
 from oisd.run.summary import summarize
+from oisd.schema import naming
 from oisd.warmup import warm_up
 
 
@@ -61,7 +58,7 @@ class Trainer:
         adapters.refuse_blank(config)
         self.processes = Processes(run.device)
         self.folder = RunFolder(run.output_dir)
-        with _naming("reward.function"):
+        with naming("reward.function"):
             self.reward = load_reward(config.reward.function, config.reward.timeout)
         self.examples = load_problems(config.data.source, config.data, run.seed)
         self.eval_examples = []
@@ -69,26 +66,17 @@ class Trainer:
             self.eval_examples = load_problems(config.eval.source, config.eval, run.seed)
         self.processes.on_first(self._prepare_folder)
         checkpoint = self.folder.latest()
-        self.policy = load_policy(
+        self.policy = load_for_training(
             config.model, seed=run.seed, device=self.processes.device, checkpoint=checkpoint
         )
-        adapters.refuse_others(self.policy.model, config.model)
         # The commit of a Hub model may be known, and may have moved on, only now.
         self.processes.on_first(self._require_sources)
-        self.policy.model.train()
-        named = f"model.path {config.model.path!r}"
-        require_savable(unwrap(self.policy.model), self.policy.tokenizer, named)
+        if self.processes.is_first:
+            self.policy.warn_of_dropout(config.model)
         if self.processes.is_first and checkpoint is None:
             # Weights and AdamW's two moments, for each checkpoint kept and one being written.
             size = 3 * adapters.trained_bytes(self.policy.model)
             self.folder.require_space(size * (run.keep_checkpoints + 1))
-        if self.processes.is_first and self.policy.dropout_replaced:
-            rates = ", ".join(f"{n} {rate:g}" for n, rate in self.policy.dropout_replaced.items())
-            warnings.warn(
-                f"model.dropout = {config.model.dropout:g} replaces what the model ships: {rates}; "
-                f'"none" (None on the command line) keeps it',
-                stacklevel=2,
-            )
         encode = partial(encode_problems, self.policy.tokenizer, config.data)
         self.examples, self.prompts = encode(self.examples, config.data.overlong_prompts)
         self.eval_examples, self.eval_prompts = encode(self.eval_examples, "error")
@@ -99,7 +87,7 @@ class Trainer:
             "rollout.max_completion_tokens",
         )
         internal = config.grpo.internal_layer is not None
-        with _naming("grpo.internal_layer" if internal else "oisd.student_layers"):
+        with naming("grpo.internal_layer" if internal else "oisd.student_layers"):
             self.objective = Objective(self.policy, config)
         self.optimizer = Optimizer(self.policy.model, config, self.processes)
         self.step, self.engine = 0, "generate"
@@ -128,6 +116,7 @@ class Trainer:
         """
         run, every = self.config.run, self.config.eval.every
         try:
+            self.reward.start()  # its workers are there before the first completion is
             if self.processes.is_first:
                 self.folder.rewind(self.step if self.resumed else -1)
             with self._progress() as progress:
@@ -455,14 +444,3 @@ def _backward(
     weighted = [coefficients[name] * loss for name, loss in losses.items()]
     torch.stack(weighted).sum().backward()
     return {name: loss.detach().float() for name, loss in losses.items()}
-
-
-@contextmanager
-def _naming(key: str) -> Iterator[None]:
-    """Turn a ValueError into one that names the setting that it comes from."""
-    try:
-        yield
-    except UnsupportedModelError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{key}: {error}") from error
