@@ -6,6 +6,7 @@ Here both are errors, except for what ties and the model's class make good.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.utils import logging
+from transformers.utils import logging as bars
 
 from oisd.config import ConfigError
 
@@ -39,7 +40,7 @@ def read_model(source: str | Path, named: str, **options: Any) -> Any:
         raise ConfigError(f"{named} cannot be loaded: {problem}")
     try:
         with _quiet():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=torch.float32,
                 use_safetensors=True,
@@ -50,6 +51,7 @@ def read_model(source: str | Path, named: str, **options: Any) -> Any:
     except Exception as error:  # a config of nonsense may raise anything
         here = "" if Path(source).exists() else "there is no such folder here, and from the Hub: "
         raise ConfigError(f"{named} cannot be loaded: {here}{in_short(error)}") from error
+    model, found = loaded
     _require_all_weights(model, found, named)
     _make_savable(model)
     return model
@@ -118,16 +120,16 @@ def _starts_with(file: Path, start: bytes) -> bool:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without transformers' report of keys, which `_require_all_weights` replaces, and its bar."""
-    logger = logging.get_logger("transformers.modeling_utils")
-    level, bars = logger.level, logging.is_progress_bar_enabled()
+    logger = logging.getLogger("transformers.modeling_utils")
+    level, shown = logger.level, bars.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
-    logging.disable_progress_bar()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
-        if bars:
-            logging.enable_progress_bar()
+        if shown:
+            bars.enable_progress_bar()
 
 
 def _require_all_weights(model: nn.Module, found: dict[str, Any], named: str) -> None:
