@@ -7,12 +7,14 @@ the public function through the op and its autograd to the launch.
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
+
+_Record = TypeVar("_Record", bound=tuple)
 
 DOUBLE_BACKWARD = (
     "oisd_kernels: the gradient of a fused op cannot itself be differentiated "
@@ -25,16 +27,18 @@ TRANSFORMS = (
 )
 
 
-def refuse_transforms(arguments: Iterable[Any]) -> None:
-    """Raises RuntimeError for a tensor of a torch.func transform, or one with a tangent.
+def untransformed(record: _Record) -> _Record:
+    """The record; RuntimeError for a tensor of a torch.func transform, or one with a tangent.
 
     Left to torch, they end in an error about autograd.Function, or in a derivative of 0.
     """
-    for x in arguments:
-        if isinstance(x, Tensor) and (
-            is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None
-        ):
-            raise RuntimeError(TRANSFORMS)
+    if not torch.compiler.is_compiling():  # a trace has no such tensors
+        for x in record:
+            if isinstance(x, Tensor) and (
+                is_functorch_wrapped_tensor(x) or forward_ad.unpack_dual(x).tangent is not None
+            ):
+                raise RuntimeError(TRANSFORMS)
+    return record
 
 
 def refuse_double_backward() -> None:
@@ -52,7 +56,7 @@ def custom_op(
     save: Callable[[Any, Any, Any], None] | None = None,
     backward: Callable[[Any, Any], Mapping[str, Tensor | None]] | None = None,
 ) -> Any:
-    """The op "oisd_kernels::name", called as `op(*record)`.
+    """The op "oisd_kernels::name", called as `op(*untransformed(record))`.
 
     run: computes the results of a record, without recording and outside autocast.
     allocate: tensors of the results' shapes and dtypes, for `torch.compile`.
@@ -80,13 +84,7 @@ def custom_op(
     op.register_fake(fake)
     if save is not None and backward is not None:
         _register_autograd(op, call, result, save, backward)
-
-    def refusing(*arguments: Any) -> Any:
-        if not torch.compiler.is_compiling():  # a trace has no such tensors
-            refuse_transforms(arguments)
-        return op(*arguments)
-
-    return refusing
+    return op
 
 
 def keep(ctx: Any, *records: Any) -> None:

@@ -33,7 +33,7 @@ from oisd_kernels.attention.spec import (
     packed_geometry,
 )
 from oisd_kernels.checks import compute_dtype
-from oisd_kernels.op import custom_op, keep, kept
+from oisd_kernels.op import custom_op, keep, kept, untransformed
 
 OP = "attention_divergence"
 
@@ -186,7 +186,7 @@ def attention_divergence(
         _detached(lse), _detached(lse_teacher), geometry.max_length, *masks,
         factor, factor_teacher, divergence, float(beta), chosen,
     )  # fmt: skip
-    loss = divergence_op(*call)[0].view(shape)
+    loss = divergence_op(*untransformed(call))[0].view(shape)
     if reduction == "none":
         return loss
     if reduction == "sum":

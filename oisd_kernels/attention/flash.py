@@ -49,7 +49,7 @@ from oisd_kernels.attention.spec import (
     unpack_statistic,
 )
 from oisd_kernels.checks import compute_dtype
-from oisd_kernels.op import custom_op, keep, kept
+from oisd_kernels.op import custom_op, keep, kept, untransformed
 
 OP = "flash_attention"
 LOSS = "AttentionAlignment.loss"
@@ -144,7 +144,7 @@ def flash_attention(
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     key = None if alignment is None else alignment._key
     call = FlashCall(q, k, v, geometry.cu_seqlens, key, geometry.max_length, *masks, factor, chosen)
-    out, lse, handle = flash_attention_op(*call)
+    out, lse, handle = flash_attention_op(*untransformed(call))
     if alignment is not None:
         tensors = q.detach(), k.detach(), lse.detach(), handle
         batch = rows[0] if dense else None
@@ -276,13 +276,13 @@ class AttentionAlignment:
             lse_teacher, geometry.max_length, geometry.causal, geometry.window, geometry.softcap,
             student.scale, factor, self.divergence, self.beta, student.impl,
         )  # fmt: skip
-        found = DivergenceResult(*divergence_op(*call))
+        found = DivergenceResult(*divergence_op(*untransformed(call)))
         lse_teacher = found.lse_teacher if lse_teacher is None else lse_teacher
         hung = _LossCall(
             student.handle, found.loss[0], weight, self._key, q_teacher, k_teacher, lse_teacher,
             found.statistic, factor, self.divergence, self.beta,
         )  # fmt: skip
-        return hang_on_handle(*hung).view(rows)
+        return hang_on_handle(*untransformed(hung)).view(rows)
 
 
 def _inside_backward() -> bool:

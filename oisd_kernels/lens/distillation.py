@@ -22,6 +22,7 @@ from oisd_kernels.lens import vocab_parallel
 from oisd_kernels.lens.chunked.head_pass import head_pass
 from oisd_kernels.lens.chunked.record import HeadCall, HeadResult
 from oisd_kernels.lens.token_weight import row_count, row_weight
+from oisd_kernels.op import untransformed
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -167,7 +168,7 @@ def distillation_divergence(  # pyright: ignore[reportInconsistentOverload]  # s
         teacher_softcap=teacher_softcap, factor=factor, divergence=divergence, beta=beta,
         temperature=taus[0], softcap=softcap, reduce=reduction != "none", stats=return_entropy,
     ).complete(OP, part, max_bytes, True)  # fmt: skip
-    out = HeadResult(*head_pass(*call))
+    out = HeadResult(*head_pass(*untransformed(call)))
     loss = out.loss if call.reduce else out.loss[0]
     if reduction == "mean":
         loss = loss / row_count(factor, hidden)

@@ -17,6 +17,7 @@ from oisd_kernels import checks, reference
 from oisd_kernels.lens import vocab_parallel
 from oisd_kernels.lens.chunked.head_pass import head_pass
 from oisd_kernels.lens.chunked.record import HeadCall, HeadResult
+from oisd_kernels.op import untransformed
 from oisd_kernels.reference import LinearLogprob
 
 if TYPE_CHECKING:
@@ -93,11 +94,11 @@ def linear_logprob(
         call = tiled.LogprobCall(
             hidden, part.weight, part.bias, labels, temperature, logit_softcap, max_bytes
         )
-        return LinearLogprob(*tiled.tiled_logprob(*call))
+        return LinearLogprob(*tiled.tiled_logprob(*untransformed(call)))
     call = HeadCall(
         hidden.detach()[None, :][:0],  # no student layers
         hidden, part.weight, part.bias, labels=labels, temperature=temperature,
         final_temperature=temperature, softcap=logit_softcap, stats=True,
     ).complete(OP, part, max_bytes, False)  # fmt: skip
-    out = HeadResult(*head_pass(*call))
+    out = HeadResult(*head_pass(*untransformed(call)))
     return LinearLogprob(out.logprob, out.final_entropy, out.logsumexp)

@@ -21,6 +21,7 @@ from oisd_kernels.lens import vocab_parallel
 from oisd_kernels.lens.chunked.head_pass import head_pass
 from oisd_kernels.lens.chunked.record import HeadCall, HeadResult
 from oisd_kernels.lens.token_weight import row_count, row_weight
+from oisd_kernels.op import untransformed
 from oisd_kernels.reference import LensStats
 
 if TYPE_CHECKING:
@@ -165,7 +166,7 @@ def logit_lens_divergence(  # pyright: ignore[reportInconsistentOverload]  # sho
             layers, teacher, part.weight, part.bias, weight_of_row, divergence, beta, temperature,
             logit_softcap, max_bytes, return_stats, recording,
         )  # fmt: skip
-        out = tiled.LensValues(*tiled.tiled_lens(*call))
+        out = tiled.LensValues(*tiled.tiled_lens(*untransformed(call)))
         loss = out.divergence
         if weight_of_row is not None:  # 0 * inf is NaN
             loss = torch.where(weight_of_row != 0, weight_of_row * loss, 0)
@@ -176,7 +177,7 @@ def logit_lens_divergence(  # pyright: ignore[reportInconsistentOverload]  # sho
             beta=beta, temperature=temperature, softcap=logit_softcap, reduce=reduce,
             stats=return_stats,
         ).complete(OP, part, max_bytes, grad_weight)  # fmt: skip
-        out = HeadResult(*head_pass(*call))
+        out = HeadResult(*head_pass(*untransformed(call)))
         loss = out.loss
     if not reduce:
         loss = loss.view(hidden.shape[:-1])
@@ -205,7 +206,7 @@ def lens_with_top(
         hidden, teacher_hidden, part.weight, part.bias, divergence=divergence, beta=beta,
         softcap=logit_softcap, stats=True,
     ).complete(OP, part, None, False)  # fmt: skip
-    out = HeadResult(*head_pass(*call))
+    out = HeadResult(*head_pass(*untransformed(call)))
     top = out.student_top1, out.student_top_logprob, out.final_top1, out.final_top_logprob
     return lens_stats(out, hidden), LensTop(*top)
 

@@ -26,6 +26,7 @@ from oisd_kernels.lens.chunked.record import HeadCall, HeadResult, policy_fields
 from oisd_kernels.lens.logit_lens import lens_stats
 from oisd_kernels.lens.policy_loss import PolicyTerms, policy_loss
 from oisd_kernels.lens.token_weight import row_weight
+from oisd_kernels.op import untransformed
 from oisd_kernels.reference import LensStats
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def policy_head(
         final_temperature=temperature, softcap=logit_softcap, stats=True,
         **policy_fields(policy),
     ).complete(OP, part, max_bytes, grad_weight)  # fmt: skip
-    out = HeadResult(*head_pass(*call))
+    out = HeadResult(*head_pass(*untransformed(call)))
     divergences = out.loss.view(student_hidden.shape[:-1])
     stats = lens_stats(out, student_hidden)
     return PolicyHead(
