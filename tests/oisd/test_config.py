@@ -230,7 +230,7 @@ def test_whole_numbers_stand_for_floats():
 RANGES = {
     "model.lora_rank": ([-1], [0, 4]),
     "model.lora_alpha": ([0.0, -1.0, float("nan")], [0.5]),
-    "model.dropout": ([-0.1, 1.0], [0.0, 0.5, None]),
+    "model.dropout": ([-0.1, 1.0], [0.0, 0.5, "none"]),
     "model.lora_dropout": ([-0.1, 1.0], [0.0, 0.5]),
     "model.lora_targets": (
         [[], [""], ["q_proj", "q_proj"], ["q_proj", "all-linear"], ["q_proj", "model.lm_head"]],
