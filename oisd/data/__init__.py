@@ -339,7 +339,7 @@ def _number(value: float | Decimal) -> str:
     """
     if not math.isfinite(value):
         return str(value)
-    exact = Decimal(repr(value)) if isinstance(value, float) else value
+    exact = value if isinstance(value, Decimal) else Decimal(repr(value))
     _, digits, exponent = exact.as_tuple()
     if exact == exact.to_integral_value() and len(digits) + int(exponent) <= 400:
         return f"{exact.to_integral_value():f}"

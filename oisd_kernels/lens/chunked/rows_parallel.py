@@ -62,7 +62,7 @@ class ParallelRows:
         if entropies or labels is not None:
             self.sum(partial)
         entropy, logprob = partial
-        logprob = z.new_zeros(0) if labels is None else label_logprob(*sums, logprob)
+        logprob = z.new_zeros(0) if labels is None else label_logprob(sums[0], sums[1], logprob)
         return FinalRows(logsumexp, entropy, top1, logprob, top_logprob)
 
     def final_rows_again(
@@ -94,18 +94,18 @@ class ParallelRows:
         row_factor = (factor / math_.temperature)[:, None]
         own = -final.logprob.expm1() * row_factor[:, 0]  # 1 - p of the label, with all its digits
         here, place = self._labels_here(labels, z)
-        for tile, (bend,) in tiles(z, 1):
+        for tile, (cap_slope,) in tiles(z, 1):
             tile_z = z[tile]
             if math_.softcap is not None:
-                slope(torch.add(tile_z, final.logsumexp[tile, None], out=bend), math_)
+                slope(torch.add(tile_z, final.logsumexp[tile, None], out=cap_slope), math_)
             tile_z.exp_().mul_(-row_factor[tile])
             if z.shape[1]:
                 at = place[tile, None]
                 value = torch.where(here[tile, None], own[tile, None], tile_z.gather(1, at))
                 tile_z.scatter_(1, at, value)
             if math_.softcap is not None:
-                tile_z.mul_(bend)
-            _round(tile_z, bend, d_logits[tile], scale[tile])
+                tile_z.mul_(cap_slope)
+            _round(tile_z, cap_slope, d_logits[tile], scale[tile])
         return d_logits, scale
 
     def student_rows(
@@ -138,16 +138,16 @@ class ParallelRows:
             return StudentRows(*values, None, z.new_zeros(0))
         d_logits, scale = in_place(z, operand)
         row_factor = (factor / math_.temperature)[:, None]
-        for tile, (q, d, p, t, bend) in pieces:
+        for tile, (q, d, p, t, cap_slope) in pieces:
             tile_z = z[tile]
             if math_.softcap is not None:
-                slope(torch.add(tile_z, logsumexp[tile, None], out=bend), math_)
+                slope(torch.add(tile_z, logsumexp[tile, None], out=cap_slope), math_)
             _probabilities(tile_z, z_final, slot[tile], q, d, p)
             row_terms(tile_z, q, d, p, t, *kind, False)
             row_gradient(tile_z, q, d, mean[tile], *kind)
             tile_z.mul_(row_factor[tile])
             if math_.softcap is not None:
-                tile_z.mul_(bend)
+                tile_z.mul_(cap_slope)
             _round(tile_z, t, d_logits[tile], scale[tile])
         return StudentRows(*values, d_logits, scale)
 

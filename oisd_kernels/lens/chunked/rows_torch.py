@@ -39,7 +39,7 @@ def final_rows(
             largest = z[tile].amax(-1)
         torch.exp(z[tile].sub_(largest[:, None]), out=e)
         label = None if labels is None else labels[tile, None]
-        own = 0.0 if label is None else take_out(e, label)
+        own = torch.zeros_like(largest) if label is None else take_out(e, label)
         others = e.sum(-1)
         sums = others + own
         log_sums = sums.log()
@@ -81,14 +81,14 @@ def final_gradient(
     del bias, operand
     row_factor = (factor / math_.temperature)[:, None]
     rest = -final.logprob.expm1()[:, None]  # 1 - p of the label, with all its digits
-    for tile, (bend,) in tiles(z, 1):
+    for tile, (cap_slope,) in tiles(z, 1):
         tile_z = z[tile]
         if math_.softcap is not None:
-            slope(torch.add(tile_z, final.logsumexp[tile, None], out=bend), math_)
+            slope(torch.add(tile_z, final.logsumexp[tile, None], out=cap_slope), math_)
         tile_z.exp_().mul_(-row_factor[tile])
         tile_z.scatter_(1, labels[tile, None], rest[tile] * row_factor[tile])
         if math_.softcap is not None:
-            tile_z.mul_(bend)
+            tile_z.mul_(cap_slope)
     return z, z.new_zeros(0)
 
 
@@ -114,10 +114,10 @@ def student_rows(
     p_of = None  # the teacher row whose exponentials the scratch holds
     for tile, shared in _pieces(slot, step):
         tile_z = z[tile]
-        q, d, p, t, bend = scratch[:, : len(tile_z)].unbind()
+        q, d, p, t, cap_slope = scratch[:, : len(tile_z)].unbind()
         scores(tile_z, bias, math_)
         if capped:
-            slope(bend.copy_(tile_z), math_)
+            slope(cap_slope.copy_(tile_z), math_)
         if stats:
             largest, top1[tile] = likeliest(tile_z)
         else:
@@ -144,7 +144,7 @@ def student_rows(
             row_gradient(tile_z, q, d, mean, *kind)
             tile_z.mul_(row_factor[tile])
             if capped:
-                tile_z.mul_(bend)
+                tile_z.mul_(cap_slope)
     agreement = (top1 == final.top1[slot]).to(z.dtype) if stats else torch.zeros_like(divergence)
     d_logits = z if gradient else None
     return StudentRows(divergence, entropy, agreement, top1, -log_sums, d_logits, z.new_zeros(0))
