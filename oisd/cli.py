@@ -267,7 +267,7 @@ def _compare(arguments: Sequence[str]) -> int:
         name = Path(folder).resolve().name
         try:
             runs[folder if name in runs else name] = read_summaries(folder)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
