@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return commands[arguments[0]](arguments[1:])
         finally:
-            sys.stdout.flush()  # here, where a closed pipe is known for what it is
+            if sys.stdout is not None:  # as it is where a program starts without one
+                sys.stdout.flush()  # here, where a closed pipe is known for what it is
     except BrokenPipeError:
         _discard_output()
         return 141  # as a shell says it: 128 + SIGPIPE

@@ -85,7 +85,12 @@ def token_ids_of(
     """
 
     def tokenize(texts: Sequence[str], special: bool) -> list[list[int]]:
-        found = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)
+        try:
+            found = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)
+        except Exception as error:  # tokenizers raises no class of its own
+            raise DataError(
+                f"the tokenizer cannot encode a prompt or the system prompt: {error}"
+            ) from error
         return [list(ids) for ids in found["input_ids"]]
 
     bare = tokenize(texts, False)

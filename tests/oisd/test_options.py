@@ -12,6 +12,7 @@ import torch
 from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.cli import main
 from oisd.config import TrainConfig
+from oisd.lens import LayerLens
 from oisd.options import AttentionRun, EvalRun, LookRun
 from oisd.schema import option
 
@@ -67,6 +68,12 @@ def outcome(place, monkeypatch, capsys, tmp_path):
         asked.append([len(prompts), str(sorted(settings.items(), key=str)), str(self.dtype)])
         return sample(self, prompts, rows, **settings)
 
+    class AskedLens(LayerLens):
+        def __init__(self, model, **settings):
+            asked.append(settings)
+            super().__init__(model, **settings)
+
+    monkeypatch.setattr("oisd.lens.run.LayerLens", AskedLens)
     monkeypatch.setattr("oisd.lens.plots.save_figure", drawing)
     monkeypatch.setattr("oisd.plots.save_figure", drawing)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loads)
