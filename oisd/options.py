@@ -35,7 +35,7 @@ class EvalRun:
     chat_template: bool | None = None
     max_prompt_tokens: int = 1024
     reward: str = "math"
-    """"math" (last \\boxed{} by math-verify), "boxed_string", "exact", or "module:function"."""
+    """"math" (last \\boxed{}, compared exactly), "boxed_string", "exact", or "module:function"."""
     timeout: float = 5.0
     """Seconds that grading one answer may take."""
     samples: int | None = None

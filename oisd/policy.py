@@ -88,23 +88,28 @@ class Policy:
             )
 
     def require_positions(
-        self, prompts: Sequence[Sequence[int]], completion_tokens: int, prompt_key: str, key: str
+        self,
+        prompts: Sequence[Sequence[int]],
+        completion_tokens: int,
+        key: str,
+        reads_last: bool = False,
     ) -> None:
         """Raise ConfigError where a prompt with its completion has more tokens than positions.
 
-        prompt_key, key: the settings that limit prompts and completions.
+        key: the setting that limits completions.
+        reads_last: the model reads a completion's last token too, as sampling does not.
         """
         limit = learned_positions(unwrap(self.model))
         longest = max(map(len, prompts), default=0)
-        # The last token of a completion is never read.
-        if limit is None or longest + max(completion_tokens - 1, 0) <= limit:
+        unread = 0 if reads_last else min(completion_tokens, 1)
+        if limit is None or longest + completion_tokens - unread <= limit:
             return
-        room = limit - longest + 1
-        lower = f"{key} (here at most {room})" if room > 0 else f"{prompt_key} (at most {limit})"
+        room = limit - longest + unread
+        lower = f"lower {key} to at most {room}, or shorten" if room > 0 else "shorten"
         raise ConfigError(
-            f"{key} = {completion_tokens} and a prompt of {longest} tokens need more positions "
-            f"than {type(unwrap(self.model)).__name__} has learned, which are {limit}; lower "
-            f"{lower}, or {prompt_key}"
+            f"a prompt of {longest} tokens with {key} = {completion_tokens} needs more positions "
+            f"than {type(unwrap(self.model)).__name__} has learned, which are {limit}; {lower} "
+            "the prompt"
         )
 
     def decode(self, completions: Completions) -> list[str]:

@@ -83,7 +83,6 @@ class Trainer:
         self.policy.require_positions(
             [*self.prompts, *self.eval_prompts],
             config.rollout.max_completion_tokens,
-            "data.max_prompt_tokens",
             "rollout.max_completion_tokens",
         )
         internal = config.grpo.internal_layer is not None

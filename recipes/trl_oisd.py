@@ -30,8 +30,13 @@ SYSTEM = r"Please reason step by step, and put your final answer within \boxed{}
 class Arguments(ScriptArguments):
     """Where the problems come from and how completions are graded."""
 
-    prompt_field: str = field(default="question", metadata={"help": "Column of the problem."})
-    answer_field: str = field(default="answer", metadata={"help": "Column of its answer."})
+    prompt_field: str | None = field(
+        default=None,
+        metadata={"help": 'Column of the problem; "question" unless the source knows.'},
+    )
+    answer_field: str | None = field(
+        default=None, metadata={"help": 'Column of its answer; "answer" unless the source knows.'}
+    )
     answer_pattern: str | None = field(
         default=None, metadata={"help": "Regular expression; its one group is the answer."}
     )

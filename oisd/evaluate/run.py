@@ -167,10 +167,7 @@ def _evaluate(
         max_prompt_tokens=config.max_prompt_tokens,
     )
     policy.require_positions(
-        prompts.token_ids,
-        config.max_completion_tokens,
-        "--max-prompt-tokens",
-        "--max-completion-tokens",
+        prompts.token_ids, config.max_completion_tokens, "--max-completion-tokens"
     )
     own = job.folder / f"problems-{processes.rank}-of-{processes.size}.jsonl"
     with Bar(disable=not processes.is_first) as bar:

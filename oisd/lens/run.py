@@ -300,7 +300,7 @@ def _texts(policy: Policy, config: LookRun) -> list[list[int]]:
             f"shorten it or raise --max-prompt-tokens"
         )
     policy.require_positions(
-        prompts, config.completion_tokens, "--max-prompt-tokens", "--completion-tokens"
+        prompts, config.completion_tokens, "--completion-tokens", reads_last=True
     )
     if config.completion_tokens > 0:
         most, rows = config.completion_tokens, range(len(prompts))

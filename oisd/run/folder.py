@@ -96,7 +96,7 @@ class RunFolder:
                 f"{self.path} holds a run with other settings (there != here):\n  "
                 + "\n  ".join(changed)
                 + "\nContinue it with its own settings, choose another folder by "
-                "--run.output-dir, or delete it and start again with --run.restart."
+                "--run.output-dir, or delete it and start again with --run.restart True."
             )
 
     def require_sources(

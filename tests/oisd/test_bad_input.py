@@ -218,13 +218,13 @@ def test_texts_beyond_learned_positions_are_refused_before_the_first_step(in_tmp
     model = ["--model.path", "gpt2", "--oisd.student-layers", "2"]
     assert main([*SMALL, *model, "--rollout.max-completion-tokens", "20"]) == 2
     printed = capsys.readouterr().err
-    assert "rollout.max_completion_tokens = 20 and a prompt of 6 tokens" in printed
-    assert "24; lower rollout.max_completion_tokens (here at most 19)" in printed
+    assert "a prompt of 6 tokens with rollout.max_completion_tokens = 20" in printed
+    assert "24; lower rollout.max_completion_tokens to at most 19" in printed
     assert main(["eval", "gpt2", "--limit", "2", "--max-completion-tokens", "20"]) == 2
     assert "--max-completion-tokens = 20" in capsys.readouterr().err
     look = ["lens", "gpt2", "--prompt", "1+2=", "--completion-tokens"]
-    assert main([*look, "22"]) == 2
-    assert "--completion-tokens = 22" in capsys.readouterr().err
+    assert main([*look, "21"]) == 2  # 4 + 21 are read, of 24 positions
+    assert "--completion-tokens = 21" in capsys.readouterr().err
 
 
 def test_a_models_dropout_is_replaced_with_a_word(in_tmp_path):

@@ -238,7 +238,7 @@ def test_the_message_can_be_followed_in_the_same_folder(problems, tmp_path, monk
         ("--batch-size 0", "--batch-size must be at least 1, got 0"),
         ("--limit 0", "--limit must be at least 1, got 0"),
         ("--threads 0", "--threads must be at least 1, got 0"),
-        ("--seed -1", "--seed must be at least 0, got -1"),
+        ("--seed -1", "--seed must be at least 0 and below 2^63, got -1"),
         ("--temperature -1", "--temperature must be at least 0, got -1.0"),
         ("--temperature nan", "--temperature must be at least 0, got nan"),
         ("--top-p 0", "--top-p must be above 0 and at most 1, got 0.0"),

@@ -318,11 +318,14 @@ def test_a_completion_may_fill_the_learned_positions(engine, tmp_path):
     policy = load(folder)
     policy.model.eval()
     prompt = [1, 2, 3, 4, 5, 6, 7, 8, 9, 1]
-    policy.require_positions([prompt], 31, "prompts", "tokens")
-    with pytest.raises(ConfigError, match=r"tokens = 32 and a prompt of 10 .* at most 31\)"):
-        policy.require_positions([prompt], 32, "prompts", "tokens")
-    with pytest.raises(ConfigError, match=r"are 40; lower prompts \(at most 40\)"):
-        policy.require_positions([prompt * 5], 1, "prompts", "tokens")
+    policy.require_positions([prompt], 31, "tokens")
+    with pytest.raises(ConfigError, match=r"prompt of 10 .* tokens = 32 .* to at most 31, or"):
+        policy.require_positions([prompt], 32, "tokens")
+    with pytest.raises(ConfigError, match=r"are 40; shorten the prompt"):
+        policy.require_positions([prompt * 5], 1, "tokens")
+    policy.require_positions([prompt], 30, "tokens", reads_last=True)
+    with pytest.raises(ConfigError, match=r"prompt of 10 .* tokens = 31 .* to at most 30, or"):
+        policy.require_positions([prompt], 31, "tokens", reads_last=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = policy.sample([prompt] * 3, [0, 1, 2], max_completion_tokens=31, engine=engine)

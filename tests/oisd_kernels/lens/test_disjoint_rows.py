@@ -20,9 +20,26 @@ KINDS = ["jsd", "forward_kl", "reverse_kl"]
 REGIMES = ["near", "middling", "disjoint", "one_hot"]
 
 
+# In the interpreter the whole grid takes minutes: float32 at the larger vocabulary in CI.
+LONG = [pytest.mark.slow] if INTERPRETED else []
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=LONG)]
+SHAPES = [
+    (1, 331, None, 1.0),
+    pytest.param(3, 5, None, 1.0, marks=LONG),
+    pytest.param(3, 67, 30.0, 0.7, marks=LONG),
+]
+
+
 @outside
 def test_the_interpreter_passes():
-    passes_in_the_interpreter(__file__, timeout=580)
+    passes_in_the_interpreter(__file__)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@outside
+def test_the_interpreter_passes_the_long_cases():
+    passes_in_the_interpreter(__file__, "-m", "slow", timeout=1400)
 
 
 def states(regime, layers, seed, dtype, far, rows=5, width=32):
@@ -61,13 +78,10 @@ def centred(hidden, teacher, weight, divergence, beta, cap, temperature):
     return loss, closed_form_gradient(zp, zq, divergence, beta) * slope @ weight
 
 
-@pytest.mark.parametrize(
-    "layers, vocabulary, cap, temperature",
-    [(1, 331, None, 1.0), (3, 5, None, 1.0), (3, 67, 30.0, 0.7)][: 2 if INTERPRETED else 3],
-)
+@pytest.mark.parametrize("layers, vocabulary, cap, temperature", SHAPES)
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("divergence", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_all_regimes(impl, dtype, divergence, regime, cap, temperature, layers, vocabulary):
     weight = torch.randn(vocabulary, 32, generator=torch.Generator().manual_seed(9)) / 32**0.5
