@@ -23,6 +23,11 @@ REGIMES = ["near", "middling", "disjoint", "one_hot"]
 # In the interpreter the whole grid takes minutes: float32 at the larger vocabulary in CI.
 LONG = [pytest.mark.slow] if INTERPRETED else []
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=LONG)]
+LOWEST = [
+    -torch.inf,
+    pytest.param(torch.finfo(torch.float32).min, marks=LONG),
+    pytest.param(-1e9, marks=LONG),
+]
 SHAPES = [
     (1, 331, None, 1.0),
     pytest.param(3, 5, None, 1.0, marks=LONG),
@@ -119,7 +124,7 @@ def masked_head(mask, lowest=-torch.inf):
     return hidden, final, weight, bias, allowed[torch.tensor([0, -1, len(allowed) // 2])]
 
 
-@pytest.mark.parametrize("lowest", [-torch.inf, torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("lowest", LOWEST)
 @pytest.mark.parametrize("mask", list(MASKED))
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_masked_vocabulary_is_as_if_it_was_absent(impl, mask, lowest):
