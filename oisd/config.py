@@ -17,7 +17,6 @@ from oisd.schema import (
     ConfigError,
     above_0,
     at_least,
-    fields,
     merged,
     nearest,
     of_table,
@@ -108,10 +107,6 @@ class ProblemsConfig:
     """Regular expression whose one group is the answer within the answer field, or "boxed"."""
     limit: int | None = None
     """Take this many rows, drawn with `run.seed`."""
-
-    def selection(self) -> dict[str, Any]:
-        """The arguments of `oisd.data.load_examples` after the source, except its seed."""
-        return {f.name: getattr(self, f.name) for f in fields(ProblemsConfig)[1:]}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import Any
 from datasets import Dataset
 
 from oisd.config import ProblemsConfig, TrainConfig, load_recipe
-from oisd.data import Example, Message, load_examples
+from oisd.data import Example, Message
+from oisd.data.problems import load_problems
 from oisd.rewards import MathReward
 
 _grading = threading.Lock()
@@ -31,7 +32,7 @@ def write_data(config: TrainConfig, folder: str | Path) -> list[Path]:
     written = []
     for name, part in parts.items():
         assert part.source is not None
-        examples = load_examples(part.source, **part.selection(), seed=config.run.seed)
+        examples = load_problems(part.source, part, config.run.seed)
         path = Path(folder) / f"{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [_row(example, part.source, config.data.system_prompt) for example in examples]
