@@ -65,21 +65,21 @@ def policy_loss(logprob: Tensor, terms: PolicyTerms) -> PolicyLoss:
     """
     advantage = terms.advantage
     old = logprob.detach() if terms.old_logprob is None else terms.old_logprob
-    log_ratio = (logprob - old).clamp(-LIMIT, LIMIT)
+    log_ratio = _limited(logprob - old)
     ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - terms.clip_low, 1 + terms.clip_high)
-    loss = torch.maximum(-ratio * advantage, -clipped * advantage)
+    bound, beyond = _clip(ratio, terms)
+    loss = torch.where(beyond, -bound * advantage, -ratio * advantage)
     dual_clipped = torch.zeros_like(loss, dtype=torch.bool)
     if terms.dual_clip is not None:
-        bound = -terms.dual_clip * advantage
-        dual_clipped = (advantage < 0) & (loss > bound)
-        loss = torch.where(dual_clipped, bound, loss)
+        most = -terms.dual_clip * advantage
+        dual_clipped = (advantage < 0) & (loss > most)
+        loss = torch.where(dual_clipped, most, loss)
     importance = _importance(old, terms)
     if importance is not None:
         loss = loss * importance
     k3 = None
     if terms.kl_coef and terms.ref_logprob is not None:
-        log_ref = (terms.ref_logprob - logprob).clamp(-LIMIT, LIMIT)
+        log_ref = _limited(terms.ref_logprob - logprob)
         k3 = log_ref.exp() - 1 - log_ref
         loss = loss + terms.kl_coef * k3
     return PolicyLoss(loss * terms.weight, ratio, log_ratio, dual_clipped, importance, k3)
@@ -91,8 +91,7 @@ def policy_slope(logprob: Tensor, terms: PolicyTerms) -> Tensor:
     old = logprob if terms.old_logprob is None else terms.old_logprob
     log_ratio = logprob - old
     ratio = log_ratio.clamp(-LIMIT, LIMIT).exp()
-    # Comparisons that NaN fails leave it in the slope.
-    rests = torch.where(advantage < 0, ratio < 1 - terms.clip_low, ratio > 1 + terms.clip_high)
+    _, rests = _clip(ratio, terms)
     rests |= log_ratio.abs() > LIMIT
     if terms.dual_clip is not None:
         rests |= (advantage < 0) & (ratio > terms.dual_clip)
@@ -105,6 +104,21 @@ def policy_slope(logprob: Tensor, terms: PolicyTerms) -> Tensor:
         k3_slope = torch.where(log_ref.abs() > LIMIT, 0.0, 1 - log_ref.exp())
         slope = slope + terms.kl_coef * k3_slope
     return slope * terms.weight
+
+
+def _limited(x: Tensor) -> Tensor:
+    """x clamped to +-LIMIT; the gradient at a bound is whole, where torch 2.14's clamp has none."""
+    return torch.where(x.abs() > LIMIT, x.detach().clamp(-LIMIT, LIMIT), x)
+
+
+def _clip(ratio: Tensor, terms: PolicyTerms) -> tuple[Tensor, Tensor]:
+    """The bound that would clip each ratio, by its advantage's sign, and whether it does.
+
+    Comparisons that NaN fails leave it in the loss and in the slope.
+    """
+    falls = terms.advantage < 0
+    bound = torch.full_like(ratio, 1 + terms.clip_high).masked_fill(falls, 1 - terms.clip_low)
+    return bound, torch.where(falls, ratio < bound, ratio > bound)
 
 
 def _importance(old: Tensor, terms: PolicyTerms) -> Tensor | None:
