@@ -1,6 +1,6 @@
 """Runs a peer's own test file against `oisd_kernels.drop_in`.
 
-    python tests/run_peer_suite.py PATH [pytest's options]
+    python -m tests.run_peer_suite PATH [pytest's options]
 
 PATH is `test/transformers/test_fused_linear_jsd.py` of Liger Kernel's source distribution, or
 `tests/test_distillation_trainer.py` of TRL's repository at the tag of the installed version

@@ -329,8 +329,7 @@ def test_liger_module_rejects_when_it_is_built():
 def test_liger_agrees_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", __file__, "-k", "is_theirs_in_the_interpreter"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    root = ROOT
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout
 
@@ -353,3 +352,20 @@ def test_liger_is_theirs_in_the_interpreter(temperature, beta, ignore_index, sha
         results.append([loss, *torch.autograd.grad(loss, case[:2])])
     # On a CPU theirs rounds the logits to bf16.
     assert_alike(*results, bounds=[{torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]] * 3)
+
+
+@needs_liger
+def test_a_peers_file_meets_our_functions(tmp_path):
+    """The runner of docs/drop-in.md, on a file that asks whose functions it is given."""
+    file = tmp_path / "test_whose.py"
+    file.write_text(
+        "from liger_kernel.transformers import LigerFusedLinearJSD\n"
+        "from liger_kernel.transformers.functional import liger_fused_linear_jsd\n"
+        "def test_whose():\n"
+        "    for given in (LigerFusedLinearJSD, liger_fused_linear_jsd):\n"
+        "        assert given.__module__ == 'oisd_kernels.drop_in'\n"
+    )
+    command = [sys.executable, "-m", "tests.run_peer_suite", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
