@@ -139,8 +139,9 @@ class Objective:
         head = self._head()
         final = self._policy_states(rows, step)
         grpo = self.grpo
+        sampled = batch.rollout_logprobs
         if self._is_internal(step):  # which did not sample: the weight of its tokens would be ~0
-            grpo = replace(grpo, tis_cap=None)
+            grpo, sampled = replace(grpo, tis_cap=None), None
         students = final.detach().new_empty(0, *final.shape)
         if align.think_weight:
             students = self.taps.student_hidden().flatten(1, 2)[:, rows].to(self.policy.dtype)
@@ -168,7 +169,7 @@ class Objective:
             grpo_weight=weight.flatten()[rows],
             think_weight=mean.flatten()[rows],
             old_logprobs=of_rows(batch.old_logprobs),
-            rollout_logprobs=of_rows(batch.rollout_logprobs),
+            rollout_logprobs=of_rows(sampled),
             ref_logprobs=of_rows(batch.ref_logprobs),
             temperature=config.rollout.temperature,
             bias=head.bias,

@@ -34,6 +34,7 @@ from oisd.objective import NonFiniteError, Objective, Totals
 from oisd.optimizer import Optimizer
 from oisd.policy import load_for_training, load_policy
 from oisd.rewards import load_reward
+from oisd.run.alarms import RunAlarms
 from oisd.run.engine_choice import EngineChoice, choose_engine
 from oisd.run.folder import RunFolder
 from oisd.run.processes import Processes
@@ -118,6 +119,7 @@ class Trainer:
             self.reward.start()  # its workers are there before the first completion is
             if self.processes.is_first:
                 self.folder.rewind(self.step if self.resumed else -1)
+            alarms = RunAlarms(self.config, self.folder.metrics())
             with self._progress() as progress:
                 if self.resumed:
                     self._settle_engine(progress)
@@ -130,6 +132,7 @@ class Trainer:
                     if last or (every and self.step % every == 0):
                         row |= self._evaluate(progress)
                     if self.processes.is_first:
+                        row |= alarms.new(row)
                         self.folder.log(row)
                         progress.log(row)
                         if last or (run.save_every and self.step % run.save_every == 0):
@@ -231,6 +234,7 @@ class Trainer:
                 engine=self.engine,
             )
         with clock("reward"):
+            earlier = self.reward.timeouts
             texts = self.policy.decode(completions)
             graded = self.reward(texts, answers)
             rewards = torch.tensor(graded, dtype=torch.float32)
@@ -244,6 +248,7 @@ class Trainer:
             "completion_length": Mean.over(lengths),
             "frac_finished": Mean.over(completions.finished.cpu()),
             "reward_timeouts": Mean(*timeouts),
+            "frac_timeouts": Mean(timeouts[0] - earlier, torch.tensor(float(len(rewards)))),
         }
         every = config.run.completions_every
         if self.processes.is_first and every and self.step % every == 0:

@@ -20,13 +20,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 import torch
+from accelerate.logging import get_logger
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import ProcessorMixin
@@ -37,11 +39,23 @@ from oisd.integrations.versions import Versions
 from oisd.losses import Mean, Metrics, add_metrics
 from oisd.models import Taps
 from oisd.models.dropout import dropout_rates, set_dropout
+from oisd.run.alarms import Alarms, Reading, Settings, measured
 
 VERSIONS = Versions("trl", "1.16", "2")
 VERSIONS.check(VERSIONS.installed)
 
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402  # pyright: ignore
+
+_LOGGER = get_logger(__name__)
+_LOOK_AT = Settings(
+    equal="look at reward_funcs, the column of answers, and log_completions=True",
+    finished="look at max_completion_length, and at whether the model ends its answers",
+    gap="look at the model's dtype in vLLM and vllm_importance_sampling_correction",
+    entropy_low="look at learning_rate, epsilon_high and how hard the problems are",
+    entropy_high="look at learning_rate, beta and think_weight",
+    timeouts="look at the load of the machine",
+    weight="look at {}_weight",
+)
 
 LensNorm = Literal["final", "none"]
 Divergence = Literal["jsd", "forward_kl", "reverse_kl"]
@@ -230,6 +244,7 @@ class OISDTrainer(GRPOTrainer):
         self._taps: Taps | None = None
         self._asked: _Asked | None = None
         self._open_metrics: Metrics = {}
+        self._alarms, self._alarmed = Alarms(_LOOK_AT), None
         self._step_noise = torch.Generator(self.accelerator.device)
         self._step_noise.manual_seed(args.seed + 1 + self.accelerator.process_index)
         if self.alignment.active:
@@ -339,6 +354,37 @@ class OISDTrainer(GRPOTrainer):
             self._log_metrics()
         return loss
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, and the alarms that its metrics raise: a line each, and alarm/<name> as 1."""
+        if self.model.training:
+            if self._alarmed is not self.state:  # a new run, or one that is resumed
+                self._alarmed, self._alarms = self.state, Alarms(_LOOK_AT)
+                for row in self.state.log_history:
+                    self._new_alarms(row, row["step"])
+            means = {n: _mean_measured(found) for n, found in self._metrics["train"].items()}
+            for name, line in self._new_alarms(means, self.state.global_step).items():
+                self._metrics["train"][f"alarm/{name}"].append(1.0)
+                _LOGGER.warning(f"step {self.state.global_step}: alarm: {line}")
+        super().log(logs, start_time)
+
+    def _new_alarms(self, row: Mapping[str, Any], step: int) -> dict[str, str]:
+        """What a row of TRL's log raises for the first time; it may cover several steps."""
+        value = measured(row)
+        if value("reward") is None:  # a row of an evaluation, or of a run's end
+            return {}
+        cut_off = value("completions/clipped_ratio")
+        return self._alarms.new(
+            Reading(
+                step,
+                reward=value("reward"),
+                equal=value("frac_reward_zero_std"),
+                finished=None if cut_off is None else 1 - cut_off,
+                gap=value("sampling/sampling_logp_difference/mean"),
+                entropy=value("entropy"),
+                timeouts=value("frac_timeouts"),
+            )
+        )
+
     def _operand(self) -> torch.dtype | None:
         """The dtype in which TRL's own pass reads the unembedding; None for that of its weight."""
         device = self.accelerator.device.type
@@ -352,6 +398,12 @@ class OISDTrainer(GRPOTrainer):
         for name, mean in reduced_means(self._open_metrics, reduce).items():
             self._metrics["train"][name].append(mean)
         self._open_metrics = {}
+
+
+def _mean_measured(values: Sequence[float]) -> float | None:
+    """As TRL logs it: the mean of those that are not NaN."""
+    found = [value for value in values if not math.isnan(value)]
+    return sum(found) / len(found) if found else None
 
 
 def _settle_dropout(model: Any, disable: bool) -> None:

@@ -303,7 +303,8 @@ def grpo_and_think_loss(
         bias, logit_softcap: of the unembedding, where the model has them.
         impl, tp_group: of `oisd_kernels.policy_head`.
 
-    Returns both losses, scalars, their metrics and entropy/policy (nats), and the weights.
+    Returns both losses, scalars, their metrics and entropy/policy (nats), and the weights. With
+    `rollout_logprobs` also sampler_gap, the mean distance of old from them (nats a token).
     Raises ValueError as the two losses and `policy_head` do.
     """
     grpo, config = grpo or GRPOConfig(), config or AlignmentConfig()
@@ -337,6 +338,9 @@ def grpo_and_think_loss(
     found = policy_loss(head.logprob.detach(), terms)
     metrics = _policy_metrics(found, terms, torch.ones_like(labels, dtype=torch.bool))
     metrics["entropy/policy"] = Mean.over(head.entropy)
+    if rollout_logprobs is not None:
+        before = head.logprob.detach() if old_logprobs is None else old_logprobs
+        metrics["sampler_gap"] = Mean.over((before - rollout_logprobs).abs())
     if len(student_hidden) > 0:
         metrics |= _think_metrics(head.stats, signed)
     rows = head.divergence

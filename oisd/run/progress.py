@@ -94,11 +94,13 @@ class Progress:
         step = row["step"]
         if self._writer:
             for name, value in row.items():
-                if name != "step" and value is not None:
+                if isinstance(value, int | float) and name != "step":
                     self._writer.add_scalar(name, value, step)
         numbers = "  ".join(f"{label} {row[key]:+.4f}" for label, key in _SHOWN if key in row)
         numbers = numbers.replace("reward +", "reward ")
         self._bar.update(self._task, completed=step, numbers=numbers, visible=True)
+        for alarm in row.get("alarms", ()):
+            self.say(f"step {step}  alarm: {alarm}")
         if "eval/avg_at_k" in row:
             self.say(f"step {step}  evaluation: Avg@K {row['eval/avg_at_k']:.3f}")
         if numbers and self._at_interval(step, self.total, 20):

@@ -34,6 +34,8 @@ def summarize(folder: RunFolder, step: int) -> dict[str, Any]:
         "checkpoint": str(folder.checkpoints / f"step-{step}"),
         "plots": [str(p) for p in plots],
     }
+    if alarms := [line for row in rows for line in row.get("alarms", ())]:
+        summary["alarms"] = alarms
     if trained:
         summary["reward_first"] = _mean([r["reward"] for r in trained[:tail]])
         summary["reward_last"] = _mean([r["reward"] for r in trained[-tail:]])

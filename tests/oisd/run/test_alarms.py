@@ -1,0 +1,190 @@
+"""Each alarm at its step and with its number, not before, once; silent in a healthy run."""
+
+import json
+import math
+
+import pytest
+
+from oisd.config import AlignmentConfig, GRPOConfig, TrainConfig, from_tables
+from oisd.run.alarms import RunAlarms
+from oisd.trainer import Trainer
+
+HEALTHY = {
+    "reward": 0.5,
+    "frac_zero_std": 0.4,
+    "frac_finished": 0.9,
+    "frac_timeouts": 0.0,
+    "sampler_gap": 0.004,
+    "entropy/policy": 0.4,
+    "grad_norm/grpo": 1.5,
+    "grad_norm/think": 0.2,
+    "grad_norm/attention": 0.3,
+}
+
+
+def rows(*changes: dict) -> list[dict]:
+    """Healthy rows of metrics with these changes, one a step."""
+    return [{"step": i + 1} | HEALTHY | change for i, change in enumerate(changes)]
+
+
+def raised(rows: list[dict], config: TrainConfig | None = None) -> dict[int, list[str]]:
+    alarms = RunAlarms(config or TrainConfig())
+    found = {row["step"]: alarms.new(row).get("alarms", []) for row in rows}
+    return {step: lines for step, lines in found.items() if lines}
+
+
+def only(found: dict[int, list[str]]) -> tuple[int, str]:
+    """The step and the line of the one alarm that was raised."""
+    ((step, lines),) = found.items()
+    (line,) = lines
+    return step, line
+
+
+def test_a_healthy_run_raises_none():
+    noise = [{"entropy/policy": 0.4 + 0.15 * math.sin(i), "reward": 0.5 + i / 200} for i in range(80)]
+    assert raised(rows(*noise)) == {}
+
+
+EQUAL = {"frac_zero_std": 1.0, "reward": 0.0}
+# (what each step changes, the step of the alarm, what its line says)
+CASES = {
+    "equal": ([{}, *[EQUAL] * 12], 11, ["for 10 steps (mean now 0.0000)", "reward.function"]),
+    "equal-begins-anew": (
+        [*[EQUAL] * 9, {}, *[EQUAL | {"reward": 1.0}] * 11],
+        20,
+        ["for 10 steps (mean now 1.0000)"],
+    ),
+    "cut-off": (
+        [{"frac_finished": 0.0}] * 2 + [{"frac_finished": 1 / 1024}] + [{"frac_finished": 0.0}] * 4,
+        6,
+        ["every completion of 3 steps in a row", "rollout.max_completion_tokens"],
+    ),
+    "gap": (
+        [{}, {"sampler_gap": 0.05}, {"sampler_gap": 0.0512}, {"sampler_gap": 0.3}],
+        3,
+        ["0.051 nats a token", "rollout.engine"],
+    ),
+    "entropy-low": (
+        # The mean of the last ten is 0.0491, then 0.0098.
+        [{"entropy/policy": 0.4}] + [{"entropy/policy": 0.0098}] * 11,
+        11,
+        ["0.0098 nats a token over 10 steps", "grpo.clip_high"],
+    ),
+    "entropy-high": (
+        # After n steps at 0.88 the mean of the last ten is 0.4 + 0.048 n: above 0.6 at n = 5.
+        [{}] * 12 + [{"entropy/policy": 0.88}] * 6,
+        17,
+        ["from 0.4000 to 0.6400", "optimizer.learning_rate"],
+    ),
+    "think-gradient": (
+        # Weighted: 3.2, 3.2, 0.4 against 1.5 a step, then 3.2: mean 2.2667 of the last three.
+        [{"grad_norm/think": x} for x in (0.2, 0.2, 1.6, 1.6, 0.2, 1.6)],
+        4,
+        ["loss/think", "2.267", "1.5 of GRPO's", "oisd.think_weight"],
+    ),
+    "attention-gradient": (
+        [{"grad_norm/attention": 14.0}] * 3 + [{"grad_norm/attention": 16.0}] * 4,
+        5,
+        ["loss/attention", "1.533", "oisd.attention_weight"],
+    ),
+    "timeouts": (
+        [{"frac_timeouts": x} for x in (0.02, 0.02, 0.01, 0.02, 0.02, 0.03, 0.04)],
+        6,
+        ["3.0% of the completions", "reward.timeout"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, step, says", CASES.values(), ids=CASES)
+def test_each_alarm_once_at_its_step_with_its_number(changes, step, says):
+    config = TrainConfig(oisd=AlignmentConfig(think_weight=2.0, attention_weight=0.1))
+    found = only(raised(rows(*changes), config))
+    assert found[0] == step
+    for part in says:
+        assert part in found[1]
+    assert "\n" not in found[1]
+
+
+def test_what_was_not_measured_neither_alarms_nor_ends_a_streak():
+    unmeasured = {name: None for name in HEALTHY if name != "reward"}
+    gone = {"frac_finished": 0.0}
+    assert raised(rows(*[unmeasured] * 30)) == {}
+    assert only(raised(rows(gone, gone, unmeasured, gone)))[0] == 4
+    assert raised(rows(*[{"entropy/policy": math.nan, "sampler_gap": math.nan}] * 30)) == {}
+
+
+def test_reinforce_plus_plus_learns_from_groups_that_differ_from_each_other():
+    config = TrainConfig(grpo=GRPOConfig(advantage="reinforce++"))
+    differing = [{"frac_zero_std": 1.0, "reward": 0.25 * (i % 3)} for i in range(30)]
+    assert raised(rows(*differing), config) == {}
+    assert only(raised(rows(*[EQUAL] * 10), config))[0] == 10
+
+
+def test_entropy_of_bupo_is_that_of_the_sampling_policy():
+    config = TrainConfig(
+        grpo=GRPOConfig(internal_layer=3, internal_steps=15),
+        oisd=AlignmentConfig(think_weight=0.0, attention_weight=0.0),
+    )
+    assert raised(rows(*[{"entropy/policy": 0.1}] * 15, *[{}] * 30), config) == {}
+
+
+@pytest.mark.parametrize("cut", [1, 5, 10, 11, 12])
+def test_a_resumed_run_raises_each_at_the_same_step_or_no_more(cut):
+    """Through JSON, as metrics.jsonl has the rows."""
+    changes = [{}, *[EQUAL | {"entropy/policy": math.nan}] * 12, *[{"frac_finished": 0.0}] * 3]
+    written, alarms = [], RunAlarms(TrainConfig())
+    for row in rows(*changes):
+        written.append(row | alarms.new(row))
+    earlier = [json.loads(json.dumps(row)) for row in written[:cut]]
+    again = RunAlarms(TrainConfig(), earlier)
+    assert [row | again.new(row) for row in rows(*changes)[cut:]] == written[cut:]
+    assert sum("alarms" in row for row in written) == 2
+
+
+# ---- in a run -----------------------------------------------------------------------------------
+
+TABLES = {
+    "data": {"max_prompt_tokens": 16},
+    "rollout": {"prompts_per_step": 4, "completions_per_prompt": 4, "max_completion_tokens": 3},
+    "reward": {"function": "exact"},
+    "oisd": {"student_layers": [2]},
+    "run": {"steps": 11, "save_every": 0, "threads": 1, "device": "cpu"},
+}
+
+
+def test_a_run_that_earns_nothing_says_so(tmp_path, capsys):
+    """An untrained model: no reward in ten steps, and its answers run into the limit."""
+    tables = TABLES | {"run": {**TABLES["run"], "output_dir": str(tmp_path / "run")}}
+    summary = Trainer(from_tables(tables)).train()
+    written = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    found = {row["step"]: row["alarms"] for row in written if "alarms" in row}
+    assert all(row["reward"] == 0.0 for row in written)
+    assert "equal for 10 steps (mean now 0.0000)" in found[10][0]
+    assert summary["alarms"] == [line for lines in found.values() for line in lines]
+    shown = capsys.readouterr().err
+    assert shown.count("alarm: ") == len(summary["alarms"])
+    assert f"step 10  alarm: {found[10][0]}\n" in shown
+    saved = json.loads((tmp_path / "run/summary.json").read_text())
+    assert saved["alarms"] == summary["alarms"]
+
+
+def test_the_built_in_task_raises_none_and_measures_the_sampler(tmp_path, capsys):
+    tables = TABLES | {
+        "data": {"source": "arithmetic:digits=1", "max_prompt_tokens": 16},
+        "rollout": {"prompts_per_step": 16, "completions_per_prompt": 8, "max_completion_tokens": 5},
+        "warmup": {"steps": 150, "stop_at": 0.6},
+        "optimizer": {"learning_rate": 2e-4},
+        "grpo": {"minibatches": 2},
+    }  # fmt: skip
+    tables["run"] = {**TABLES["run"], "grad_norm_every": 1, "output_dir": str(tmp_path / "run")}
+    summary = Trainer(from_tables(tables)).train()
+    assert "alarms" not in summary and "alarm" not in capsys.readouterr().err
+    written = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    steps = [row for row in written if row["step"] > 0]
+    assert len(steps) == 11
+    for row in steps:
+        assert "alarms" not in row
+        assert 0 < row["sampler_gap"] < 1e-4  # the same forward, in other batches
+        assert row["entropy/policy"] > 0.01
+        assert row["grad_norm/grpo"] > row["grad_norm/think"] > 0
+        assert row["frac_timeouts"] == 0
