@@ -35,6 +35,7 @@ from transformers import ProcessorMixin
 
 from oisd.config import AlignmentConfig, ConfigError
 from oisd.integrations.alignment import Rollouts, alignment_losses, gathered, reduced_means
+from oisd.integrations.trl_rewards import math_reward as math_reward
 from oisd.integrations.versions import Versions
 from oisd.losses import Mean, Metrics, add_metrics
 from oisd.models import Taps

@@ -208,7 +208,7 @@ class RunAlarms:
             self.new(row)
 
     def new(self, row: Mapping[str, Any]) -> dict[str, list[str]]:
-        """"alarms", for a row of metrics, and the lines that it raises; {} for none."""
+        """ "alarms", for a row of metrics, and the lines that it raises; {} for none."""
         if "reward" not in row:  # of an evaluation before the first step
             return {}
         lines = self._alarms.new(self._reading(row))

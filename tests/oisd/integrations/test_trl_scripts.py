@@ -79,7 +79,7 @@ def test_the_two_line_diff(tmp_path, monkeypatch):
     code = apply_diff(code, diff)
     rows = datasets.Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS])
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
-    monkeypatch.setattr(trl.rewards, "accuracy_reward", digits_reward)
+    monkeypatch.setattr(adapter, "math_reward", digits_reward)
     code = code.replace("Qwen/Qwen3-4B", save_policy(tmp_path / "model"))
     code = code.replace("[6]", "[2]")
     small = config(str(tmp_path))
@@ -129,9 +129,9 @@ class Small(OISDConfig):
         )  # fmt: skip
 
 
-def test_the_script_of_the_document_is_trls_own_without_the_diff():
+def test_the_script_of_the_document_is_trls_own_without_the_diff_but_for_the_grader():
     (code,) = blocks("trl.md", "python")
-    assert "oisd" not in code
+    assert code.count("oisd") == 1 and "from oisd.integrations.trl import math_reward\n" in code
     for name in re.findall(r"^from trl import (.*)$", code, re.MULTILINE)[0].split(", "):
         assert hasattr(trl, name)
 

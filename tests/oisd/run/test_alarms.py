@@ -41,7 +41,9 @@ def only(found: dict[int, list[str]]) -> tuple[int, str]:
 
 
 def test_a_healthy_run_raises_none():
-    noise = [{"entropy/policy": 0.4 + 0.15 * math.sin(i), "reward": 0.5 + i / 200} for i in range(80)]
+    noise = [
+        {"entropy/policy": 0.4 + 0.15 * math.sin(i), "reward": 0.5 + i / 200} for i in range(80)
+    ]
     assert raised(rows(*noise)) == {}
 
 
