@@ -242,7 +242,7 @@ def test_one_version():
     version = PROJECT["version"]
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {version}\n" in citation
-    newest = re.search(r"^## (\S+) \((\S+)\)$", TEXT["CHANGELOG.md"], re.MULTILINE)
+    newest = re.search(r"^## (\S+) \((\d\S+)\)$", TEXT["CHANGELOG.md"], re.MULTILINE)
     assert newest[1] == version and f"\ndate-released: {newest[2]}\n" in citation
 
 

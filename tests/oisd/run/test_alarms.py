@@ -171,9 +171,10 @@ def test_a_run_that_earns_nothing_says_so(tmp_path, capsys):
 
 
 def test_the_built_in_task_raises_none_and_measures_the_sampler(tmp_path, capsys):
+    size = {"prompts_per_step": 16, "completions_per_prompt": 8, "max_completion_tokens": 5}
     tables = TABLES | {
         "data": {"source": "arithmetic:digits=1", "max_prompt_tokens": 16},
-        "rollout": {"prompts_per_step": 16, "completions_per_prompt": 8, "max_completion_tokens": 5},
+        "rollout": size,
         "warmup": {"steps": 150, "stop_at": 0.6},
         "optimizer": {"learning_rate": 2e-4},
         "grpo": {"minibatches": 2},
