@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from oisd.config import ConfigError, TrainConfig, from_tables, load_recipe, to_tables
-from oisd.schema import recipe_path, require, require_device
+from oisd.schema import nearest, recipe_path, require, require_device, with_none_spelled
 
 _USAGE = """\
 usage: oisd train [RECIPE] [--show] [--table.key value ...]
@@ -29,7 +29,8 @@ compare    tables and pass@k curves of several such evaluations side by side
 lens       what each layer would say next: pictures, numbers, the layer to align, a web page
 attention  how far each layer's attention overlaps with the final layer's
 
-`oisd COMMAND --help` lists all settings. RECIPE is a name such as qwen3-4b, or a TOML file.
+`oisd COMMAND --help` lists all settings; "none" turns off one that says None. RECIPE is a name such
+as qwen3-4b, or a TOML file.
 With --debug, any command shows the traceback of an error that it did not foresee.
 """
 
@@ -66,8 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "attention": _attention,
     }
     try:
-        if not arguments or arguments[0] not in commands:
-            asked_for_help = arguments and arguments[0] in ("-h", "--help")
+        asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
+        if arguments and arguments[0] not in commands and not asked_for_help:
+            raise ConfigError(f"unknown command {arguments[0]!r}{nearest(arguments[0], commands)}")
+        if not arguments or asked_for_help:
             print(_USAGE, end="", file=sys.stdout if asked_for_help else sys.stderr, flush=True)
             return 0 if asked_for_help else 2
         if any("\0" in argument for argument in arguments):
@@ -90,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 2
         if _is_explained(error):
             print(f"oisd: {error}", file=sys.stderr)
-            return 1
+            return 2 if _is_refusal(error) else 1
         if debug:
             raise
         print(f"oisd: {_from_outside(error) or _of_defect(error)}", file=sys.stderr)
@@ -161,7 +164,7 @@ def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig
         description="Train with GRPO and internal self-distillation. The recipe (by default "
         "arithmetic) gives the settings that the command line does not. --show prints all of them "
         f"as TOML, to start your own recipe from, and does not {command}.",
-        args=options,
+        args=with_none_spelled(TrainConfig, options),
         default=load_recipe(recipe_path(name or "arithmetic")),
         config=(tyro.conf.FlagConversionOff,),
     )
@@ -205,13 +208,11 @@ def _plan(arguments: Sequence[str]) -> int:
     if config is None:
         return 0
     _quiet()
-    from rich.console import Console
-
     from oisd.plan import check_layers, memory_plan, model_shape, rich_tables
 
     shape = model_shape(config.model.path)
     check_layers(config, shape)
-    console = Console()
+    console = _console()
     for renderable in rich_tables(memory_plan(config, shape)):
         console.print(renderable)
     return 0
@@ -224,6 +225,7 @@ def _parse_model(arguments: Sequence[str], command: str, kind: Any, text: str) -
     model, options = _named(arguments)
     if not model and not {"-h", "--help"} & set(options):
         raise ConfigError(f"oisd {command}: MODEL is missing: a checkpoint folder or Hub id")
+    options = with_none_spelled(kind, options)
     config = tyro.cli(kind, prog=f"oisd {command} MODEL", description=text, args=options)
     _quiet()
     _check_machine("--seed", config)
@@ -285,18 +287,26 @@ def _compare(arguments: Sequence[str]) -> int:
 
 
 def _print_benchmarks(runs: dict[str, Any], folder: Path) -> None:
-    from rich.console import Console
-
     from oisd.evaluate import table
 
-    console = Console()
-    if not console.is_terminal:  # a file or a pipe has no width of its own
-        console = Console(width=200)
+    console = _console(width_elsewhere=200)
     console.print(table.rich_table(runs))
     for line in table.notes(runs):
         console.print(line, markup=False, highlight=False)
     for path in table.write(runs, folder):
         console.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+
+def _console(width_elsewhere: int | None = None) -> Any:
+    """Where tables go; a file or a pipe has no width of its own."""
+    from rich.console import Console
+
+    class Piped(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # what rich has caught: `main` knows it, rich would exit with 1
+
+    console = Piped()
+    return console if console.is_terminal else Piped(width=width_elsewhere)
 
 
 def _lens(arguments: Sequence[str]) -> int:
@@ -417,6 +427,13 @@ def _is_explained(error: Exception) -> bool:
     return isinstance(
         error, RunFolderError | DataError | UnsupportedModelError | RewardError | NonFiniteError
     )
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether nothing was done, because what a folder holds is not what was asked for."""
+    from oisd.run.folder import OtherRunError
+
+    return isinstance(error, OtherRunError)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from oisd import losses
 from oisd.batch import Batch
 from oisd.config import TrainConfig
 from oisd.losses import Metrics
-from oisd.models import Taps, Unembedding
+from oisd.models import Taps, Unembedding, UnsupportedModelError
 from oisd.policy import Policy
 from oisd.rollout.sampling import row_keys, uniform
 from oisd_kernels import linear_logprob
@@ -62,11 +62,28 @@ class Objective:
                 divergence=align.divergence,
                 beta=align.beta,
             )
+        if align.attention_weight and align.attention_kernel == "fused":
+            self._require_fused()
         self.coefficients = {"grpo": 1.0}
         if align.think_weight:
             self.coefficients["think"] = align.think_weight
         if align.attention_weight:
             self.coefficients["attention"] = align.attention_weight
+
+    def _require_fused(self) -> None:
+        """Raise UnsupportedModelError if the update could not run the fused kernel.
+
+        In training mode, as the update: what the taps see when they are made has no dropout.
+        """
+        model = self.policy.model
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad(), self.taps:
+                with self.policy.autocast():
+                    model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        except UnsupportedModelError as error:
+            remedy = " or set model.dropout to 0" if "dropout" in str(error) else ""
+            raise UnsupportedModelError(f"oisd.attention_kernel: {error}{remedy}") from error
 
     def sampled_by(self, engine: str) -> None:
         """Weight the tokens of that engine's rollouts as `grpo.tis_cap` says."""

@@ -114,7 +114,7 @@ class Shape:
 
 # The models of the recipes, from the config.json of each repository on the Hub. OctoThinker's sizes
 # are those of Llama 3.2 3B and Llama 3.1 8B, from which it was trained.
-_QWEN, _LLAMA = "config.json on the Hub", "config.json of its Llama base"
+_QWEN, _LLAMA = "sizes that oisd has of it", "sizes that oisd has of its Llama base"
 SHAPES = {
     "Qwen/Qwen3-4B": Shape(36, 2560, 9728, 32, 8, 128, 151936, True, True, source=_QWEN),
     "Qwen/Qwen3-8B": Shape(36, 4096, 12288, 32, 8, 128, 151936, False, True, source=_QWEN),

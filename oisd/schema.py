@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 import re
 import tomllib
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +43,34 @@ def above_0(config: Any, *keys: str) -> None:
     for key in keys:
         value = getattr(config, key.split(".")[1])
         require(value is None or value > 0, key, "above 0", value)
+
+
+def with_none_spelled(kind: type, arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments with "None" for the "none" of each field that may be None.
+
+    kind: the dataclass that they set, whose fields may be dataclasses.
+    """
+    found, name = [], ""
+    may_be_none = set(_optional(kind))
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument.partition("=")
+            name = name.replace("_", "-")
+            if value == "none" and name in may_be_none:
+                argument = f"{name}{equals}None"
+        elif argument == "none" and name in may_be_none:
+            argument = "None"
+        found.append(argument)
+    return found
+
+
+def _optional(kind: type, before: str = "") -> Iterator[str]:
+    """The options of a dataclass, and of those that its fields are, that may be None."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from _optional(hint, f"{name}.")
+        elif type(None) in typing.get_args(hint):
+            yield option(before + name)
 
 
 def option(name: str) -> str:
@@ -121,11 +150,24 @@ def merged(below: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(decoded(path.read_bytes()))
     except OSError as error:
         raise ConfigError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"recipe {path} is not valid TOML: {error}") from error
+
+
+def decoded(content: bytes) -> str:
+    """Text in UTF-8, 16 or 32, with or without a byte order mark; ValueError for other bytes."""
+    try:
+        # JSON's standard tells them apart by where zeros stand, which holds for any ASCII text.
+        return content.decode(json.detect_encoding(content))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"wanted UTF-8 or UTF-16, got a byte {content[error.start]:#04x} at {error.start:,} "
+            f"that is neither, as in Latin-1 or Windows-1252; convert it, for instance by "
+            f"`iconv -f WINDOWS-1252 -t UTF-8`"
+        ) from error
 
 
 def of_table(kind: type, name: str, table: dict[str, Any], where: str) -> Any:
@@ -157,7 +199,7 @@ def _convert(value: Any, hint: Any) -> Any:
             return value
         raise TypeError("one of " + ", ".join(repr(a) for a in arguments))
     if type(None) in arguments:
-        if value == "none":
+        if value in ("none", "None"):  # as the command line's own spelling is
             return None
         wanted = []
         for inner in arguments[:-1]:  # None is the last

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from oisd.data.examples import DataError
+from oisd.schema import decoded
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -91,6 +92,9 @@ def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
     if start == "[" or (start == "{" and path.suffix.lower() == ".json"):
         try:
             whole = _parse(text)
+        except _TwiceError as error:
+            line = _line_of_second(text, error.key)
+            raise _twice(path, line, error) from error
         except ValueError as error:
             # Several objects, one a line, in a file called .json, are read below.
             if start == "[" or "Extra data" not in str(error):
@@ -105,6 +109,8 @@ def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
         if line.strip():
             try:
                 row = _parse(line)
+            except _TwiceError as error:
+                raise _twice(path, number, error) from error
             except ValueError as error:
                 raise _not_json(path, f"line {number}: {error}") from error
             yield _checked(path, f"line {number}", row)
@@ -140,13 +146,53 @@ def _checked(path: Path, where: str, row: Any) -> dict[str, Any]:
     return row
 
 
+def _twice(path: Path, line: int, error: _TwiceError) -> DataError:
+    return DataError(f"{path}: line {line}: {error}; keep one of them")
+
+
+def _line_of_second(text: str, key: str) -> int:
+    """The line in which a key stands for the second time in the first object with it twice."""
+    found: list[int] = []
+
+    def positions(start: tuple[str, int], *rest: Any) -> tuple[Any, int]:
+        pairs, end = read_object(start, *rest)
+        if not found and [name for name, _ in pairs].count(key) > 1:
+            written = "|".join(re.escape(json.dumps(key, ensure_ascii=a)) for a in (True, False))
+            places = re.finditer(rf"({written})\s*:", text[start[1] : end])
+            found.append(start[1] + max((place.start() for place in places), default=0))
+        return pairs, end
+
+    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: pairs)
+    read_object, decoder.parse_object = decoder.parse_object, positions
+    # The scanner in C would not call it.
+    decoder.scan_once = json.scanner.py_make_scanner(decoder)  # pyright: ignore
+    decoder.decode(text)
+    return text.count("\n", 0, found[0]) + 1
+
+
 def _not_json(path: Path, reason: str) -> DataError:
     return DataError(f"{path}: is not JSON: {reason}")
 
 
+class _TwiceError(ValueError):
+    """A key stands twice in one object, of which JSON's readers silently take the last."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"the key {key!r} stands twice in one object")
+        self.key = key
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _TwiceError(next(key for i, key in enumerate(keys) if key in keys[:i]))
+    return found
+
+
 def _parse(text: str) -> Any:
     try:
-        return json.loads(text, parse_float=Decimal, parse_int=_integer)
+        return json.loads(text, parse_float=Decimal, parse_int=_integer, object_pairs_hook=_object)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 
@@ -157,14 +203,7 @@ def _integer(digits: str) -> int | Decimal:
 
 
 def _text_of(path: Path) -> str:
-    content = path.read_bytes()
-    # As JSON's standard tells UTF-8, 16 and 32 apart, with and without a byte order mark.
-    encoding = json.detect_encoding(content)
     try:
-        return content.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: wanted UTF-8 or UTF-16, got a byte {content[error.start]:#04x} at "
-            f"{error.start:,} that is neither, as in Latin-1 or Windows-1252; convert it, for "
-            f"instance by `iconv -f WINDOWS-1252 -t UTF-8`"
-        ) from error
+        return decoded(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error

@@ -52,6 +52,12 @@ def render_prompt(
     except Exception as error:
         roles = ", ".join(message.role for message in messages)
         reason = " ".join(str(error).split())
+        if not (continued and isinstance(error, ValueError) or _is_refusal(error)):
+            raise DataError(
+                f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} is broken: "
+                f"{type(error).__name__}: {reason}. Take the model's own, or set chat_template to "
+                f"false for plain text"
+            ) from error
         remedy = (
             "If it cannot continue the assistant's words, end the conversation with the user's"
             if continued
@@ -62,6 +68,13 @@ def render_prompt(
             f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} refuses a "
             f"conversation of roles {roles}: {reason}. {remedy}"
         ) from error
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a template said so itself, by `raise_exception`."""
+    from jinja2 import TemplateError  # comes with what renders templates
+
+    return type(error) is TemplateError
 
 
 def _uses_chat_template(tokenizer: Any, chat_template: bool | None) -> bool:

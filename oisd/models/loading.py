@@ -139,7 +139,7 @@ def _require_all_weights(model: nn.Module, found: dict[str, Any], named: str) ->
     texts = [f"{key} {[*theirs]}, wanted {[*ours]}" for key, theirs, ours in sizes]
     parts = [
         *_listed("lacks", missing),
-        *_listed("has unknown", unexpected),
+        *_listed("has", unexpected, "unknown "),
         *_listed("has other shapes of", texts),
     ]
     if not parts:
@@ -154,10 +154,11 @@ def _require_all_weights(model: nn.Module, found: dict[str, Any], named: str) ->
     )
 
 
-def _listed(what: str, keys: Collection[str]) -> Iterator[str]:
+def _listed(what: str, keys: Collection[str], kind: str = "") -> Iterator[str]:
     if keys:
         first = ", ".join([*keys][:3])
-        yield f"{what} {len(keys)} weights ({first}{', ...' if len(keys) > 3 else ''})"
+        weights = f"{kind}weight{'s' * (len(keys) > 1)}"
+        yield f"{what} {len(keys)} {weights} ({first}{', ...' if len(keys) > 3 else ''})"
 
 
 def require_savable(model: Any, tokenizer: Any, named: str) -> None:

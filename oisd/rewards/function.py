@@ -13,6 +13,13 @@ class RewardError(RuntimeError):
 
 
 def check_batch(name: str, completions: Sequence[str], answers: Sequence[str]) -> None:
+    for argument, strings in (("completions", completions), ("answers", answers)):
+        if isinstance(strings, str) or not isinstance(strings, Sequence):
+            raise ValueError(
+                f"{name}: {argument} must be a list of strings, got "
+                f"{'one string' if isinstance(strings, str) else type(strings).__name__}; for one "
+                f'completion pass lists of one: {name}(["..."], ["..."])'
+            )
     if len(completions) != len(answers):
         raise ValueError(
             f"{name}: wanted one answer per completion, got {len(completions)} completions "

@@ -1,5 +1,6 @@
 """A reward function of the user's own, `module:function`, in a worker process with a deadline."""
 
+import dis
 import importlib
 import math
 import os
@@ -7,8 +8,10 @@ import reprlib
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
+from contextlib import suppress
 from functools import partial
+from types import CodeType
 from typing import Any
 
 from pebble import ProcessExpired
@@ -33,16 +36,43 @@ def _why(error: BaseException) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
+def _in_a_line(error: BaseException, module_name: str) -> str:
+    """Why a module cannot be imported, and the line of the user's that raised."""
+    name = getattr(error, "name", None)
+    if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{name}."):
+        return f"there is none of that name in {os.getcwd()} or among the installed packages"
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
+    return f"{text} ({places[-1].filename}, line {places[-1].lineno})" if places else text
+
+
+def _imports(code: CodeType | None) -> Iterator[str]:
+    """The modules that a function's own code imports when it runs."""
+    if code is None:
+        return
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME":
+            yield instruction.argval
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _imports(constant)
+
+
 def _find_user(name: str) -> tuple[Any, str | None]:
     """The user's function, and what is wrong with it; SystemExit must not end a worker."""
     module_name, _, attribute = name.partition(":")
     try:
         module = importlib.import_module(module_name)
     except BaseException as error:
-        return None, f"cannot import module {module_name!r}:\n{_why(error)}"
+        return None, f"cannot import module {module_name!r}: {_in_a_line(error, module_name)}"
     function = getattr(module, attribute, None)
     if function is None:
         return None, f"module {module_name!r} ({module.__file__}) has no attribute {attribute!r}"
+    for name in _imports(getattr(function, "__code__", None)):
+        # What the first call would import counts as importing, not as grading.
+        with suppress(BaseException):
+            importlib.import_module(name)
     return function, None if callable(function) else f"it is a {type(function).__name__}"
 
 

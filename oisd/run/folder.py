@@ -48,6 +48,10 @@ class RunFolderError(RuntimeError):
     """The run's folder cannot be used: not writable, full, or of another run."""
 
 
+class OtherRunError(RunFolderError):
+    """The folder holds another run than the one that was asked for: refused before any work."""
+
+
 class RunFolder:
     """Everything that a run writes. Only the first process of a run writes."""
 
@@ -92,7 +96,7 @@ class RunFolder:
         fixed = ("run.steps",) if ours.optimizer.schedule == "cosine" else ()
         changed = [d for d in found if d.startswith(fixed) or not _MAY_CHANGE.match(d)]
         if changed:
-            raise RunFolderError(
+            raise OtherRunError(
                 f"{self.path} holds a run with other settings (there != here):\n  "
                 + "\n  ".join(changed)
                 + "\nContinue it with its own settings, choose another folder by "
@@ -127,7 +131,7 @@ class RunFolder:
                 if provenance.is_unknown(now["model"]):
                     now["model"] = then["model"]
                 if changed := provenance.changes(then, now, model, reward):
-                    raise RunFolderError(
+                    raise OtherRunError(
                         f"{self.path} holds a run that began with something else under the same "
                         f"names; changed since: {'; '.join(changed)}. Put back what it began with, "
                         "choose another folder by --run.output-dir, or delete the run and start "

@@ -141,7 +141,7 @@ def test_unknown_recipe_and_unknown_option(capsys):
 def test_folder_of_another_run_is_refused_by_the_settings_that_differ(in_tmp_path, capsys):
     assert main(SMALL) == 0
     before = (in_tmp_path / "run" / "metrics.jsonl").read_bytes()
-    assert main([*SMALL, "--optimizer.learning-rate", "0.5"]) == 1
+    assert main([*SMALL, "--optimizer.learning-rate", "0.5"]) == 2
     assert "optimizer.learning_rate: 0.0002 != 0.5" in capsys.readouterr().err
     assert (in_tmp_path / "run" / "metrics.jsonl").read_bytes() == before
     assert main([*SMALL, "--optimizer.learning-rate", "1e-3", "--run.restart", "True"]) == 0

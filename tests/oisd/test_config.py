@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+from oisd.cli import parse_train
 from oisd.config import (
     AlignmentConfig,
     ConfigError,
@@ -366,12 +367,13 @@ def test_differences_name_the_setting():
     [
         (None, "cannot be read: No such file"),
         (b"[run\n", "is not valid TOML"),
-        (b"\xff\xfe", "is not valid TOML"),
+        (b"\xff\xfe[", "is not valid TOML: wanted UTF-8 or UTF-16"),
+        ("# \xe9\n".encode("latin-1"), "is not valid TOML: wanted UTF-8 or .* byte 0xe9 at 2"),
         (b"[run]\nsteps = 1\nsteps = 2\n", "is not valid TOML"),
         (b"[rum]\n", "unknown table"),
         (b"[run]\nsteps = -1\n", "run.steps must be at least 0, got -1"),
     ],
-    ids=["missing", "broken", "not-text", "twice", "unknown-table", "out-of-range"],
+    ids=["missing", "broken", "not-text", "latin-1", "twice", "unknown-table", "out-of-range"],
 )
 def test_a_bad_file_is_named(tmp_path, content, message):
     file = tmp_path / "recipe.toml"
@@ -380,6 +382,31 @@ def test_a_bad_file_is_named(tmp_path, content, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_recipe(file)
     assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_recipes_as_editors_save_them(encoding, tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_bytes('[data]\r\nsystem_prompt = "é"\r\n'.encode(encoding))
+    assert load_recipe(file).data.system_prompt == "é"
+
+
+@pytest.mark.parametrize("word", ["none", "None"])
+@pytest.mark.parametrize("table, key", OPTIONAL, ids=[f"{t}.{k}" for t, k in OPTIONAL])
+def test_each_optional_setting_takes_none_however_it_is_spelled(table, key, word, tmp_path):
+    """In a recipe, and on the command line in both of its ways and under both of its names."""
+    file = tmp_path / "recipe.toml"
+    file.write_text(f'[{table}]\n{key} = "{word}"\n')
+    assert getattr(getattr(load_recipe(file), table), key) is None
+    for name in (key, key.replace("_", "-")):
+        for words in ([f"--{table}.{name}", word], [f"--{table}.{name}={word}"]):
+            assert getattr(getattr(parse_train(words), table), key) is None, words
+
+
+def test_none_stays_a_word_where_it_is_one():
+    words = ["--oisd.lens-norm", "none", "--data.source", "none", "--run.output-dir=none"]
+    config = parse_train(words)
+    assert (config.oisd.lens_norm, config.data.source, config.run.output_dir) == ("none",) * 3
 
 
 def test_reading_a_recipe_imports_neither_torch_nor_transformers():

@@ -274,6 +274,22 @@ def test_a_closed_pipe_is_no_error(command):
     assert done.stderr == "" and done.returncode in (0, 141)
 
 
+def test_a_table_into_a_closed_pipe():
+    """As `oisd plan | head`: rich would take it for a failure."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    call = [sys.executable, "-c", CODE, "plan"]
+    done = subprocess.run(call, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=100)
+    os.close(writer)
+    assert done.stderr == "" and done.returncode == 141
+
+
+@pytest.mark.parametrize("word, meant", [("trian", "train"), ("evla", "eval"), ("Train", "train")])
+def test_an_unknown_command_is_answered_by_the_nearest(word, meant, capsys):
+    assert main([word]) == 2
+    assert capsys.readouterr().err == (f"oisd: unknown command {word!r}; did you mean {meant!r}?\n")
+
+
 @pytest.mark.parametrize(
     ("command", "words"),
     [

@@ -12,6 +12,8 @@ from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.batch import Batch, assemble
 from oisd.config import AlignmentConfig, GRPOConfig, OptimizerConfig, RunConfig, TrainConfig
 from oisd.losses import Metrics
+from oisd.models import UnsupportedModelError
+from oisd.models.dropout import set_dropout
 from oisd.objective import NonFiniteError, Objective, Totals
 from oisd.optimizer import Optimizer
 from oisd.policy import Policy
@@ -53,6 +55,20 @@ def config_of(*, tokens=10**6, aggregation="token-mean", run=None, **oisd):
         optimizer=OptimizerConfig(learning_rate=1e-2, max_grad_norm=1e9),
         run=RunConfig(tokens_per_microbatch=tokens, steps=100, **(run or {})),
     )
+
+
+def test_fused_attention_that_the_update_cannot_run_is_refused_when_the_run_is_made():
+    """Dropout is on in training mode alone, where the taps have not looked."""
+    model = arithmetic_model(0, num_hidden_layers=3, attention_dropout=0.2).train()
+    policy = Policy(model, arithmetic_tokenizer(), torch.float32)
+    fused = config_of(attention_kernel="fused", student_layers=(2,))
+    before = torch.get_rng_state()
+    with pytest.raises(UnsupportedModelError, match="oisd.attention_kernel: .*dropout to 0"):
+        Objective(policy, fused)
+    assert torch.equal(torch.get_rng_state(), before) and model.training
+    Objective(policy, config_of(attention_kernel="separate", student_layers=(2,)))
+    set_dropout(model, 0.0)
+    Objective(policy, fused)
 
 
 @pytest.fixture(scope="module")

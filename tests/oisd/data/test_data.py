@@ -286,6 +286,29 @@ def test_template_that_refuses_a_role(chat_tokenizer):
         render_prompt(chat_tokenizer, "7", system_prompt="8")
 
 
+@pytest.mark.parametrize(
+    "template, says",
+    [
+        ("{% for m in messages %}", "broken: TemplateSyntaxError: "),
+        ("{{ messages[0].content.nothing() }}", "broken: UndefinedError: "),
+        ("{{ messages[0]['content'] + 1 }}", "broken: TypeError: "),
+    ],
+)
+def test_a_broken_template_is_not_taken_for_one_that_refuses(chat_tokenizer, template, says):
+    chat_tokenizer.chat_template = template
+    with pytest.raises(DataError, match=says) as caught:
+        render_prompt(chat_tokenizer, "7", system_prompt="8")
+    assert "system role" not in str(caught.value) and "chat_template to false" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_words_that_a_template_does_not_continue(chat_tokenizer):
+    chat_tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    chat = (Message("user", "5"), Message("assistant", "7"))
+    with pytest.raises(DataError, match="refuses .* end the conversation with the user's"):
+        render_prompt(chat_tokenizer, chat)
+
+
 def examples_of(*prompts):
     return [Example(prompt, "0", f"train/{i}") for i, prompt in enumerate(prompts)]
 

@@ -90,6 +90,22 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
         ("r.jsonl", b'{"question": "q", "answer": "1"}\n{"quest', "line 2"),
         ("r.jsonl", rb'{"question": "\ud83d", "answer": "1"}', "half of a surrogate pair"),
         ("r.jsonl", b'{"question": "q", "answer": NaN}', "is empty"),
+        (
+            "r.jsonl",
+            b'{"question": "q", "answer": "1"}\n\n{"question": "q", "answer": "1", "answer": "2"}',
+            "line 3: the key 'answer' stands twice in one object; keep one",
+        ),
+        (
+            "r.json",
+            b'[{"question": "q", "answer": "1"},\n {"question": "q",\n  "answer": "1",\n'
+            b'  "of": {"answer": 7},\n  "answer":\n"2"}]',
+            "line 5: the key 'answer' stands twice",
+        ),
+        (
+            "r.json",
+            '{"question": ["q"],\n "más": [1],\n "answer": ["1"], "más": [2]}'.encode(),
+            "line 3: the key 'más' stands twice",
+        ),
     ],
 )
 def test_files_that_are_refused_in_one_line(name, content, message, tmp_path):

@@ -177,9 +177,8 @@ def test_a_step_on_its_rewards(conversational, tmp_path):
     assert row["reward"] == 0.5 and row["rewards/math_reward/mean"] == 0.5
     assert row["frac_timeouts"] == 0.0
     assert row["loss/think"] != 0
-    moved = [
-        torch.linalg.norm(p - b) for p, b in zip(trainer.model.parameters(), before, strict=True)
-    ]
+    after = trainer.model.parameters()
+    moved = [torch.linalg.norm(p - b) for p, b in zip(after, before, strict=True)]
     assert max(moved) > 1e-3
 
 

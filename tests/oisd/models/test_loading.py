@@ -63,11 +63,14 @@ def without(part: str, **more: torch.Tensor):
     ("change", "words"),
     [
         (renamed("_orig_mod."), ["lacks 39", "39 weights (_orig_mod.", "prefix '_orig_mod.'"]),
-        (renamed("module."), ["has unknown 39 weights", "prefix 'module.'"]),
-        (without("lm_head"), ["lacks 1 weights (lm_head.weight)", "random"]),
-        (without("lm_head", score=torch.zeros(2, 32)), ["lm_head.weight", "unknown 1", "score"]),
+        (renamed("module."), ["has 39 unknown weights", "prefix 'module.'"]),
+        (without("lm_head"), ["lacks 1 weight (lm_head.weight)", "random"]),
+        (
+            without("lm_head", score=torch.zeros(2, 32)),
+            ["lm_head.weight", "1 unknown weight (score"],
+        ),
         (without("layers.1.mlp"), ["lacks 3", "layers.1.mlp.down_proj"]),
-        (without("-", value_head=torch.zeros(3)), ["has unknown 1 weights (value_head)"]),
+        (without("-", value_head=torch.zeros(3)), ["has 1 unknown weight (value_head)"]),
     ],
     ids=["compiled", "DDP", "no head", "classifier", "no block", "one more"],
 )
@@ -83,7 +86,7 @@ def test_keys_that_do_not_fit_are_named_and_counted(change, words, tmp_path, cap
     [
         (dict(intermediate_size=64), ["other shapes of 12", "[48, 32], wanted [64, 32]"]),
         (dict(num_hidden_layers=5), ["lacks 9", "layers.4."]),
-        (dict(num_hidden_layers=3), ["has unknown 9", "layers.3."]),
+        (dict(num_hidden_layers=3), ["has 9 unknown", "layers.3."]),
         (dict(model_type="gpt_neox", architectures=["GPTNeoXForCausalLM"]), ["lacks", "unknown"]),
         (dict(num_attention_heads="four"), ["expected int"]),
         (dict(model_type="nonesuch"), ["nonesuch"]),

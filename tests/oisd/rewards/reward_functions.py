@@ -18,6 +18,14 @@ def main_module(completions, answers):
     return [float("torch" in sys.modules), float(hasattr(main, "__file__"))]
 
 
+def importing(completions, answers):
+    """Imports when it is called, and says what had been imported by then."""
+    before = "tests.oisd.rewards.slow_to_import" in sys.modules
+    from tests.oisd.rewards.slow_to_import import FAST
+
+    return [float(before) + FAST] * len(completions)
+
+
 def raising(completions, answers):
     raise KeyError("no such thing as " + completions[0])
 

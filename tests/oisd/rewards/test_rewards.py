@@ -507,6 +507,10 @@ def test_user_function_that_hangs(user):
     assert reward(["go"], [""]) == [1.0]
 
 
+def test_what_a_function_imports_itself_is_not_grading(user):
+    assert user("importing", 0.5)(["a"], [""]) == [1.5]
+
+
 def test_user_function_of_the_wrong_length(user):
     with pytest.raises(RewardError, match="returned 2 values for 3 completions") as caught:
         user("one_short")(["a", "b", "c"], [""] * 3)
@@ -535,7 +539,18 @@ BAD_NAMES = {
     "empty": ("", "module:function"),
     "no_module": (":length", "module:function"),
     "no_function": (f"{MODULE}:", "module:function"),
-    "unknown_module": ("no_such_module:length", "cannot import module 'no_such_module'"),
+    "unknown_module": (
+        "no_such_module:length",
+        "cannot import module 'no_such_module': there is none of that name in ",
+    ),
+    "unknown_submodule": (
+        "tests.oisd.no_such:length",
+        "cannot import module 'tests.oisd.no_such': there is none of that name in ",
+    ),
+    "raising_module": (
+        "tests.oisd.rewards.broken_rewards:f",
+        "cannot import module 'tests.oisd.rewards.broken_rewards': KeyError: 'most' (",
+    ),
     "unknown_function": (
         f"{MODULE}:no_such",
         "has no attribute 'no_such'",
@@ -546,8 +561,10 @@ BAD_NAMES = {
 
 @pytest.mark.parametrize("name, problem", BAD_NAMES.values(), ids=BAD_NAMES)
 def test_bad_names(name, problem):
-    with pytest.raises(ValueError, match=re.escape(problem)):
+    with pytest.raises(ValueError, match=re.escape(problem)) as caught:
         load_reward(name)
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+    assert "broken" not in name or "broken_rewards.py, line 7)" in str(caught.value)
 
 
 @pytest.mark.parametrize("timeout_s", [0.0, -1.0, math.inf, math.nan])

@@ -176,7 +176,7 @@ def test_a_run_is_resumed_with_what_it_began_with(name, folder, capsys):
     else:
         change, words = CHANGES[name]
         change(folder)
-    assert train(steps=2) == 1
+    assert train(steps=2) == 2
     printed = capsys.readouterr().err
     assert words.replace("--data", "data.source") in printed
     assert "--run.output-dir" in printed and "--run.restart" in printed
