@@ -87,9 +87,28 @@ def is_prose(phrase: str) -> bool:
     return bool(_WORD.search(phrase)) and not _MATHEMATICS.search(phrase)
 
 
+_MONTHS = "january february march april may june july august september october november december"
+_MONTH = "|".join(_MONTHS.split())
+_DATE = re.compile(
+    rf"(?:(?P<day>\d{{1,2}})\s*(?:of )?(?P<month>{_MONTH})"
+    rf"|(?P<month_>{_MONTH}) (?P<day_>\d{{1,2}}))"
+    r"(?:,? (?P<year>\d{4}))?"
+)
+
+
+def _date(phrase: str) -> Tree | None:
+    """A day with its month in words, in either order, with or without a year."""
+    found = _DATE.fullmatch(" ".join(phrase.replace(" ,", ",").split()))
+    if not found:
+        return None
+    day, month = int(found["day"] or found["day_"]), found["month"] or found["month_"]
+    return ("date", found["year"], month, day) if 1 <= day <= 31 else None
+
+
 def whole_phrase(text: str) -> Tree | None:
-    """What an answer all in words stands for, if it is a set, a limit or a time of day."""
-    return _WHOLE.get(phrase(text).replace("'", ""))
+    """What an answer all in words stands for: a set, a limit, a time of day, a date."""
+    words = phrase(text)
+    return _WHOLE.get(words.replace("'", "")) or _date(words)
 
 
 def scale(word: str) -> Fraction | None:

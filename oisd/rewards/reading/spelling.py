@@ -44,9 +44,32 @@ def _superscript(found: re.Match[str]) -> str:
     return "^{" + found[0].translate(_SUPERSCRIPTS) + "}"
 
 
+_TENS = "twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety"
+_DIGITS = "one|two|three|four|five|six|seven|eight|nine"
+_EVERY_REAL = r"(?:\\text\s*\{)?\s*[aA]ll (?:real numbers|reals)(?: x)?,? except(?: for)?\s*\}?"
+
+_BETWEEN = r"(?:,|\s|and|\\text\s*\{\s*and\s*\})+"
+
+
+def _all_but(found: re.Match[str]) -> str:
+    return r"\setR \setminus \{" + re.sub(r"\\text\s*\{\s*and\s*\}|and", ",", found[1]) + r"\}"
+
+
 _REWRITTEN: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = tuple(
     (re.compile(pattern), wanted)
     for pattern, wanted in (
+        (r"(?s)^.*####\s*", ""),  # GSM8K's mark of an answer
+        # signs that end a proof, "for all n"
+        (r"(?<=[\w})\]%$])(?:\\?\s)*\\(?:checkmark|(?:black)?square|qed(?:symbol)?|Box)\s*\.?\s*$",
+         ""),
+        (r"(?<=[\w})\]])\s*,?\s*(?:\\text\s*\{)?\s*,?\s*for (?:all|every|any)\s*\}?\s*"
+         r"[a-z]\s*\}?\s*$", ""),
+        (rf"^{_EVERY_REAL}\s*(?:x\s*=\s*)?(-?\d+(?:{_BETWEEN}-?\d+)*)\s*\}}?$", _all_but),
+        (rf"(?i)(?<![\w-])({_TENS})-({_DIGITS})(?![\w-])", r"\\text{\1-\2}"),
+        (r"(?<![a-zA-Z\\])Rs\.?\s*(?=\d)", "₹"),
+        (r"^\{?\s*(\w+)\s*\\choose\s*\{?\s*(\w+)\s*\}?\s*\}?$", r"\\binom{\1}{\2}"),
+        (r"^(\d+)\s*h(?:rs?)?\s*(\d+)\s*m(?:ins?)?$", r"\1\\text{ h }\2\\text{ min}"),
+        (r"\\(?:widehat|hat|vec)\s*\{\s*\\?([ijk])(?:math)?\s*\}", r" \1 "),  # unit vectors
         ("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+", _superscript),
         # 2,\!345, 2,\! 345 and 2{,}345; elsewhere \! is nothing
         (r"\\!\s*,|,\s*\\!(?:\s*\\!)*|\{,\}\s*(?:\\!)?", GROUP),

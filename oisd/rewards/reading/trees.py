@@ -12,7 +12,8 @@ Shapes, which `verdicts.compare` compares:
     ("union" | "inter" | "minus", a, b), ("space", "R"), ("rel", sides, signs), ("dots",),
     ("matrix", kind, rows), ("quantity", value, Unit), ("ratio", *numbers), ("based", digits, base),
     ("time", minutes, half of the day or None, numbers), ("choice", letter, rest or None),
-    ("text", words), ("label", words), ("mod", name or None, residue, modulus)
+    ("date", year or None, month, day), ("text", words), ("label", words),
+    ("mod", name or None, residue, modulus)
 """
 
 from __future__ import annotations

@@ -9,12 +9,16 @@ from functools import lru_cache
 from oisd.rewards.reading import NeedsAlgebra, Unreadable, read
 from oisd.rewards.reading.phrases import is_prose
 from oisd.rewards.reading.spelling import tidy
+from oisd.rewards.reading.trees import Tree
 from oisd.rewards.verdicts.compare import same
-from oisd.rewards.verdicts.equality import EXPRESSIONS
+from oisd.rewards.verdicts.equality import EXPRESSIONS, is_constant
 from oisd.rewards.verdicts.values import TooBig, Undefined, allow
 
 # 0,5 is a decimal only where a number is asked for.
 _DECIMAL_COMMA = re.compile(r"[-+]?(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))")
+_SHORTENED = re.compile(r"(\\?[$€£]?[-+]?\d+(?:\.\d+)?)([kKM])")
+_CHOICES = re.compile(r"[A-J]{2,6}")
+_LISTED = re.compile(r"\(?[A-J]\)?(?:(?:\s*[,;&]\s*|\s+)(?:and\s+)?\(?[A-J]\)?)+")
 _NUMBER = re.compile(r"[-+]?\d{1,1000}(?:\.\d{1,1000})?", re.A)
 
 
@@ -49,6 +53,8 @@ def verdict(answer: str, gold: str) -> bool | None:
         return True
     if not key(answer) or not wanted:
         return False
+    if _same_choices(answer, gold) or _same_choices(gold, answer):
+        return True
     try:
         golds, answers = read(gold), read(answer)
     except NeedsAlgebra:
@@ -71,4 +77,26 @@ def verdict(answer: str, gold: str) -> bool | None:
                 pass
     if _DECIMAL_COMMA.fullmatch(answer.strip()) and golds[0][0] in EXPRESSIONS:
         return verdict(answer.replace(",", "."), gold)
+    if (whole := _in_full(answer)) and _is_number(golds[0]):
+        return verdict(whole, gold)
+    if (whole := _in_full(gold)) and "." in whole and _is_number(answers[0]):
+        return verdict(answer, whole)
     return None if undecided else False
+
+
+def _in_full(text: str) -> str:
+    """1.2 million for 1.2M, 3.5 thousand for 3.5k; "" for another text."""
+    found = _SHORTENED.fullmatch(text)
+    return f"{found[1]} {'million' if found[2] == 'M' else 'thousand'}" if found else ""
+
+
+def _is_number(tree: Tree) -> bool:
+    return tree[0] == "quantity" or (tree[0] in EXPRESSIONS and is_constant(tree))
+
+
+def _same_choices(run: str, listed: str) -> bool:
+    """BC for B and C, where several letters are to be chosen."""
+    if not (_CHOICES.fullmatch(run) and _LISTED.fullmatch(listed)):
+        return False
+    letters = re.findall("[A-J]", listed)
+    return sorted(set(run)) == list(run) == sorted(letters)

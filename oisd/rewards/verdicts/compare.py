@@ -22,6 +22,7 @@ from oisd.rewards.verdicts.equality import (
 )
 from oisd.rewards.verdicts.quantities import (
     same_based,
+    same_clock,
     same_family,
     same_modulo,
     same_percent,
@@ -63,6 +64,8 @@ def same(gold: Tree, answer: Tree) -> bool:
                 return same_region(g, a)
     if "rel" in kinds:
         return _same_relation(gold, answer)
+    if kinds == {"quantity", "ratio"}:
+        return same_clock(gold, answer)
     if "quantity" in kinds and kinds & {"pct", "time"}:
         return False
     if "pct" in kinds:

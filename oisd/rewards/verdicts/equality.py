@@ -191,7 +191,15 @@ def same_expression(gold: Tree, answer: Tree) -> bool:
     if (decimal := _decimal(gold)) and is_constant(answer) and not _has_decimals(answer):
         significant = len(str(abs(int(decimal[0] * 10 ** decimal[1]))))
         return significant >= 5 and decimal[1] >= 4 and rounds_to(answer, *decimal)
-    return _same_up_to_constant(gold, answer)
+    return _same_up_to_constant(gold, answer) or _same_but_for_case_of_c(gold, answer)
+
+
+def _same_but_for_case_of_c(gold: Tree, answer: Tree) -> bool:
+    """x^2 + C for x^2 + c; no other constant, since a small c may be given."""
+    fits = _ends_in(gold, "c") and _ends_in(answer, "C") and len(symbols(gold)) > 1
+    if not fits or "C" in symbols(gold) or "c" in symbols(answer):
+        return False
+    return equal(gold, replaced(answer, ("sym", "C"), ("sym", "c")))
 
 
 def _same_up_to_constant(gold: Tree, answer: Tree) -> bool:

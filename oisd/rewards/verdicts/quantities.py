@@ -88,9 +88,25 @@ def same_ratio(gold: Tree, answer: Tree, same: Same) -> bool:
 def same_based(gold: Tree, answer: Tree) -> bool:
     if gold[0] == answer[0] == "based":
         return gold == answer
-    based, other = (gold, answer) if gold[0] == "based" else (answer, gold)
-    number = exact(other) if other[0] == "num" else None
-    return number is not None and str(number) == based[1]
+    if gold[0] == "based":  # whose base the question has
+        number = exact(answer) if answer[0] == "num" else None
+        return number is not None and str(number) == gold[1]
+    # A base that the gold does not have is part of the answer: 101_2 is 5, not 101.
+    return exact(gold) == int(answer[1], answer[2]) if is_constant(gold) else False
+
+
+def same_clock(gold: Tree, answer: Tree) -> bool:
+    """A length of time and h:mm:ss."""
+    length, clock = (gold, answer) if gold[0] == "quantity" else (answer, gold)
+    parts = [exact(part) for part in clock[1:]]
+    total = exact(length[1])
+    if length[2].dims != (("second", 1),) or length[2].pi or total is None or len(parts) != 3:
+        return False
+    if any(part is None or part.denominator != 1 for part in parts):
+        return False
+    hours, minutes, seconds = (part for part in parts if part is not None)
+    in_range = max(minutes, seconds) < 60
+    return in_range and total * length[2].factor == 3600 * hours + 60 * minutes + seconds
 
 
 def same_modulo(gold: Tree, answer: Tree, same: Same) -> bool:

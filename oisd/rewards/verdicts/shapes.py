@@ -66,7 +66,7 @@ def normal(tree: Tree) -> Tree:
     if form in EXPRESSIONS | {"pm"} and has(tree, "pm"):
         return ("list", "or", _signed(tree, True), _signed(tree, False))
     if form == "set":
-        return ("set", *(i for item in tree[1:] for i in items_of(normal(item))))
+        return _numbers(("set", *(i for item in tree[1:] for i in items_of(normal(item)))))
     if form == "union":
         parts = [normal(part) for part in tree[1:]]
         if all(part[0] == "set" for part in parts):
@@ -121,6 +121,26 @@ def _equation(sides: Sequence[Tree], signs: Sequence[str]) -> tuple[Tree, ...] |
     if any(not equal(constants[0], other) for other in constants[1:]):
         return None
     return tuple(kept)
+
+
+def _numbers(tree: Tree) -> Tree:
+    """The set that {1, 2, 3, ...} or {..., -1, 0, 1, ...} is; another one as it stands."""
+    open_below, open_above = tree[1] == ("dots",), tree[-1] == ("dots",)
+    items = tree[1 + open_below : len(tree) - open_above]
+    found = [value(item) if is_constant(item) else None for item in items]
+    consecutive = len(found) >= 3 and all(
+        isinstance(n, Fraction) and n == i for i, n in enumerate(found, _first(found))
+    )
+    if not (open_above and consecutive):
+        return tree
+    if open_below:
+        return ("space", "Z") if num(0) in items else tree
+    return ("space", "N") if _first(found) == 1 else tree
+
+
+def _first(values: Sequence[object]) -> int:
+    first = values[0]
+    return int(first) if isinstance(first, Fraction) and first.denominator == 1 else 0
 
 
 def items_of(tree: Tree) -> tuple[Tree, ...]:

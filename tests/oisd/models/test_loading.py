@@ -62,7 +62,10 @@ def without(part: str, **more: torch.Tensor):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (renamed("_orig_mod."), ["lacks 39", "39 weights (_orig_mod.", "prefix '_orig_mod.'"]),
+        (
+            renamed("_orig_mod."),
+            ["lacks 39", "39 unknown", "prefix '_orig_mod.'"],
+        ),
         (renamed("module."), ["has 39 unknown weights", "prefix 'module.'"]),
         (without("lm_head"), ["lacks 1 weight (lm_head.weight)", "random"]),
         (
