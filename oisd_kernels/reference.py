@@ -163,9 +163,20 @@ def linear_logprob(
         # confident token has no digits left.
         lowest, label = torch.finfo(dtype).min, labels[:, None]
         others = logits.scatter(-1, label, lowest).logsumexp(-1)
-        logprob = logsigmoid(logits.gather(-1, label)[:, 0] - others).clamp_min(lowest)
+        logprob = logsigmoid(logits.gather(-1, label)[:, 0] - others)
         logits = logits.detach()
+        logprob = with_masked_labels(logprob)
         return LinearLogprob(logprob, _entropy(_log_softmax(logits)), logits.logsumexp(-1))
+
+
+# No log-probability of a token that a model can give is as low: some bias of -inf or near it, or a
+# kernel's number for it, stands behind.
+_MASKED = -1e29
+
+
+def with_masked_labels(logprob: Tensor) -> Tensor:
+    """Log-probabilities [N] of labels, -inf for one that a bias masks; the gradient stays."""
+    return logprob + torch.where(logprob.detach() < _MASKED, -torch.inf, 0.0)
 
 
 def attention(
@@ -326,7 +337,9 @@ def _divergence(lp: Tensor, lq: Tensor, divergence: str, beta: float) -> Tensor:
 def _log_softmax(scores: Tensor, visible: Tensor | None = None) -> Tensor:
     """Log-softmax whose masked entries are the lowest finite number instead of -inf.
 
-    Their probability is exactly 0 and differences stay finite, so they add 0 to loss and gradient.
+    Their probability is exactly 0 and differences stay finite, so they add 0 to loss and gradient,
+    but for a forward KL whose teacher gives them something: that is infinite, here as large as
+    floats go, and its gradient q - p. So the gradient passes as if the number were -inf.
     A row that sees nothing is uniform: finite, for the caller to drop. Written out, because on CPUs
     torch's log_softmax adds a row up one by one: 8e-6 off in float32 at a vocabulary of 150,000,
     where the pairwise sum of logsumexp is 4e-7 off.
@@ -337,7 +350,29 @@ def _log_softmax(scores: Tensor, visible: Tensor | None = None) -> Tensor:
     if visible is not None:
         scores = scores.masked_fill(~visible, lowest)
     scores = scores - scores.detach().amax(-1, keepdim=True)
-    return (scores - scores.logsumexp(-1, keepdim=True)).clamp_min(lowest)
+    return _Finite.apply(scores - scores.logsumexp(-1, keepdim=True))  # pyright: ignore
+
+
+class _Finite(torch.autograd.Function):
+    """The lowest finite number for -inf; the gradient passes, which that of a clamp would not."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clamp_min(torch.finfo(x.dtype).min)
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:  # pyright: ignore
+        return gradient
+
+    @staticmethod
+    def jvp(ctx: object, tangent: Tensor) -> Tensor:  # pyright: ignore
+        return tangent.clone()
 
 
 def _entropy(lq: Tensor) -> Tensor:

@@ -89,6 +89,8 @@ def distillation_divergence(  # pyright: ignore[reportInconsistentOverload]  # s
         token_weight: [N], signed, any float dtype; receives no gradient. Rows of weight 0 are
             dropped before any matmul.
         divergence: "jsd", "forward_kl" = KL(teacher||student), "reverse_kl" = KL(student||teacher).
+            A KL that is infinite, as where a bias of -inf masks what the other one can give, is a
+            number as large as floats go; the gradient of the forward one is q - p there too.
         beta: the teacher's share of the mixture of "jsd", in (0, 1).
         temperature: divides both models' logits, above 0.
         logit_scale, teacher_logit_scale: multiply the logits first, above 0.

@@ -65,6 +65,9 @@ def linear_logprob(
         (logprob, entropy, logsumexp), each [N] in nats; float32, or float64 if hidden, weight or
         bias is. `entropy` and `logsumexp` are detached: no gradient passes through them.
 
+    A label that `bias` masks by -inf has the log-probability -inf, and its gradient is that of
+    torch's log_softmax: W_label - E_q[W] to `hidden`. So it is for a bias below -1e29.
+
     All float dtypes may be mixed; the computation is in the dtype of the result, autocast or not.
 
     Raises:

@@ -95,7 +95,8 @@ def policy_head(
     Returns:
         `PolicyHead`; float32, or float64 if an input is. In `stats`, `teacher_entropy` is that of
         tokens with a student row, at the divergence's temperature; what it holds for the others
-        depends on `impl`.
+        depends on `impl`. A label that `bias` masks is as in `linear_logprob`; with `policy`, its
+        loss is not finite.
 
     Raises:
         ValueError: a shape, dtype, device or value is not as above.

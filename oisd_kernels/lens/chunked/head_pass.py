@@ -35,6 +35,7 @@ from oisd_kernels.lens.chunked.record import HeadCall, HeadResult, allocate
 from oisd_kernels.lens.chunked.rows import FinalRows, RowMath, Rows
 from oisd_kernels.lens.policy_loss import policy_loss, policy_slope
 from oisd_kernels.op import custom_op, keep, kept, without_tensors
+from oisd_kernels.reference import with_masked_labels
 
 
 def row_functions(device: torch.device) -> Rows:
@@ -124,6 +125,7 @@ class _Pass:
         out.logsumexp[where] = final.logsumexp
         if labels is None:
             return
+        final = final._replace(logprob=with_masked_labels(final.logprob))
         out.logprob[where] = final.logprob
         factor = self._final_factor(where, final.logprob)
         if not (call.final_grad or call.final_weight_grad):

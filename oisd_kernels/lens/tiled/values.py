@@ -30,6 +30,7 @@ from oisd_kernels.lens.tiled.tiles import (
     Work,
     launch_tile,
 )
+from oisd_kernels.reference import with_masked_labels
 
 FIELDS = 9  # of a row and a split, 4 bytes each: the most that a kernel leaves behind
 
@@ -104,7 +105,7 @@ def logprob_values(
         log_total = (others.total + own).log()
         # Without a label, 0 * -inf.
         moment = others.moment(fields[2]) + torch.where(own > 0, own * score, 0)
-        logprob[tokens] = run.put(score - log_total)[0]
+        logprob[tokens] = with_masked_labels(run.put(score - log_total)[0])
         entropy[tokens] = run.put(log_total - moment / (others.total + own))[0]
         logsumexp[tokens] = run.put(others.largest + log_total)[0]
     return logprob, entropy, logsumexp
