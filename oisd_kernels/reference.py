@@ -19,7 +19,7 @@ so that they cost nothing and a NaN in them reaches nothing.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -363,15 +363,17 @@ class _Finite(torch.autograd.Function):
         return x.clamp_min(torch.finfo(x.dtype).min)
 
     @staticmethod
-    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
-        pass
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output == torch.finfo(output.dtype).min)
 
     @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:  # pyright: ignore
-        return gradient
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # pyright: ignore
+        # A probability of 0 times a logarithm times a weight above 1, which overflows.
+        (masked,) = ctx.saved_tensors
+        return gradient.masked_fill(masked & gradient.isnan(), 0.0)
 
     @staticmethod
-    def jvp(ctx: object, tangent: Tensor) -> Tensor:  # pyright: ignore
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # pyright: ignore
         return tangent.clone()
 
 
