@@ -29,6 +29,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
@@ -44,6 +45,7 @@ from oisd.integrations.alignment import reduced_means
 from oisd.integrations.versions import Versions
 from oisd.losses import Metrics, add_metrics
 from oisd.models import Taps
+from oisd.models.dropout import dropout_rates
 from oisd.models.layout import unwrap
 
 VENDOR = "oisd"
@@ -142,6 +144,22 @@ def _refuse(model_config: Any, engine_config: Any) -> None:
         )
     if wrong:
         raise ValueError(f"OISDEngine: {wrong}")
+
+
+def _warn_of_dropout(model: nn.Module) -> None:
+    """verl puts the model into training mode for the update, but not for log-probabilities."""
+    if rates := dropout_rates(model):
+        named = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        settings = " ".join(
+            f"+actor_rollout_ref.model.override_config.{name}=0.0"
+            for name in rates
+            if " " not in name
+        )
+        warnings.warn(
+            f"OISDEngine: the model's dropout ({named}) is on in the update but not in the "
+            f"rollouts: noise in each ratio and in the KL term; set {settings or 'it to 0'}",
+            stacklevel=3,
+        )
 
 
 class Responses(NamedTuple):
@@ -312,6 +330,8 @@ class OISDEngine(FSDPEngineWithLMHead):
 
     def _build_model_optimizer(self) -> None:
         super()._build_model_optimizer()
+        if not self.engine_config.forward_only:
+            _warn_of_dropout(unwrap(self.module))
         if self._align.active:
             with self._autocast():
                 self._taps = self._make_taps()

@@ -6,8 +6,10 @@ Here both are errors, except for what ties and the model's class make good.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from transformers.utils import logging as bars
 from oisd.config import ConfigError
 
 _LFS = b"version https://git-lfs"
+_FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
 _WEIGHTS = re.compile(r"(adapter_)?model.*\.safetensors")
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt"}
 # Constants that older checkpoints hold as buffers: rotary frequencies and causal masks.
@@ -53,8 +56,31 @@ def read_model(source: str | Path, named: str, **options: Any) -> Any:
         raise ConfigError(f"{named} cannot be loaded: {here}{in_short(error)}") from error
     model, found = loaded
     _require_all_weights(model, found, named)
+    if method := _claimed_quantisation(Path(source)):
+        warnings.warn(
+            f"{named}: its config.json says that its weights are quantised ({method}), but they "
+            f"are plain floats and were read as such; take quantization_config out of config.json "
+            f"if they are meant to be, or else copy the quantised weights again",
+            stacklevel=2,
+        )
     _make_savable(model)
     return model
+
+
+def _claimed_quantisation(folder: Path) -> str:
+    """The quantisation that a folder's config names and none of its weights has; else ""."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        claimed = config.get("quantization_config")
+    except (OSError, ValueError, AttributeError):  # not of a folder, or transformers' own trouble
+        return ""
+    if not claimed:
+        return ""
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            if any(weights.get_slice(key).get_dtype() not in _FLOATS for key in weights.keys()):
+                return ""
+    return str(claimed.get("quant_method", claimed) if isinstance(claimed, dict) else claimed)
 
 
 def read_tokenizer(source: str | Path, named: str, *, trust_remote_code: bool) -> Any:

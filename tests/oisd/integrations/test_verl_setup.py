@@ -6,6 +6,7 @@ from tests.oisd.integrations import verl_environment  # noqa: F401
 
 # isort: split
 
+import warnings
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ from tests.oisd.integrations.verl_runs import (
     save_models,
     start_gloo,
 )
-from tests.tiny_models import LAYERS
+from tests.tiny_models import LAYERS, tiny_model
 
 RECIPES = ROOT / "recipes"
 RECIPE = RECIPES / "qwen3-4b.toml"
@@ -50,6 +51,17 @@ def one_process(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     return save_models(tmp_path_factory.mktemp("models"))
+
+
+def test_dropout_in_the_update_is_named_with_the_setting(tmp_path):
+    tiny_model("qwen3", attention_dropout=0.2).save_pretrained(tmp_path / "noisy")
+    setting = r"\(attention_dropout 0.2\).*\+actor_rollout_ref.model.override_config.attention_dropout=0.0"
+    with pytest.warns(UserWarning, match=setting):
+        engine(tmp_path / "noisy")
+    tiny_model("qwen3").save_pretrained(tmp_path / "quiet")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="OISDEngine")
+        engine(tmp_path / "quiet")
 
 
 def test_verls_registry_has_the_engine_and_only_for_its_vendor(monkeypatch):

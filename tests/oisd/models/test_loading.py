@@ -14,6 +14,7 @@ from oisd import adapters
 from oisd.arithmetic import arithmetic_tokenizer
 from oisd.config import ConfigError, ModelConfig
 from oisd.models.layout import learned_positions
+from oisd.models.loading import read_model
 from oisd.policy import load_policy
 from tests.tiny_models import VOCAB, tiny_model
 
@@ -336,3 +337,23 @@ def test_a_completion_may_fill_the_learned_positions(engine, tmp_path):
         warnings.simplefilter("ignore")
         made = policy.sample([prompt] * 3, [0, 1, 2], max_completion_tokens=31, engine=engine)
     assert made.ids.shape[0] == 3
+
+
+# ---------------------------------------------------------------- a config that says quantised
+
+
+@pytest.mark.parametrize(
+    "claimed", [{"quant_method": "fp8"}, {"quant_method": "home-made", "bits": 3}], ids=str
+)
+def test_plain_weights_under_a_config_that_says_quantised_are_named(claimed, tmp_path):
+    tiny_model("qwen3").save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_model(tmp_path, "model.path 'm'")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": claimed}))
+    method = claimed["quant_method"]
+    with pytest.warns(
+        UserWarning, match=f"model.path 'm': .*quantised \\({method}\\), but .*plain"
+    ):
+        read_model(tmp_path, "model.path 'm'")

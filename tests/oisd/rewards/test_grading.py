@@ -61,10 +61,10 @@ def test_the_table_is_large_and_has_both_verdicts():
 
 def test_the_page_counts_the_limitations():
     limits = Counter(row["limitation"] for row in ROWS if "limitation" in row)
-    assert f"errs on {limits.total()} of the {len(ROWS)} cases" in PAGE
+    assert f"errs on {limits.total()} of the {len(ROWS):,} cases" in PAGE
     assert f"{max(limits.values())} are boxes of 2,000 characters" in PAGE
     strict = sum("string" in row for row in ROWS)
-    assert f"rejects {strict} correct answers written differently" in PAGE
+    assert f"rejects {strict:,} correct answers written differently" in PAGE
 
 
 def test_math_gives_the_humans_verdict():
