@@ -43,8 +43,8 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Off by default."""
     dropout: float | None = 0.0
-    """Replaces each dropout rate above 0 that the model ships; "none" keeps them. Rollouts run without
-    dropout, so that it is noise in the ratios and in the KL term. Not LoRA's own."""
+    """Replaces each dropout rate above 0 that the model ships; "none" keeps them. Rollouts run
+    without dropout, so that it is noise in the ratios and in the KL term. Not LoRA's own."""
     lora_rank: int = 0
     """Rank r of LoRA adapters, which are then the only trained weights; 0 trains the model."""
     lora_alpha: float = 32.0

@@ -150,11 +150,8 @@ def _warn_of_dropout(model: nn.Module) -> None:
     """verl puts the model into training mode for the update, but not for log-probabilities."""
     if rates := dropout_rates(model):
         named = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
-        settings = " ".join(
-            f"+actor_rollout_ref.model.override_config.{name}=0.0"
-            for name in rates
-            if " " not in name
-        )
+        before = "+actor_rollout_ref.model.override_config."
+        settings = " ".join(f"{before}{name}=0.0" for name in rates if " " not in name)
         warnings.warn(
             f"OISDEngine: the model's dropout ({named}) is on in the update but not in the "
             f"rollouts: noise in each ratio and in the KL term; set {settings or 'it to 0'}",
