@@ -218,6 +218,25 @@ def test_a_resumed_run_raises_at_the_same_step_and_not_again(tmp_path, caplog):
         assert len([r for r in caplog.records if "alarm" in r.getMessage()]) == said_again
 
 
+HEALTHY = {"reward": 0.5, "frac_reward_zero_std": 0.3, "completions/clipped_ratio": 0.2,
+           "entropy": 0.5, "sampling/sampling_logp_difference/mean": 0.01}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, changes, step",
+    [
+        ("all_cut_off", {"completions/clipped_ratio": 1.0}, 3),
+        ("sampler_gap", {"sampling/sampling_logp_difference/mean": 0.2}, 1),
+        ("entropy_low", {"entropy": 0.002}, 10),
+        ("reward_timeouts", {"frac_timeouts": 0.25}, 3),
+    ],
+)
+def test_each_quantity_of_trls_log(name, changes, step, tmp_path):
+    trainer = make(str(tmp_path))
+    found = {n: trainer._new_alarms(HEALTHY | changes, n) for n in range(1, 15)}
+    assert [(n, list(alarm)) for n, alarm in found.items() if alarm] == [(step, [name])]
+
+
 def test_a_healthy_run_raises_none(tmp_path, caplog):
     trainer = make(str(tmp_path), max_steps=12, learning_rate=1e-3)
     trainer.train()

@@ -6,6 +6,7 @@ import math
 import pytest
 
 from oisd.config import AlignmentConfig, GRPOConfig, TrainConfig, from_tables
+from oisd.rewards import RewardFunction
 from oisd.run.alarms import RunAlarms
 from oisd.trainer import Trainer
 
@@ -191,3 +192,26 @@ def test_the_built_in_task_raises_none_and_measures_the_sampler(tmp_path, capsys
         assert row["entropy/policy"] > 0.01
         assert row["grad_norm/grpo"] > row["grad_norm/think"] > 0
         assert row["frac_timeouts"] == 0
+
+
+class Slow(RewardFunction):
+    """Grading that takes too long for two completions of each step but the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def __call__(self, completions: list[str], answers: list[str]) -> list[float]:
+        self.timeouts += 2 * (self.steps > 0)
+        self.steps += 1
+        return [float(i % 3) for i in range(len(completions))]
+
+
+def test_time_outs_are_counted_by_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("oisd.trainer.load_reward", lambda *_: Slow())
+    tables = TABLES | {"run": {**TABLES["run"], "steps": 4, "output_dir": str(tmp_path / "run")}}
+    Trainer(from_tables(tables)).train()
+    written = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert [row["frac_timeouts"] for row in written] == [0.0, 0.125, 0.125, 0.125]
+    (line,) = written[3]["alarms"]
+    assert "too long for 12.5% of the completions" in line
