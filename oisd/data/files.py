@@ -162,7 +162,7 @@ def _line_of_second(text: str, key: str) -> int:
             found.append(start[1] + max((place.start() for place in places), default=0))
         return pairs, end
 
-    decoder = json.JSONDecoder(object_pairs_hook=lambda pairs: pairs)
+    decoder: Any = json.JSONDecoder(object_pairs_hook=lambda pairs: pairs)
     read_object, decoder.parse_object = decoder.parse_object, positions
     # The scanner in C would not call it.
     decoder.scan_once = json.scanner.py_make_scanner(decoder)  # pyright: ignore

@@ -361,7 +361,7 @@ class OISDTrainer(GRPOTrainer):
             if self._alarmed is not self.state:  # a new run, or one that is resumed
                 self._alarmed, self._alarms = self.state, Alarms(_LOOK_AT)
                 for row in self.state.log_history:
-                    self._new_alarms(row, row["step"])
+                    self._new_alarms(row, int(row["step"]))
             means = {n: _mean_measured(found) for n, found in self._metrics["train"].items()}
             for name, line in self._new_alarms(means, self.state.global_step).items():
                 self._metrics["train"][f"alarm/{name}"].append(1.0)
