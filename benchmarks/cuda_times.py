@@ -7,10 +7,11 @@ timed. Rates count the matmuls that a pass cannot avoid, 2*H*T*T*K each, halved 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -103,12 +104,23 @@ def engines() -> list[str]:
     return ["WARP_ENGINE", *(["WARPGROUP_ENGINE", "SPECIALIZED_ENGINE"] if hopper else [])]
 
 
-def lines(name: str, kind: str, call: Call, seconds: float = 3.0) -> Iterator[str]:
-    """A line for each implementation of a pass; `seconds` for all their rounds."""
+class Timed(NamedTuple):
+    """What came of one implementation of a pass."""
+
+    label: str
+    line: str
+    median: float | None = None  # seconds
+    failure: str = ""
+
+
+def timed(
+    name: str, kind: str, call: Call, by: Sequence[str], seconds: float = 3.0
+) -> Iterator[Timed]:
+    """Each implementation of a pass, csrc's by these engines; `seconds` for all their rounds."""
     wanted = call.run(triton_impl, kind)
     start = f"{name:<14} {kind:<10} "
     functions: dict[str, Callable[[], tuple[Tensor, ...]]] = {}
-    candidates = {f"cuda {by}": partial(call.run, cuda_impl, kind, by) for by in engines()}
+    candidates = {f"cuda {one}": partial(call.run, cuda_impl, kind, one) for one in by}
     if kind == "plain":
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
             candidates[f"SDPA {backend.name}"] = partial(call.torch_backward, backend)
@@ -118,22 +130,31 @@ def lines(name: str, kind: str, call: Call, seconds: float = 3.0) -> Iterator[st
             off = error(*(call.defined(found, kind) for found in (function(), wanted)))
         except Exception as failure:
             first = (str(failure).splitlines() or [""])[0]
-            yield f"{start}{label:<24} failed: {type(failure).__name__}: {first}"
+            why = f"failed: {type(failure).__name__}: {first}"
+            yield Timed(label, f"{start}{label:<24} {why}", failure=why)
             continue
         if off <= TOLERANCE:
             functions[label] = function
         else:
-            yield f"{start}{label:<24} wrong: {off:.1e} from Triton's"
+            why = f"wrong: {off:.1e} from Triton's"
+            yield Timed(label, f"{start}{label:<24} {why}", failure=why)
     functions["Triton"] = partial(call.run, triton_impl, kind)
     tokens, heads, width = call.q.shape
     work = MATMULS[kind] * 2.0 * heads * tokens**2 / 2 * width
     plan = timer.Plan(warmup=3, seconds=seconds)
     for label, found in timer.interleaved(functions, plan, call.q.device.type).items():
         median, p20, p80 = timer.spread(found)
-        yield (
+        line = (
             f"{start}{label:<24} {1e3 * median:8.3f} ms ({1e3 * p20:.3f} to {1e3 * p80:.3f})  "
             f"{work / median / 1e12:6.1f} TFLOP/s"
         )
+        yield Timed(label, line, median)
+
+
+def lines(name: str, kind: str, call: Call, seconds: float = 3.0) -> Iterator[str]:
+    """A line for each implementation of a pass."""
+    for found in timed(name, kind, call, engines(), seconds):
+        yield found.line
 
 
 def report() -> int:

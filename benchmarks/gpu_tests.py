@@ -1,19 +1,15 @@
-"""The tests that need a GPU, run first: a benchmark of something broken is worth nothing.
+"""The tests that need a GPU: a pytest plugin that leaves out all others.
 
-A pytest plugin keeps the tests that skip without a GPU, or that have "cuda" among their parameters.
+It keeps those that skip without a GPU, or that have "cuda" among their parameters. With --results
+FILE and --step NAME each test's end is a row of a queue's results (`benchmarks.gpu`) at once.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
-import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure.machine import ROOT
+from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Results
 
 
 def needs_gpu(item: Any) -> bool:
@@ -34,37 +30,34 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     items[:] = kept
 
 
-def run_tests(out: Path, limit: float) -> dict[str, Any]:
-    """Run them within `limit` seconds; a row of results. Output goes to tests.log."""
-    # A test file that cannot be imported must not keep the others from running.
-    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_tests", "tests", "-vv",
-               "--continue-on-collection-errors", "--color=no"]  # fmt: skip
-    start = time.monotonic()
-    path = out / "tests.log"
-    with path.open("wb") as log:
-        try:
-            subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, timeout=limit, check=False
-            )
-            finished = True
-        except subprocess.TimeoutExpired:
-            finished = False
-    return summary(path.read_text(errors="replace"), time.monotonic() - start, finished)
+def pytest_addoption(parser: Any) -> None:
+    """Pytest's hook."""
+    group = parser.getgroup("gpu")
+    group.addoption("--results", help="a queue's results.jsonl, to which each test adds a row")
+    group.addoption("--step", default="", help="the step of these rows")
 
 
-def summary(log: str, seconds: float, finished: bool) -> dict[str, Any]:
-    """Counts out of pytest's output, which is there even if it was stopped."""
-    verdicts = dict(re.findall(r"^(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR)\b", log, re.MULTILINE))
-    verdicts |= {name: "ERROR" for name in re.findall(r"^ERROR (\S+)", log, re.MULTILINE)}
-    count = Counter(verdicts.values())
-    failed = [name for name, found in verdicts.items() if found in ("FAILED", "ERROR")]
-    text = f"{count['PASSED']} passed, {count['SKIPPED']} skipped, {len(failed)} failed"
-    text += f" in {seconds:.0f} s"
-    if failed:
-        text = f"FAILED: {text}: " + ", ".join(failed[:20])
-    elif not finished:
-        text = f"NOT FINISHED: {text}"
-    elif not count["PASSED"]:
-        text = f"NO GPU TEST RAN: {text}; see tests.log"
-    row = {"kind": "tests", "seconds": seconds, "failed": failed, "finished": finished}
-    return row | {"passed": count["PASSED"], "summary": text}
+def pytest_configure(config: Any) -> None:
+    """Pytest's hook: write rows where asked to."""
+    path = config.getoption("--results")
+    if path:
+        config.pluginmanager.register(Writer(Path(path), config.getoption("--step")))
+
+
+class Writer:
+    """A row for each test."""
+
+    def __init__(self, path: Path, step: str):
+        self.results, self.step = Results(path.parent), step
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Pytest's hook: a test's set-up, call or end."""
+        if report.outcome == "passed" and report.when != "call":
+            return
+        verdict = {"passed": PASSED, "failed": FAILED, "skipped": SKIPPED}[report.outcome]
+        reason = ""
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            reason = str(getattr(crash, "message", report.longrepr)).strip().splitlines()[-1][:300]
+        row = {"kind": "test", "step": self.step, "name": report.nodeid, "verdict": verdict}
+        self.results.append(row | {"reason": reason, "seconds": round(report.duration, 2)})

@@ -32,14 +32,13 @@ from benchmarks.cases.case import (
     size,
     verdict,
 )
-from benchmarks.cases.suite import all_cases
 from benchmarks.measure import memory, roofline, timer
 from benchmarks.measure.machine import ROOT, append, describe
 from benchmarks.measure.promises import promises
 from benchmarks.measure.timer import Plan
 
 Row, Runs = dict[str, Any], dict[str, Run]
-MATMUL, COPY = "bare matmul", "copy"
+MATMUL, COPY, TIMES = "bare matmul", "copy", "times"
 LONGEST_REASON = 300
 NO_TIME, NO_START = "the time budget was used up", "the process did not start: see worker.log"
 WORKER = [sys.executable, "-m", "benchmarks.runner"]
@@ -64,6 +63,8 @@ class Options:
     """Seconds since the epoch; no case begins after it."""
     stop: float = float("inf")
     """Seconds since the epoch; a case that still runs then is stopped."""
+    peaks: bool = True
+    """On a CPU: peak memory, each in a fresh process."""
 
     @property
     def rows(self) -> Path:
@@ -78,16 +79,30 @@ class DeviceLost(RuntimeError):
     """The GPU no longer answers, so whatever this process starts next would fail, too."""
 
 
+class Listener:
+    """Hears what a case has come to. This one does not care."""
+
+    def begins(self, what: str) -> bool:
+        """An implementation, or TIMES, is begun; False leaves it out."""
+        return True
+
+    def checked(self, row: Row) -> None:
+        """An implementation's errors and its peak memory are known, its time is not."""
+
+
+NOBODY = Listener()
+
+
 # In the worker
 
 
-def run_case(case: Case, options: Options) -> list[Row]:
+def run_case(case: Case, options: Options, listener: Listener = NOBODY) -> list[Row]:
     """Rows of a case, one for each implementation; a broken one raises nothing."""
     rows = {i.name: blank(case, i) for i in case.implementations}
     try:
         inputs = case.inputs()
-        runs = _checked(case, inputs, options, rows)
-        if runs:
+        runs = _checked(case, inputs, options, rows, listener)
+        if runs and listener.begins(TIMES):
             _free(case.device)
             _measure(case, inputs, runs, options, rows)
     except torch.OutOfMemoryError as error:
@@ -117,7 +132,9 @@ def blank(case: Case, implementation: Implementation) -> Row:
     }
 
 
-def _checked(case: Case, inputs: Inputs, options: Options, rows: Mapping[str, Row]) -> Runs:
+def _checked(
+    case: Case, inputs: Inputs, options: Options, rows: Mapping[str, Row], listener: Listener
+) -> Runs:
     """The correct implementations, ready to be timed; the others' rows say why they are not."""
     small = case.check_inputs(inputs) if case.check_inputs else inputs
     truth: Result | None = None
@@ -127,6 +144,10 @@ def _checked(case: Case, inputs: Inputs, options: Options, rows: Mapping[str, Ro
         absent = not_run(case, implementation, options)
         if absent:
             row["status"], row["reason"] = absent
+            listener.checked(row)
+            continue
+        if not listener.begins(implementation.name):
+            row["status"], row["reason"] = "failed", "it ended an earlier process"
             continue
         if truth is None:
             truth = case.truth(small)
@@ -156,6 +177,7 @@ def _checked(case: Case, inputs: Inputs, options: Options, rows: Mapping[str, Ro
         except Exception as error:
             row["status"], row["reason"] = "failed", _text(error)
             _require_device(case.device)
+        listener.checked(row)
         _free(case.device)
     return runs
 
@@ -206,7 +228,7 @@ def _measure(
             "roofline_s": limit.seconds(case.flops, case.bytes),
             "roofline_percent": limit.percent(case.flops, case.bytes, median),
         }
-        if case.device == "cpu":
+        if case.device == "cpu" and options.peaks:
             try:
                 row["peak_mib"] = memory.cpu_peak(
                     case.name, name, options.threads, timeout=options.case_limit / 2
@@ -244,6 +266,8 @@ def _text(error: BaseException) -> str:
 
 
 def _work(names: Sequence[str], options: Options) -> None:
+    from benchmarks.cases.suite import all_cases  # with the trainer, which imports transformers
+
     torch.set_num_threads(options.threads)
     machine = describe(options.device, options.threads)
     known = {case.name: case for case in all_cases(options.device)}

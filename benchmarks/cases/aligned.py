@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import attention as plain
+from benchmarks.cases import peers
 from benchmarks.cases.case import (
     FULL,
     GPU,
@@ -61,12 +62,16 @@ def case(
         implementations=[
             Implementation(name, partial(backward, kind=kind, impl=impl))
             for name, (kind, impl) in made.items()
-        ],
+        ]
+        + peers.attention_backward(device, dtype),
         flops=5 * 2.0 * H * tokens**2 / 2 * K,
         bytes=(4.0 * H + 4 * J) * tokens * K * dtype.itemsize,
         bound=Bound(1e-2, 2e-2) if dtype == torch.bfloat16 else Bound(1e-5, 1e-4),
         suites=suites,
-        bars=(Bar("ours: with alignment", "median_s", 1.5, "ours: plain"),),
+        bars=(
+            Bar("ours: with alignment", "median_s", 1.5, "ours: plain"),
+            Bar("ours: plain", "median_s", 1 / 0.8, "SDPA flash"),
+        ),
     )
 
 

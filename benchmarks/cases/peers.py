@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.cases.case import PEER, Implementation, Inputs, Run, forward_backward
+from benchmarks.cases.case import PEER, Implementation, Inputs, Result, Run, forward_backward
 
 TRITON_ONLY = "its kernel is Triton for GPUs"
 
@@ -159,24 +159,49 @@ def _apple_cce(inputs: Inputs) -> Run:
 
 # Attention itself
 
+# torch's flash backend is FlashAttention 2.
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+
 
 def attention(device: str, dtype: torch.dtype) -> list[Implementation]:
     """Causal attention, forward and backward: torch's backends by name, FlexAttention, FA2, FA4."""
     no_gpu = None if device == "cuda" else "needs a GPU"
-    backends = {
-        "flash": SDPBackend.FLASH_ATTENTION,
-        "cuDNN": SDPBackend.CUDNN_ATTENTION,
-        "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    }
     return [
         *(peer(f"SDPA {name}", partial(_sdpa, backend=backend), dtype, no_gpu=no_gpu)
-          for name, backend in backends.items()),
+          for name, backend in BACKENDS.items()),
         peer("FlexAttention", _flex, dtype, no_gpu=no_gpu, compiles=True),
         peer("flash-attn 2", partial(_flash, module="flash_attn"), dtype, "flash-attn",
              no_gpu=no_gpu),
         peer("flash-attn 4", partial(_flash, module="flash_attn.cute.interface"), dtype,
              "flash-attn-4", "flash_attn.cute", no_gpu=no_gpu),
     ]  # fmt: skip
+
+
+def attention_backward(device: str, dtype: torch.dtype) -> list[Implementation]:
+    """The backward of causal attention alone, over a retained graph, as `d_plain_<name>`."""
+    no_gpu = None if device == "cuda" else "needs a GPU"
+    return [
+        peer(f"SDPA {name}", partial(_sdpa_backward, backend=BACKENDS[name]), dtype, no_gpu=no_gpu)
+        for name in ("flash", "cuDNN")
+    ]
+
+
+def _sdpa_backward(inputs: Inputs, backend: SDPBackend) -> Run:
+    given = [inputs[name] for name in "qkv"]
+    q, k, v = (x.transpose(1, 2) for x in given)
+    with sdpa_kernel(backend):
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    upstream = inputs["d_out"].transpose(1, 2)
+
+    def run() -> Result:
+        found = torch.autograd.grad(out, given, upstream, retain_graph=True)
+        return {f"d_plain_{name}": g for name, g in zip("qkv", found, strict=True)}
+
+    return run
 
 
 def attention_run(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: Inputs) -> Run:

@@ -19,8 +19,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases.suite import all_cases
-
 MIB = 2**20
 PRELOAD = ["benchmarks.measure.preload"]
 
@@ -88,6 +86,8 @@ def _measure(pipe: Connection, case: str, implementation: str, threads: int) -> 
 
 
 def _peak(case: str, implementation: str, threads: int) -> float:
+    from benchmarks.cases.suite import all_cases  # with the trainer, which imports transformers
+
     torch.set_num_threads(threads)
     found = next(c for c in all_cases("cpu") if c.name == case)
     chosen = next(i for i in found.implementations if i.name == implementation)

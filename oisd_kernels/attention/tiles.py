@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from oisd_kernels.attention.spec import Geometry
 from oisd_kernels.gpu import GFX942
+from oisd_kernels.measured_tiles import measured
 
 
 class Tile(NamedTuple):
@@ -153,17 +154,18 @@ def launch_tile(
             f"attention_triton: K must be at most {widest(capability, dtype, geometry.softcap)} in "
             f'{dtype}{capped} on sm_{capability}, got {width}; use impl="torch", or bfloat16'
         )
-    if capability == 0:
-        return INTERPRETED
-    tiles = TILES[_known(capability)]
     if geometry.softcap is not None:
         width = min(2 * width, SIZES[-1])  # its registers are those of the next width's tile
+    tiles = TILES[_known(capability)]
     names = [kernel, kernel.replace(" alone", " align")]
     names += [name.replace(" mixed", "") for name in names]
     if geometry.window is not None:
         names = [f"{name} window" for name in names] + names
     keys = [(name, _operands(dtype), size) for size in SIZES if width <= size for name in names]
-    return next(tiles[key] for key in keys if key in tiles)
+    key = next((key for key in keys if key in tiles), keys[-1])  # the last: in the interpreter
+    if (tile := measured("attention", key, capability)) is not None:
+        return Tile(**tile)
+    return INTERPRETED if capability == 0 else tiles[key]
 
 
 def widest(capability: int, dtype: torch.dtype, softcap: float | None) -> int:

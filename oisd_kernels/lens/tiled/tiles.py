@@ -10,6 +10,7 @@ from torch import Tensor
 
 from oisd_kernels.gpu import GFX942, is_aligned, machine, table_key, unit_stride
 from oisd_kernels.lens.tiled.kernels import tiled_jsd_kernel
+from oisd_kernels.measured_tiles import measured
 
 WORKSPACE = 32 << 20
 ROW_BYTES = 192  # of a row once: order of work, sort, statistics, combined values in float64
@@ -90,10 +91,10 @@ def launch_tile(
     capability: int, accumulators: int, operand: torch.dtype, aligned: bool, plain: bool
 ) -> Tile:
     """The tile for a compute capability; 0 is the interpreter."""
-    if capability == 0:
-        return INTERPRETED
-    kind = operand_kind(operand, aligned, plain)
-    return TILES[table_key(capability, TILES)][accumulators, kind]
+    key = accumulators, operand_kind(operand, aligned, plain)
+    if (tile := measured("lens", key, capability)) is not None:
+        return Tile(**tile)
+    return INTERPRETED if capability == 0 else TILES[table_key(capability, TILES)][key]
 
 
 class Head:

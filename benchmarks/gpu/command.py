@@ -1,0 +1,136 @@
+"""The command: `python -m benchmarks gpu`. It needs nothing that a GPU machine may lack."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.gpu import packages, results
+from benchmarks.gpu.results import Results, sources
+from benchmarks.gpu.schedule import Schedule
+from benchmarks.gpu.steps import STEPS
+from benchmarks.gpu.table import NAME, table
+from benchmarks.gpu.watch import Step, Watch
+
+LEAST_MINUTES = 0.2
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit status: 0 all is right, 1 something is not or is missing, 3 the device is dead."""
+    options = parser().parse_args(argv)
+    if options.packages:
+        return tell_packages(options)
+    if not options.minutes >= LEAST_MINUTES:
+        raise ValueError(
+            f"benchmarks gpu: --minutes must be at least {LEAST_MINUTES}, got {options.minutes}"
+        )
+    steps = select(STEPS, options.only)
+    if options.rehearse:
+        # Read when Triton is imported, which this process has not done; a CPU alone is rehearsed.
+        os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        os.environ |= {"OMP_NUM_THREADS": "1"}
+    return run(steps, options.out.resolve(), options.minutes, options.rehearse)
+
+
+def run(
+    steps: Sequence[Step],
+    out: Path,
+    minutes: float,
+    rehearse: bool,
+    probe: str = Watch.probe,
+    at_once: int | None = None,
+) -> int:
+    """Run the queue in a folder, and print its table."""
+    end = time.monotonic() + 60 * minutes
+    out.mkdir(parents=True, exist_ok=True)
+    Results(out).begin(made_of(rehearse), str(out))
+    watch = Watch(str(out), rehearse, probe)
+    cores = os.cpu_count() or 2
+    schedule = Schedule(watch, end, at_once or (2 if rehearse else min(8, max(cores - 2, 2))), say)
+    alive = schedule.run(steps)
+    if not alive:
+        say("The device is dead: the queue ends here.")
+    text = table(out, steps, rehearse)
+    (out / NAME).write_text(text, encoding="utf-8")
+    print(f"\n{text}", end="", flush=True)
+    ends = [schedule.verdicts.get(step.name) for step in steps]
+    good = {results.PASSED, results.ABSENT}
+    return 3 if not alive else int(not set(ends) <= good)
+
+
+def made_of(rehearse: bool) -> results.Row:
+    """What the results of a folder must share."""
+    import torch  # after the environment is set
+
+    if not rehearse and not torch.cuda.is_available():
+        raise ValueError(
+            "benchmarks gpu: torch sees no GPU; `python -m benchmarks gpu --rehearse` needs none"
+        )
+    device = "CPU" if rehearse else torch.cuda.get_device_name()
+    mode = "rehearsal" if rehearse else "GPU"
+    return {"sources": sources(), "device": device, "mode": mode, "date": time.strftime("%F %T")}
+
+
+def select(steps: Sequence[Step], only: Sequence[str]) -> list[Step]:
+    """Those with one of these words in their names.
+
+    Raises ValueError for a word that no name has.
+    """
+    for word in only:
+        if not any(word in step.name for step in steps):
+            names = "; ".join(step.name for step in steps)
+            raise ValueError(
+                f"benchmarks gpu: --only must be parts of steps' names, got {word!r}; there are "
+                f"{names}"
+            )
+    return [step for step in steps if not only or any(word in step.name for word in only)]
+
+
+def tell_packages(options: argparse.Namespace) -> int:
+    """Print what is there and what is absent; 1 where something needed is."""
+    have = None
+    if options.have is not None:
+        if not options.have.is_file():
+            raise ValueError(f"benchmarks gpu: --have must be a file, got {options.have}")
+        have = packages.listed(options.have.read_text(encoding="utf-8").splitlines())
+    carried = set() if options.wheels is None else packages.wheels(options.wheels)
+    text, absent = packages.report(have, carried)
+    print(text)
+    if absent:
+        print(f"absent, and needed: {', '.join(absent)}")
+    return int(bool(absent))
+
+
+def say(line: str) -> None:
+    print(f"{time.strftime('%T')} {line}", flush=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        "python -m benchmarks gpu",
+        description="A queue of checks and measurements for a few minutes on one GPU, best first.",
+        epilog="docs/gpu.md says how to read what it prints, and what each outcome decides.",
+    )
+    add = found.add_argument
+    add("--minutes", type=float, default=9.0, help="for everything")
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/benchmarks-gpu"),
+        metavar="DIR",
+        help="results.jsonl, log.txt, table.txt, tiles.json; what is there is not run again",
+    )
+    add("--only", nargs="+", default=[], metavar="WORD", help="steps with a word in their names")
+    add("--rehearse", action="store_true", help="the whole queue on a CPU, with small shapes")
+    add("--packages", action="store_true", help="say which packages are there, and run nothing")
+    add("--have", type=Path, metavar="FILE", help="with --packages: a list of what is there")
+    add("--wheels", type=Path, metavar="DIR", help="with --packages: a folder of wheels")
+    return found  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
