@@ -149,9 +149,9 @@ def other_width(place: Place) -> int:
     return place.attention.dim // 2
 
 
-def checks(impl: str, fused: bool) -> list[Check]:
+def checks(place: Place, impl: str, fused: bool) -> list[Check]:
     """Of attention and the backward that both share, or of the divergence alone."""
-    window = 48
+    window = place.window
     if fused:
         plain = [
             Check(f"attention, {what}, {impl}", partial(flash, impl=impl, **masks))
@@ -188,8 +188,8 @@ def narrow(place: Place, impl: str) -> Outcome:
 
 
 def attention(work: Work) -> None:
-    work.checks(checks("triton", fused=True))
+    work.checks(checks(work.place, "triton", fused=True))
 
 
 def divergences(work: Work) -> None:
-    work.checks(checks("triton", fused=False))
+    work.checks(checks(work.place, "triton", fused=False))

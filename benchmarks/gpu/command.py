@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -64,15 +65,29 @@ def run(
 
 def made_of(rehearse: bool) -> results.Row:
     """What the results of a folder must share."""
-    import torch  # after the environment is set
-
-    if not rehearse and not torch.cuda.is_available():
-        raise ValueError(
-            "benchmarks gpu: torch sees no GPU; `python -m benchmarks gpu --rehearse` needs none"
-        )
-    device = "CPU" if rehearse else torch.cuda.get_device_name()
+    device = "CPU" if rehearse else gpu()
     mode = "rehearsal" if rehearse else "GPU"
     return {"sources": sources(), "device": device, "mode": mode, "date": time.strftime("%F %T")}
+
+
+def gpu() -> str:
+    """The GPU's name, from a process that can be stopped: a broken device may not answer.
+
+    Raises ValueError where there is none.
+    """
+    ask = "import torch; print(torch.cuda.get_device_name())"
+    smi = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    for command in (smi, [sys.executable, "-c", ask]):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.strip().splitlines()[0]
+    raise ValueError(
+        "benchmarks gpu: a GPU must answer, got none; `python -m benchmarks gpu --rehearse` needs "
+        "none"
+    )
 
 
 def select(steps: Sequence[Step], only: Sequence[str]) -> list[Step]:

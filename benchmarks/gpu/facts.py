@@ -288,14 +288,14 @@ def registers(work: Work) -> None:
         [
             Check("registers: attention with jsd, K doubled", partial(two, width=wide)),
             Check("registers: attention with jsd, K doubled, window, softcap",
-                  partial(two, width=wide, window=48, softcap=10.0)),
+                  partial(two, width=wide, window=work.place.window, softcap=10.0)),
             Check("registers: attention with jsd, full", partial(two, causal=False)),
             Check("registers: attention with jsd, K at 3/4",
                   partial(two, width=work.place.attention.dim * 3 // 4)),
             Check("registers: attention with jsd, teacher narrower",
                   partial(two, width_teacher=half)),
             *(Check(f"registers: attention with {name}, window", partial(
-                flash, impl="triton", divergence=name, window=48))
+                flash, impl="triton", divergence=name, window=work.place.window))
               for name in ("forward_kl", "reverse_kl")),
             Check("registers: divergence, K halved, S = 4", partial(
                 divergence, impl="triton", width=half, layers=4)),

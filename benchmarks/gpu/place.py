@@ -21,6 +21,7 @@ class Place:
     attention: Attention
     lengths: tuple[int, ...]
     """Of the packed sequences of the attention checks."""
+    window: int
     reruns: int
     """Of what must give the same bits each time."""
     rounds: int
@@ -36,10 +37,10 @@ class Place:
 # Lengths around the tiles' 128 rows. Their sum is no multiple of a tile.
 GPU = Place(
     "cuda", torch.bfloat16, HEADS["qwen3-4b"], 96, ATTENTIONS["qwen3-4b"],
-    (1, 2, 127, 128, 129, 250), 20, 10, 8.0,
+    (1, 2, 127, 128, 129, 250), 48, 20, 10, 8.0,
 )  # fmt: skip
 REHEARSAL = Place(
-    "cpu", torch.float32, Head(32, 211), 6, Attention(4, 2, 16), (1, 2, 17, 12), 2, 2, 0.5
+    "cpu", torch.float32, Head(32, 211), 4, Attention(2, 1, 16), (1, 17), 8, 1, 2, 0.5
 )
 
 
