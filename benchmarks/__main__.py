@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 
+BEGUN = time.monotonic()  # before torch is imported
 _USAGE = """\
 usage: python -m benchmarks list [--device cpu|cuda]
        python -m benchmarks run [CASES ...] [--device cpu|cuda] [--quick] [--out DIR]
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command == "gpu":
             from benchmarks.gpu.command import main as queue
 
-            return queue(rest)
+            return queue(rest, BEGUN)
         from benchmarks.commands import COMMANDS
 
         return COMMANDS[command](rest)

@@ -20,8 +20,11 @@ from benchmarks.gpu.watch import Step, Watch
 LEAST_MINUTES = 0.2
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit status: 0 all is right, 1 something is not or is missing, 3 the device is dead."""
+def main(argv: Sequence[str], begun: float) -> int:
+    """Exit status: 0 all is right, 1 something is not or is missing, 3 the device is dead.
+
+    begun: of `time.monotonic`, from which the minutes count.
+    """
     options = parser().parse_args(argv)
     if options.packages:
         return tell_packages(options)
@@ -34,22 +37,24 @@ def main(argv: Sequence[str]) -> int:
         # Read when Triton is imported, which this process has not done; a CPU alone is rehearsed.
         os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         os.environ |= {"OMP_NUM_THREADS": "1"}
-    return run(steps, options.out.resolve(), options.minutes, options.rehearse)
+    # Else torch would ask the driver in the process that is forked, and break it for the others.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    end = begun + 60 * options.minutes
+    return run(steps, options.out.resolve(), end, options.rehearse)
 
 
 def run(
     steps: Sequence[Step],
     out: Path,
-    minutes: float,
+    end: float,
     rehearse: bool,
     probe: str = Watch.probe,
     at_once: int | None = None,
 ) -> int:
-    """Run the queue in a folder, and print its table."""
-    end = time.monotonic() + 60 * minutes
+    """Run the queue in a folder until `end` of `time.monotonic`, and print its table."""
     out.mkdir(parents=True, exist_ok=True)
     Results(out).begin(made_of(rehearse), str(out))
-    watch = Watch(str(out), rehearse, probe)
+    watch = Watch(str(out), rehearse, probe, end=end)
     cores = os.cpu_count() or 2
     schedule = Schedule(watch, end, at_once or (2 if rehearse else min(8, max(cores - 2, 2))), say)
     alive = schedule.run(steps)
@@ -145,7 +150,3 @@ def parser() -> argparse.ArgumentParser:
     add("--have", type=Path, metavar="FILE", help="with --packages: a list of what is there")
     add("--wheels", type=Path, metavar="DIR", help="with --packages: a folder of wheels")
     return found  # fmt: skip
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -8,11 +8,6 @@ os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 import torch
 import torch._dynamo  # what the first custom op with a graph would import, with sympy
 
-import benchmarks.gpu.attention_checks
-import benchmarks.gpu.facts
-import benchmarks.gpu.headlines
-import benchmarks.gpu.lens_checks
-import benchmarks.gpu.sweep
 import oisd_kernels.attention.sampled_triton
 import oisd_kernels.attention.triton_impl
 import oisd_kernels.lens.chunked.rows_triton

@@ -8,6 +8,8 @@ GPU = "benchmarks.gpu"
 
 
 def _together(name: str, work: str, seconds: float, decides: str, **more) -> Step:
+    # A first check compiles several kernels, while others do, too.
+    more.setdefault("silent", 100)
     return Step(name, f"{GPU}.{work}", seconds, together=True, decides=decides, **more)
 
 
@@ -42,10 +44,11 @@ CSRC = [
          decides='impl="cuda" builds here'),
     *(_together(f"csrc: tests of {engine}", f"csrc:{work}", 90,
                 f"WARPGROUPS with {engine}" if place else 'impl="cuda" is right',
-                silent=80)
+                after=(BUILD,))
       for place, (engine, work) in enumerate(zip(ENGINES, WORKS, strict=True))),
     _together("tiles: check", "sweep:check", 90, "which tiles are timed"),
-    _alone("csrc: times", "csrc:times", 50, '"auto" becomes "cuda" where it is faster'),
+    _alone("csrc: times", "csrc:times", 50, '"auto" becomes "cuda" where it is faster',
+           after=(BUILD,)),
 ]  # fmt: skip
 TILES = [_alone("tiles: times", "sweep:time", 50, "the tables: tiles.json")]
 REST = [
@@ -54,8 +57,10 @@ REST = [
     _alone("time: attention divergence", "headlines:divergence", 40, "the separate form"),
     _alone("time: lens, 1k tokens", "headlines:short_lens", 30, "short completions"),
     _together("tests", "csrc:remaining_tests", 150, "the suite on a GPU", silent=150),
-    _together("csrc: reruns", "csrc:reruns", 60, "the same bits in 250 runs", silent=60),
-    _together("csrc: memory checker", "csrc:memory_checker", 90, "no access outside", silent=90),
+    _together("csrc: reruns", "csrc:reruns", 60, "the same bits in 250 runs", after=(BUILD,)),
+    _together(
+        "csrc: memory checker", "csrc:memory_checker", 90, "no access outside", after=(BUILD,)
+    ),
 ]
 
 STEPS = [CSRC[0], *CORRECT, *HEADLINES, *CSRC[1:], *TILES, *REST]

@@ -53,7 +53,7 @@ class Step:
     silent: float = 60.0
     """A check that takes longer hangs."""
     after: tuple[str, ...] = ()
-    """Steps that must have passed."""
+    """Steps whose work it needs; it waits for one that runs in the background."""
     decides: str = ""
 
 
@@ -101,13 +101,13 @@ class Process:
         with suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
-        self.process.join(10)
+        self.process.join(3)
         return not self.process.is_alive()
 
     def end(self) -> int | None:
         """Exit status, once its output is read."""
-        self.process.join(5)
-        self._reader.join(2)  # what it started may hold the pipe
+        self.process.join(2)
+        self._reader.join(1)  # what it started may hold the pipe
         with suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.exitcode
@@ -121,6 +121,8 @@ class Watch:
     rehearse: bool
     probe: str = Task.probe
     start: str = "forkserver"
+    end: float = float("inf")
+    """Of `time.monotonic`; after it nothing is asked any more."""
     dead: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -192,6 +194,8 @@ class Watch:
         with self._lock:
             if self.dead.is_set():
                 raise DeviceDead("another step found it so")
+            if time.monotonic() > self.end:
+                return
             forked = self._answers(task, self.start)
             if forked:
                 return
@@ -203,11 +207,12 @@ class Watch:
 
     def _answers(self, task: Task, start: str) -> bool:
         process = Process(start, worker.answer, replace(task, step=f"{task.step}, probe"))
-        end = time.monotonic() + PROBE_LIMIT
+        begun = time.monotonic()
         while process.hear(0.1):
-            if time.monotonic() > end:
+            now = time.monotonic()
+            if now > self.end or now - begun > PROBE_LIMIT:
                 process.kill()
-                return False
+                return now > self.end  # there was no time to find out
         return process.end() == 0
 
     def _judged(self, row: Row, step: Step) -> Row:
