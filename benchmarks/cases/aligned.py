@@ -16,7 +16,7 @@ from benchmarks.cases import attention as plain
 from benchmarks.cases import peers
 from benchmarks.cases.case import (
     FULL,
-    GPU,
+    QUICK,
     Bar,
     Bound,
     Case,
@@ -33,7 +33,7 @@ def cases(device: str) -> list[Case]:
     """All of a device: a GPU's."""
     if device == "cpu":
         return []
-    found = [case("qwen3-4b", ATTENTIONS["qwen3-4b"], n, device, GPU if n == 8192 else FULL)
+    found = [case("qwen3-4b", ATTENTIONS["qwen3-4b"], n, device, QUICK if n == 8192 else FULL)
              for n in (8192, 4096, 16384, 32768)]  # fmt: skip
     return [*found, case("64-wide", ATTENTIONS["64-wide"], 8192, device, FULL)]
 

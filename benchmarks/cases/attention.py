@@ -17,7 +17,6 @@ from benchmarks.cases import eager, peers
 from benchmarks.cases.case import (
     EXACT,
     FULL,
-    GPU,
     QUICK,
     Bar,
     Bound,
@@ -52,9 +51,9 @@ def cases(device: str) -> list[Case]:
             divergence("cpu-grouped", Attention(8, 2, 64), 1024, device, FULL),
         ]
     four = ATTENTIONS["qwen3-4b"]
-    found = [divergence("qwen3-4b", four, n, device, GPU if n in (4096, 8192) else FULL)
+    found = [divergence("qwen3-4b", four, n, device, QUICK if n in (4096, 8192) else FULL)
              for n in (8192, 4096, 1024, 2048, 16384, 32768)]  # fmt: skip
-    found += [attention("qwen3-4b", four, n, device, GPU if n == 8192 else FULL)
+    found += [attention("qwen3-4b", four, n, device, QUICK if n == 8192 else FULL)
               for n in (8192, 4096, 16384, 32768)]  # fmt: skip
     for model, shape in ATTENTIONS.items():
         if model != "qwen3-4b":

@@ -25,7 +25,6 @@ Run = Callable[[], Result]
 
 PERIOD = 127  # rows of the inputs that are distinct
 QUICK, FULL = frozenset({"quick", "full"}), frozenset({"full"})  # suites that a case belongs to
-GPU = QUICK | {"gpu"}
 
 
 class Absent(Exception):

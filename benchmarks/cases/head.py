@@ -16,7 +16,6 @@ from benchmarks.cases import eager, peers
 from benchmarks.cases.case import (
     EXACT,
     FULL,
-    GPU,
     PEER,
     QUICK,
     Bar,
@@ -45,10 +44,10 @@ def cases(device: str) -> list[Case]:
     """All cases of a device: log-probability, then policy head."""
     if device == "cuda":
         four = HEADS["qwen3-4b"]
-        tokens = {8192: GPU, 1024: FULL, 4096: FULL, 16384: FULL, 32768: FULL, 65536: FULL}
+        tokens = {8192: QUICK, 1024: FULL, 4096: FULL, 16384: FULL, 32768: FULL, 65536: FULL}
         found = [logprob("qwen3-4b", four, n, device, suites) for n, suites in tokens.items()]
         found += [logprob(m, h, 8192, device, FULL) for m, h in HEADS.items() if m != "qwen3-4b"]
-        found += [policy("qwen3-4b", four, s, 8192, device, GPU if s == 1 else FULL)
+        found += [policy("qwen3-4b", four, s, 8192, device, QUICK if s == 1 else FULL)
                   for s in (1, 4)]  # fmt: skip
         return found
     return [

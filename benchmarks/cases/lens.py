@@ -17,7 +17,6 @@ from benchmarks.cases import eager, peers
 from benchmarks.cases.case import (
     EXACT,
     FULL,
-    GPU,
     QUICK,
     Bar,
     Case,
@@ -108,12 +107,12 @@ def gpu_shapes() -> list[Shape]:
     )
     values = (Bar("ours: tiled", "workspace_mib", 64.0),)
     return [
-        four(1, 8192, suites=GPU, bars=headline),
-        four(4, 8192, suites=GPU, bars=(Bar("ours: chunked", "median_s", 1 / 0.8, "roofline"),)),
-        four(1, 8192, gradient=False, suites=GPU, bars=values),
-        four(1, 1024, suites=GPU),
-        four(1, 32768, suites=GPU),
-        four(8, 8192, suites=GPU),
+        four(1, 8192, suites=QUICK, bars=headline),
+        four(4, 8192, suites=QUICK, bars=(Bar("ours: chunked", "median_s", 1 / 0.8, "roofline"),)),
+        four(1, 8192, gradient=False, suites=QUICK, bars=values),
+        four(1, 1024, suites=QUICK),
+        four(1, 32768, suites=QUICK),
+        four(8, 8192, suites=QUICK),
         four(35, 8192),
         four(1, 8192, dropped=0.5),
         *(four(1, 8192, regime) for regime in ("random", "near", "peaked")),

@@ -24,7 +24,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from benchmarks.cases import eager
 from benchmarks.cases.case import (
     FULL,
-    GPU,
     QUICK,
     Bar,
     Bound,
@@ -112,7 +111,7 @@ def cases(device: str) -> list[Case]:
             *(case(CPU_MODEL, 2, n, False, device, FULL) for n in (512, 1024)),
             case(CPU_MODEL, 2, 1024, True, device, FULL),
         ]
-    shapes = [(1, False, GPU), (2, True, GPU), (2, False, GPU), (4, True, FULL)]
+    shapes = [(1, False, QUICK), (2, True, QUICK), (2, False, QUICK), (4, True, FULL)]
     shapes += [(1, True, FULL), (4, False, FULL), (8, True, FULL), (8, False, FULL)]
     return [case(QWEN3_4B, rows, 4096, ckpt, device, suites) for rows, ckpt, suites in shapes]
 

@@ -33,14 +33,3 @@ def select(cases: Iterable[Case], patterns: Sequence[str], suite: str) -> list[C
                 "shows all"
             )
     return [case for case in cases if any(pattern in case.name for pattern in patterns)]
-
-
-def in_turns(cases: Iterable[Case]) -> list[Case]:
-    """The first case of each family, then the second of each: what a time budget cuts off is the
-    least telling."""
-    seen: dict[str, int] = {}
-    ranked = []
-    for case in cases:
-        seen[case.family] = seen.get(case.family, 0) + 1
-        ranked.append((seen[case.family], case))
-    return [case for _, case in sorted(ranked, key=lambda pair: pair[0])]

@@ -75,7 +75,7 @@ class Entry:
 # (Triton 3.7.1), as `python -m oisd_kernels.audit` says of today's.
 ENTRIES = [
     Entry("attention", ("dkdv align", "half", 128), "fused",
-          ((32, 64, 8, 2, False, 255), (32, 64, 8, 3, False, 255), (16, 128, 8, 1))),
+          ((32, 64, 8, 2, False, 255), (32, 64, 8, 3, False, 255), (32, 32, 8, 2, False, 255))),
     Entry("attention", ("dq align", "half", 128), "fused",
           ((128, 32, 8, 2), (64, 64, 8, 2), (128, 32, 8, 3))),
     Entry("attention", ("statistics", "half", 128), "divergence",

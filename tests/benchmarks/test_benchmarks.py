@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -28,9 +29,10 @@ from benchmarks.cases.case import (
 from benchmarks.cases.lens import Shape
 from benchmarks.cases.shapes import Head
 from benchmarks.cases.suite import all_cases, select
+from benchmarks.gpu.results import Results
 from benchmarks.measure import promises, timer
 from benchmarks.measure.counting import Allocations, equivalents
-from benchmarks.measure.machine import append, describe
+from benchmarks.measure.machine import ROOT, append, describe
 from benchmarks.report.bars import UNITS, judge
 from benchmarks.report.compare import changes, text
 from benchmarks.report.plots import draw
@@ -472,18 +474,28 @@ def test_gpu_tests_are_told_apart():
     assert not gpu_tests.needs_gpu(item("runs in the interpreter", params={"device": "cpu"}))
 
 
-def test_gpu_test_output_is_summed_up():
-    log = (
-        "tests/test_a.py::test_x[cuda] PASSED [ 50%]\ntests/test_a.py::test_y SKIPPED (GPU)\n"
-        "tests/test_a.py::test_z FAILED\nERROR tests/test_b.py - ImportError\n"
+def test_each_gpu_test_is_a_row_at_once(tmp_path):
+    """With the plugin that the queue uses: of a file with tests about a GPU and about none."""
+    (tmp_path / "test_made_up.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('device', ['cpu', 'cuda'])\n"
+        "def test_right(device): pass\n"
+        "@pytest.mark.parametrize('device', ['cuda'])\n"
+        "def test_wrong(device): assert 1 == 2, 'off by one'\n"
+        "@pytest.mark.skipif(True, reason='no GPU')\n"
+        "def test_skipped(): pass\n"
     )
-    row = gpu_tests.summary(log, 3.0, finished=True)
-    assert row["passed"] == 1 and set(row["failed"]) == {
-        "tests/test_a.py::test_z",
-        "tests/test_b.py",
-    }
-    assert gpu_tests.summary(log.split("\n")[0], 3.0, False)["summary"].startswith("NOT FINISHED")
-    assert gpu_tests.summary("", 3.0, True)["summary"].startswith("NO GPU TEST RAN")
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_tests", "-o", "addopts=",
+               "-p", "no:cacheprovider", "--results", str(tmp_path / "results.jsonl"), "--step",
+               "made up", str(tmp_path)]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 1, done.stdout + done.stderr
+    rows = Results(tmp_path).rows("test", "made up")
+    found = {row["name"].split("::")[1]: (row["verdict"], row["reason"]) for row in rows}
+    assert {name: verdict for name, (verdict, _) in found.items()} == {
+        "test_right[cuda]": "passed", "test_wrong[cuda]": "FAILED", "test_skipped": "skipped"
+    }  # fmt: skip
+    assert "1 == 2" in found["test_wrong[cuda]"][1]
 
 
 # Pictures
