@@ -1,7 +1,8 @@
 """The tests that need a GPU: a pytest plugin that leaves out all others.
 
 It keeps those that skip without a GPU, or that have "cuda" among their parameters. With --results
-FILE and --step NAME each test's end is a row of a queue's results (`benchmarks.gpu`) at once.
+FILE and --step NAME each test's end is a row of a queue's results (`benchmarks.gpu`) at once, and a
+test that has one is left out.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.results import FAILED, PASSED, SKIPPED, Results
+from benchmarks.gpu.results import DONE, FAILED, PASSED, SKIPPED, Results
 
 
 def needs_gpu(item: Any) -> bool:
@@ -25,8 +26,13 @@ def needs_gpu(item: Any) -> bool:
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """Pytest's hook: leave out all other tests."""
-    kept = [item for item in items if needs_gpu(item)]
-    config.hook.pytest_deselected(items=[item for item in items if not needs_gpu(item)])
+    path, known = config.getoption("--results"), set()
+    if path:
+        rows = Results(Path(path).parent).rows("test", config.getoption("--step"))
+        known = {row["name"] for row in rows if row["verdict"] in DONE}
+    kept = [item for item in items if needs_gpu(item) and item.nodeid not in known]
+    chosen = set(map(id, kept))
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
     items[:] = kept
 
 

@@ -123,6 +123,8 @@ class Watch:
     start: str = "forkserver"
     end: float = float("inf")
     """Of `time.monotonic`; after it nothing is asked any more."""
+    stuck: bool = False
+    """A process could not be killed: nobody may wait for it."""
     dead: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -175,8 +177,8 @@ class Watch:
             elif now - process.since > (step.silent if process.probed else PROBE_LIMIT):
                 why = f"hangs: no news for {now - process.since:.0f} s"
             if why:
-                gone = process.kill()
-                return why if gone else f"{why}, and could not be killed"
+                self.stuck |= not process.kill()
+                return f"{why}, and could not be killed" if self.stuck else why
         return None
 
     def _write(self, step: Step, process: Process, verdict: str, reason: str) -> None:
@@ -211,7 +213,7 @@ class Watch:
         while process.hear(0.1):
             now = time.monotonic()
             if now > self.end or now - begun > PROBE_LIMIT:
-                process.kill()
+                self.stuck |= not process.kill()
                 return now > self.end  # there was no time to find out
         return process.end() == 0
 

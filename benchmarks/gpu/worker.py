@@ -120,6 +120,10 @@ def judged(run: Callable[[], Outcome | str]) -> tuple[Row, bool]:
     """A check's verdict with what it rests on, and whether the device may be lost."""
     try:
         outcome = run()
+        if isinstance(outcome, str):
+            return {"verdict": results.PASSED, "reason": outcome}, False
+        # A kernel's fault may show here, at the first number that is waited for.
+        measured, wrong = verdict(outcome.found, outcome.truth, outcome.bound)
     except Wrong as error:
         return {"verdict": results.WRONG, "reason": str(error)[:LONGEST]}, False
     except Absent as error:
@@ -129,9 +133,6 @@ def judged(run: Callable[[], Outcome | str]) -> tuple[Row, bool]:
     except Exception as error:
         traceback.print_exc()
         return {"verdict": results.FAILED, "reason": text(error)}, True
-    if isinstance(outcome, str):
-        return {"verdict": results.PASSED, "reason": outcome}, False
-    measured, wrong = verdict(outcome.found, outcome.truth, outcome.bound)
     # JSON knows no NaN.
     errors = {name: x if math.isfinite(x) else None for name, x in measured.items()}
     row: Row = {"verdict": results.WRONG if wrong else results.PASSED, "errors": errors}

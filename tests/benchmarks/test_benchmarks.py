@@ -496,6 +496,8 @@ def test_each_gpu_test_is_a_row_at_once(tmp_path):
         "test_right[cuda]": "passed", "test_wrong[cuda]": "FAILED", "test_skipped": "skipped"
     }  # fmt: skip
     assert "1 == 2" in found["test_wrong[cuda]"][1]
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+    assert "3 deselected" in again.stdout, again.stdout  # the one on a CPU, and what has a row
 
 
 # Pictures
