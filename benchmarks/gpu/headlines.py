@@ -87,7 +87,7 @@ def lens_case(place: Place, layers: int) -> Case:
         bars.append(Bar("ours: chunked", "peak_mib", 1.0, rival))
     if place.rehearsal:
         rivals = ["eager", RIVALS[0]]
-        shape = lens.Shape(place.head, "rehearsal", layers, 3 * place.tokens, bars=tuple(bars),
+        shape = lens.Shape(place.head, "rehearsal", layers, 2 * place.tokens, bars=tuple(bars),
                            rivals=tuple(rivals))  # fmt: skip
     else:
         shape = lens.Shape(HEADS["qwen3-4b"], "qwen3-4b", layers, TOKENS, bars=tuple(bars),
@@ -115,7 +115,7 @@ def attention_case(place: Place) -> Case:
 
 def _attention(place: Place):
     if place.rehearsal:
-        return "rehearsal", place.attention, 48
+        return "rehearsal", place.attention, 24
     return "qwen3-4b", ATTENTIONS["qwen3-4b"], TOKENS
 
 
@@ -125,7 +125,7 @@ def step_case(place: Place) -> Case:
 
     names = ["GRPO", "OISD ours, separate", "OISD ours, attention fused", "OISD eager"]
     tiny = step.Model("rehearsal", 3, 32, 48, 4, 2, 16, 211, 1)
-    model, length = (tiny, 32) if place.rehearsal else (step.QWEN3_4B, 4096)
+    model, length = (tiny, 8) if place.rehearsal else (step.QWEN3_4B, 4096)
     case = step.case(model, 1, length, False, place.device, frozenset())
     # In this order, so that what a limit cuts off is eager.
     ranked = sorted(case.implementations, key=lambda i: i.name == "OISD eager")

@@ -39,9 +39,7 @@ GPU = Place(
     "cuda", torch.bfloat16, HEADS["qwen3-4b"], 96, ATTENTIONS["qwen3-4b"],
     (1, 2, 127, 128, 129, 250), 48, 20, 10, 8.0,
 )  # fmt: skip
-REHEARSAL = Place(
-    "cpu", torch.float32, Head(32, 211), 4, Attention(2, 1, 16), (1, 17), 8, 1, 2, 0.5
-)
+REHEARSAL = Place("cpu", torch.float32, Head(32, 211), 3, Attention(2, 1, 16), (1, 6), 3, 1, 2, 0.5)
 
 
 def place(rehearse: bool) -> Place:
