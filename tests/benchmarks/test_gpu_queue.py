@@ -125,14 +125,14 @@ def test_a_hang_is_killed_and_the_rest_goes_on(tmp_path):
 
 def test_a_step_has_a_limit(tmp_path):
     # Its own limit: it is done. The queue's end: it is tried again.
-    (own,) = planned("hang", seconds=20.0)
+    (own,) = planned("hang", seconds=6.0)
     queue(tmp_path, [own])
     assert ends(tmp_path)["hang"]["verdict"] == "STOPPED"
     assert "stopped after" in ends(tmp_path)["hang"]["reason"]
     other = tmp_path / "other"
     begun = time.monotonic()
-    queue(other, planned("hang"), minutes=0.6)
-    assert time.monotonic() - begun < 0.6 * 60 + 5
+    queue(other, planned("hang"), minutes=0.3)
+    assert time.monotonic() - begun < 0.3 * 60 + 5
     assert ends(other)["hang"]["verdict"] == "cut short"
     assert "hang" not in Results(other).done()
 
