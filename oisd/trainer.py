@@ -37,6 +37,7 @@ from oisd.rewards import load_reward
 from oisd.run.alarms import RunAlarms
 from oisd.run.engine_choice import EngineChoice, choose_engine
 from oisd.run.folder import RunFolder
+from oisd.run.model_guards import guard_model
 from oisd.run.processes import Processes
 from oisd.run.progress import Progress, Stopwatch
 from oisd.run.summary import summarize
@@ -86,6 +87,7 @@ class Trainer:
             config.rollout.max_completion_tokens,
             "rollout.max_completion_tokens",
         )
+        guard_model(self.policy, config, self.folder.path if self.processes.is_first else None)
         internal = config.grpo.internal_layer is not None
         with naming("grpo.internal_layer" if internal else "oisd.student_layers"):
             self.objective = Objective(self.policy, config)
