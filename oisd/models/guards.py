@@ -81,7 +81,9 @@ class Guard:
     def __str__(self) -> str:
         if not self.is_checked:
             return f"{self.name}: not checked: {self.found}"
-        words = f"{self.name}: {self.found}; rounding explains {self.bound:.2g}"
+        words = f"{self.name}: {self.found}"
+        if self.bound:
+            words += f"; rounding explains {self.bound:.2g}"
         return f"{words}. {self.remedy[:1].upper()}{self.remedy[1:]}" if self.remedy else words
 
 
@@ -102,8 +104,15 @@ def arithmetic(model: nn.Module) -> torch.dtype:
     kind = next(model.parameters()).device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
-    dtypes = {p.dtype for p in model.parameters() if p.dim() > 1 and p.is_floating_point()}
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    if any(not p.is_floating_point() or _is_coded(p) for p in matrices):
+        return torch.bfloat16  # codes, which are multiplied in half precision
+    dtypes = {p.dtype for p in matrices}
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+def _is_coded(weight: Tensor) -> bool:
+    return weight.element_size() == 1 or getattr(weight, "quant_state", None) is not None
 
 
 def guard_tokens(model: nn.Module, count: int = TOKENS) -> Tensor:
