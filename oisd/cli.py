@@ -268,7 +268,10 @@ def _check(arguments: Sequence[str]) -> int:
     rows = report["rows"]
     console.print(findings_table(f"oisd check: {model}", rows))
     console.print(f"{verdict(rows)}; {report['file']}", markup=False, soft_wrap=True)
-    return 1 if any(row.status == "fail" for row in rows) else 0
+    failed = [row.name for row in rows if row.status == "fail"]
+    if failed:
+        print(f"oisd: {model} fails: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _compare(arguments: Sequence[str]) -> int:

@@ -29,7 +29,7 @@ from oisd.run.model_guards import clearest
 from oisd.schema import ConfigError, naming
 
 # What the lens reads: enough for the rule, little enough for a vocabulary of 150,000 on a CPU.
-_LENS_TEXTS, _LENS_TOKENS = 2, 48
+_LENS_TEXTS, _LENS_TOKENS = 2, 32
 
 
 def run_check(path: str, given: CheckRun) -> dict[str, Any]:

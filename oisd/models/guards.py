@@ -118,11 +118,13 @@ def _is_coded(weight: Tensor) -> bool:
 def guard_tokens(model: nn.Module, count: int = TOKENS) -> Tensor:
     """[T] ids of a text for the guards: drawn from the vocabulary, the same at each call.
 
-    Fewer than `count` if the model has learned fewer positions. Ids of special tokens are avoided.
+    Fewer than `count` if the model is made for fewer positions. Ids of special tokens are avoided.
     """
     inner: Any = unwrap(model)
     config = inner.config.get_text_config()
     limits = [count, learned_positions(inner) or count]
+    # Beyond these, some rotary embeddings change with the length of the text.
+    limits.append(getattr(config, "max_position_embeddings", None) or count)
     special: set[int] = set()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "image_token_id"):
         ids = getattr(config, name, None)
