@@ -114,9 +114,7 @@ def reward_rows(
         yield Finding(_PART, "reward", "not checked", reason, rewards.mean().item())
     else:
         flat = bool((rewards == rewards[0, 0]).all())
-        remedy = (
-            "an easier set, a system prompt that asks for \\boxed{}, or a warm-up" if flat else ""
-        )
+        remedy = "easier problems, another system prompt, or a warm-up" if flat else ""
         status = "warn" if flat else "pass"
         yield Finding(_PART, "reward", status, found, rewards.mean().item(), remedy=remedy)
         same = int((rewards == rewards[:, :1]).all(dim=1).sum())
