@@ -24,7 +24,8 @@ _FULL = ("full_attention", "sliding_attention", "attention", "chunked_attention"
 def layout_rows(policy: Policy) -> Iterator[Finding]:
     """What the model is made of, as the taps find it."""
     model: Any = unwrap(policy.model)
-    layout: Any = find_layout(model)
+    with clearest(policy):
+        layout: Any = find_layout(model)
     head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
     norm = getattr(layout, "norm", None)

@@ -154,7 +154,8 @@ def _rollout_rows(
 def _layer_of(policy: Policy, config: TrainConfig) -> int:
     """The first student layer, or the middle one where the model has no such layer."""
     try:
-        depth = len(find_layout(unwrap(policy.model)).layers)
+        with clearest(policy):
+            depth = len(find_layout(unwrap(policy.model)).layers)
     except Exception:  # the row of the layout says why
         return 1
     first = next(iter(config.oisd.student_layers), depth // 2)
@@ -168,7 +169,8 @@ def _layer_rows(
 
     named: whether the user has chosen that one.
     """
-    lens = LayerLens(policy.model)
+    with clearest(policy):
+        lens = LayerLens(policy.model)
     depth, layers = lens.num_layers, [*config.oisd.student_layers]
     texts = [ids[-_LENS_TOKENS:] for ids in prompts[:_LENS_TEXTS]]
     what = f"{len(texts)} prompts"

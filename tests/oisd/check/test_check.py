@@ -123,6 +123,19 @@ def test_a_recipe_gives_the_settings(sums, check):
     assert rows["overlap"]["status"] == "pass"  # the recipe has an evaluation
 
 
+def test_adapters_on_frozen_layers_in_bfloat16(sums, check, tmp_path):
+    recipe = tmp_path / "lora.toml"
+    recipe.write_text(
+        'base = "arithmetic"\n[model]\nlora_rank = 2\ndtype = "bfloat16"\n'
+        "gradient_checkpointing = true\n"
+    )
+    status, rows, _ = check(sums, "--recipe", str(recipe))
+    assert status == 0
+    unchecked = [name for name, row in rows.items() if row["status"] == "not checked"]
+    assert unchecked in ([], ["reward"]) and rows["checkpointing"]["status"] == "pass"
+    assert rows["causality"]["bound"] == 0.125 and rows["causality"]["value"] > 1e-4
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
