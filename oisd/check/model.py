@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from oisd.policy import Policy
 from oisd.run.model_guards import clearest
 
 _PART = "model"
-_FULL = ("full_attention", "sliding_attention", "attention", "chunked_attention")
 
 
 def layout_rows(policy: Policy) -> Iterator[Finding]:
@@ -29,9 +28,11 @@ def layout_rows(policy: Policy) -> Iterator[Finding]:
     head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
     norm = getattr(layout, "norm", None)
+    tail = getattr(getattr(layout, "tail", None), "modules", [norm] if norm is not None else [])
+    between = ", ".join(type(module).__name__ for module in tail) or "nothing"
     parts = [
         f"{type(model).__name__}, {len(layout.layers)} layers",
-        f"norm {type(norm).__name__}" if norm is not None else "",
+        f"{between} before the head",
         f"head {' x '.join(map(str, head.weight.shape))}, {'tied' if tied else 'untied'}",
         f"softcap {layout.softcap:g}" if layout.softcap else "",
         f"logit scale {layout.scale:g}" if layout.scale != 1 else "",
@@ -41,68 +42,72 @@ def layout_rows(policy: Policy) -> Iterator[Finding]:
     if kinds:
         count = Counter(kinds)
         found = ", ".join(f"{number} of {kind}" for kind, number in count.items())
-        other = [kind for kind in count if kind not in _FULL]
-        yield Finding(
-            _PART,
-            "kinds of layers",
-            "warn" if other else "pass",
-            found,
-            remedy="the attention term compares layers that attend by softmax" if other else "",
-        )
+        yield Finding(_PART, "kinds of layers", "pass", found)
 
 
-def taps_rows(policy: Policy, config: TrainConfig, layer: int) -> Iterator[Finding]:
-    """Lens and attention of the student layer against what the model itself gives."""
+def taps_rows(policy: Policy, config: TrainConfig, layers: Sequence[int]) -> Iterator[Finding]:
+    """Lens and attention of the student layers against what the model itself gives."""
     with clearest(policy):
-        taps, reason = _taps(policy.model, layer)
-        yield _lens_row(policy, taps, layer)
-    weighted = config.oisd.attention_weight > 0
-    name = "attention"
+        taps, reason = _taps(policy.model, config, layers)
+        yield _lens_row(policy, taps)
     if reason:
+        weighted = config.oisd.attention_weight > 0
         status: Status = "fail" if weighted else "warn"
         remedy = "set oisd.attention_weight = 0: the think term needs none" if weighted else ""
-        yield Finding(_PART, name, status, reason, remedy=remedy)
+        yield Finding(_PART, "attention", status, reason, remedy=remedy)
         return
     ids = cheap.guard_tokens(policy.model, 16)[None]
     with clearest(policy), torch.no_grad(), taps:
         policy.model(input_ids=ids, use_cache=False)
-        (pair,) = taps.attention()
-    heads, width = pair.q.shape[2:]
+        pairs = taps.attention()
+    windows = {pair.window for pair in pairs if pair.window}
+    heads, width = pairs[0].q.shape[2:]
     words = [
-        f"layer {layer} and the last verified: {heads} heads of {width}, {pair.k.shape[2]} of keys",
-        f"window {pair.window}" if pair.window else "",
-        f"softcap {pair.softcap:g}" if pair.softcap else "",
+        f"{_named(layers)} and the teacher verified: {heads} heads of {width}, "
+        f"{pairs[0].k.shape[2]} of keys",
+        f"windows {sorted(windows)}" if windows else "",
+        f"softcap {pairs[0].softcap:g}" if pairs[0].softcap else "",
         getattr(taps, "attention_words", ""),
     ]
-    yield Finding(_PART, name, "pass", "; ".join(filter(None, words)))
+    yield Finding(_PART, "attention", "pass", "; ".join(filter(None, words)))
 
 
-def _taps(model: Any, layer: int) -> tuple[Taps, str]:
+def _taps(model: Any, config: TrainConfig, layers: Sequence[int]) -> tuple[Taps, str]:
     """Taps with attention, or without it and the reason."""
+    # Which layers attend for the students', where the settings choose them.
+    names = ("attention_student", "attention_teacher")
+    chosen = {name: getattr(config.oisd, name, None) for name in names}
+    given: Any = {name: value for name, value in chosen.items() if value is not None}
     try:
-        return Taps(model, [layer], attention=True), ""
-    except UnsupportedModelError as error:
-        return Taps(model, [layer], attention=False), str(error)
+        return Taps(model, layers, attention=True, **given), ""
+    except (UnsupportedModelError, ValueError) as error:
+        return Taps(model, layers, attention=False), str(error)
 
 
-def _lens_row(policy: Policy, taps: Taps, layer: int) -> Finding:
+def _named(layers: Sequence[int]) -> str:
+    numbers = ", ".join(map(str, layers))
+    return f"layer {numbers}" if len(layers) == 1 else f"layers {numbers}"
+
+
+def _lens_row(policy: Policy, taps: Taps) -> Finding:
     """The final hidden state through the unembedding, against the model's logits."""
     ids = cheap.guard_tokens(policy.model, 16)[None]
     with torch.no_grad(), taps:
         logits = policy.model(input_ids=ids, use_cache=False).logits[0].float()
         head = taps.unembedding
-        final, student = taps.final_hidden()[0], taps.student_hidden()[0, 0]
+        final, students = taps.final_hidden()[0], taps.student_hidden()[:, 0]
         own = torch.nn.functional.linear(final.to(head.weight.dtype), head.weight, head.bias)
     own = own.float()
     if head.logit_softcap is not None:
         own = head.logit_softcap * torch.tanh(own / head.logit_softcap)
     value = cheap.difference(own, logits, run=1)
     bound = cheap.default_tolerance(cheap.arithmetic(policy.model))
-    finite = bool(student.isfinite().all())
-    holds = value <= bound and finite
-    words = f"final layer through the unembedding against the logits; layer {layer} is read"
-    found = words if finite else f"the hidden states of layer {layer} are not finite"
-    return Finding(_PART, "lens", "pass" if holds else "fail", found, value, bound)
+    finite = bool(students.isfinite().all())
+    names = _named(taps.student_layers)
+    words = f"final layer through the unembedding against the logits; {names} read"
+    found = words if finite else f"the hidden states of {names} are not finite"
+    status: Status = "pass" if value <= bound and finite else "fail"
+    return Finding(_PART, "lens", status, found, value, bound)
 
 
 def parameter_rows(policy: Policy) -> Iterator[Finding]:

@@ -84,13 +84,13 @@ def _all_rows(
     policy: Policy, config: TrainConfig, given: CheckRun, reward: RewardFunction
 ) -> Iterator[Finding]:
     problems = data.Problems()
-    layer = _layer_of(policy, config)
+    layers = _layers_of(policy, config)
     # Read before anything is said of prompts: the problems' own are better examples than ours.
     of_data = [*_data_rows(policy, config, given, reward, problems)]
     question = problems.examples[0].prompt if problems.examples else None
     yield from attempted("model", "layout", partial(model.layout_rows, policy))
     yield from attempted("model", "weights", partial(model.parameter_rows, policy))
-    yield from attempted("model", "lens", partial(model.taps_rows, policy, config, layer))
+    yield from attempted("model", "lens", partial(model.taps_rows, policy, config, layers))
     yield from attempted("model", "guards", partial(model.guard_rows, policy, config))
     yield from attempted("tokenizer", "vocabulary", partial(tokenizer.vocabulary_rows, policy))
     yield from attempted(
@@ -151,15 +151,14 @@ def _rollout_rows(
     yield from attempted("rollout", "reward", earned)
 
 
-def _layer_of(policy: Policy, config: TrainConfig) -> int:
-    """The first student layer, or the middle one where the model has no such layer."""
+def _layers_of(policy: Policy, config: TrainConfig) -> list[int]:
+    """The student layers that the model has, or the middle one if it has none of them."""
     try:
         with clearest(policy):
             depth = len(find_layout(unwrap(policy.model)).layers)
     except Exception:  # the row of the layout says why
-        return 1
-    first = next(iter(config.oisd.student_layers), depth // 2)
-    return first if first < depth else max(1, depth // 2)
+        return [1]
+    return [n for n in config.oisd.student_layers if n < depth] or [max(1, depth // 2)]
 
 
 def _layer_rows(
