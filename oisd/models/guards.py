@@ -182,6 +182,10 @@ def _eager_mends(model: Any, measure: Callable[[], float], bound: float) -> bool
     own = getattr(inner.config, "_attn_implementation", None)
     if own in (None, "eager"):
         return False
+    # Parts of a model may have implementations of their own.
+    configs = {id(m.config): m.config for m in inner.modules() if hasattr(m, "config")}
+    name = "_attn_implementation_internal"
+    before = [(c, getattr(c, name)) for c in configs.values() if hasattr(c, name)]
     try:
         inner.set_attn_implementation("eager")
         return measure() <= bound
@@ -189,6 +193,8 @@ def _eager_mends(model: Any, measure: Callable[[], float], bound: float) -> bool
         return False
     finally:
         inner.set_attn_implementation(own)
+        for config, implementation in before:
+            setattr(config, name, implementation)
 
 
 def judged(

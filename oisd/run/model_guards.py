@@ -42,8 +42,11 @@ def guard_model(policy: Policy, config: TrainConfig, folder: Path | None) -> Non
     for guard in guards:
         if guard.corrupts and _matters(guard, config):
             raise ConfigError(f"model.path {config.model.path!r}: {guard}")
+    if folder is None:
+        return
+    noise = config.model.dropout != 0 or config.model.lora_dropout > 0  # which was asked for
     for guard in guards:
-        if folder is not None and not guard.holds:
+        if not (guard.holds or (noise and guard.name == "dropout")):
             warnings.warn(f"model.path {config.model.path!r}: {guard}", stacklevel=3)
 
 

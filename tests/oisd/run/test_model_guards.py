@@ -125,6 +125,16 @@ def test_what_a_run_refuses_and_what_it_warns_of(found, settings, refused, tmp_p
             guard_model(policy, config, None)
 
 
+def test_noise_that_was_asked_for_is_no_news(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_guards, "cheap_guards", lambda model: [guard("dropout", 0.5)])
+    policy = Policy(tiny_model("qwen3"), arithmetic_tokenizer(), torch.float32)
+    config = small_config(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guard_model(policy, replace(config, model=replace(config.model, dropout=None)), tmp_path)
+    assert not json.loads((tmp_path / "check.json").read_text())["guards"][0]["holds"]
+
+
 def test_the_arithmetic_in_which_guards_look():
     policy = Policy(tiny_model("qwen3"), arithmetic_tokenizer(), torch.bfloat16)
     with clearest(policy):
