@@ -73,8 +73,6 @@ class Trainer:
         )
         # The commit of a Hub model may be known, and may have moved on, only now.
         self.processes.on_first(self._require_sources)
-        if self.processes.is_first:
-            self.policy.warn_of_dropout(config.model)
         if self.processes.is_first and checkpoint is None:
             # Weights and AdamW's two moments, for each checkpoint kept and one being written.
             size = 3 * adapters.trained_bytes(self.policy.model)

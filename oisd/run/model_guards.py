@@ -30,11 +30,14 @@ def clearest(policy: Policy) -> AbstractContextManager[Any]:
 
 
 def guard_model(policy: Policy, config: TrainConfig, folder: Path | None) -> None:
-    """Run the cheap guards on the model of a run; write check.json; warn of what does not hold.
+    """Run the cheap guards on the model of a run; write check.json; warn of what does not hold, and
+    of dropout that was replaced.
 
     folder: the run's, on its first process, which also warns; None elsewhere.
     Raises ConfigError for a fault that would corrupt the update or the rollouts.
     """
+    if folder is not None:
+        policy.warn_of_dropout(config.model)
     with clearest(policy):
         guards = cheap_guards(policy.model)
     if folder is not None:
