@@ -1,4 +1,4 @@
-"""The command line: `oisd train`, `plan`, `eval`, `compare`, `lens` and `attention`."""
+"""The command line: `oisd train`, `plan`, `check`, `eval`, `compare`, `lens`, `attention`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from oisd.schema import nearest, recipe_path, require, require_device, with_none
 _USAGE = """\
 usage: oisd train [RECIPE] [--show] [--table.key value ...]
        oisd plan [RECIPE] [--show] [--table.key value ...]
+       oisd check MODEL [--recipe NAME] [--data SOURCE] [--option value ...]
        oisd eval MODEL [--benchmark NAME ...] [--option value ...]
        oisd compare FOLDER ... [--output-dir FOLDER]
        oisd lens MODEL --prompt TEXT | --data SOURCE [--option value ...]
@@ -24,6 +26,8 @@ usage: oisd train [RECIPE] [--show] [--table.key value ...]
 train      train a model with GRPO and internal self-distillation; without a recipe, a tiny model on
            sums of two-digit numbers, in a few minutes on a CPU
 plan       the memory that such a run needs, part by part, and the GPUs that have it
+check      what to know of a model, its tokenizer and its data before a run, as a table of pass,
+           warn and fail with numbers, bounds and remedies
 eval       Avg@K and Pass@K of a checkpoint folder or Hub model on verifiable problems
 compare    tables and pass@k curves of several such evaluations side by side
 lens       what each layer would say next: pictures, numbers, the layer to align, a web page
@@ -61,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {
         "train": _train,
         "plan": _plan,
+        "check": _check,
         "eval": _eval,
         "compare": _compare,
         "lens": _lens,
@@ -247,6 +252,26 @@ def _eval(arguments: Sequence[str]) -> int:
     elif summaries:
         _print_table(f"oisd eval: {model}", _eval_rows(summaries[0]))
     return 0
+
+
+def _check(arguments: Sequence[str]) -> int:
+    from oisd.options import CheckRun
+
+    text = "What to know of a model and its data before a run; exit status 1 if a row fails."
+    model, config = _parse_model(arguments, "check", CheckRun, text)
+    from oisd.check.run import run_check
+    from oisd.check.table import findings_table, verdict
+
+    console = _console(width_elsewhere=200)
+    with console.status(f"checking {model}") if console.is_terminal else nullcontext():
+        report = run_check(model, config)
+    rows = report["rows"]
+    console.print(findings_table(f"oisd check: {model}", rows))
+    console.print(f"{verdict(rows)}; {report['file']}", markup=False, soft_wrap=True)
+    failed = [row.name for row in rows if row.status == "fail"]
+    if failed:
+        print(f"oisd: {model} fails: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _compare(arguments: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""Options of `oisd eval`, `oisd lens` and `oisd attention`.
+"""Options of `oisd eval`, `oisd check`, `oisd lens` and `oisd attention`.
 
 Standard library only, so that `--help` does not wait for torch. Apart from `oisd.config`, because
 `oisd train` does not need them.
@@ -109,3 +109,49 @@ class AttentionRun(LookRun):
 
     output_dir: str | None = None
     """Folder for the picture; by default under runs/attention."""
+
+
+@dataclass(frozen=True)
+class CheckRun:
+    """Settings of `oisd check`; what is left out is the recipe's, or else that of `oisd train`."""
+
+    recipe: str | None = None
+    """The run that is meant: a recipe that comes with oisd, or a TOML file."""
+    data: str | None = None
+    """JSONL, JSON or Parquet file, `datasets` folder, Hub id, or "arithmetic:digits=2"; by default
+    the recipe's. Without either, nothing is said about data."""
+    split: str | None = None
+    subset: str | None = None
+    prompt_field: str | None = None
+    answer_field: str | None = None
+    answer_pattern: str | None = None
+    limit: int | None = None
+    """Look at this many problems, drawn with `seed`; by default at all."""
+    eval_data: str | None = None
+    """Problems of the evaluation, which must not be among those of --data."""
+    system_prompt: str | None = None
+    chat_template: bool | None = None
+    max_prompt_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    reward: str | None = None
+    timeout: float | None = None
+    """Seconds that grading one answer may take."""
+    prompts: int = 4
+    """Sample completions of this many prompts,"""
+    completions: int = 4
+    """and this many of each,"""
+    completion_tokens: int = 48
+    """of at most this many tokens, so that the check stays short."""
+    temperature: float | None = None
+    top_p: float | None = None
+    engine: Literal["generate", "continuous", "auto"] | None = None
+    layer: int | None = None
+    """The layer to align; by default the recipe's."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool | None = None
+    device: str = "auto"
+    threads: int | None = None
+    seed: int = 0
+    output_dir: str | None = None
+    """Folder for check.json; by default under runs/check."""

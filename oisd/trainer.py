@@ -37,6 +37,7 @@ from oisd.rewards import load_reward
 from oisd.run.alarms import RunAlarms
 from oisd.run.engine_choice import EngineChoice, choose_engine
 from oisd.run.folder import RunFolder
+from oisd.run.model_guards import guard_model
 from oisd.run.processes import Processes
 from oisd.run.progress import Progress, Stopwatch
 from oisd.run.summary import summarize
@@ -72,8 +73,6 @@ class Trainer:
         )
         # The commit of a Hub model may be known, and may have moved on, only now.
         self.processes.on_first(self._require_sources)
-        if self.processes.is_first:
-            self.policy.warn_of_dropout(config.model)
         if self.processes.is_first and checkpoint is None:
             # Weights and AdamW's two moments, for each checkpoint kept and one being written.
             size = 3 * adapters.trained_bytes(self.policy.model)
@@ -86,6 +85,7 @@ class Trainer:
             config.rollout.max_completion_tokens,
             "rollout.max_completion_tokens",
         )
+        guard_model(self.policy, config, self.folder.path if self.processes.is_first else None)
         internal = config.grpo.internal_layer is not None
         with naming("grpo.internal_layer" if internal else "oisd.student_layers"):
             self.objective = Objective(self.policy, config)

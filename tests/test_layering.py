@@ -18,7 +18,7 @@ STANDARD_LIBRARY = sys.stdlib_module_names
 LAYERS = (
     "moved", "schema", "config", "options", "adapters", "models", "rewards", "data", "losses",
     "rollout", "arithmetic", "batch", "policy", "plots", "run", "evaluate", "lens", "objective",
-    "optimizer", "warmup", "plan", "trainer", "cli", "integrations",
+    "optimizer", "warmup", "plan", "check", "trainer", "cli", "integrations",
 )  # fmt: skip
 
 # The files of `oisd` that may import transformers, and no other.
@@ -26,6 +26,7 @@ USE_TRANSFORMERS = {
     "oisd/models/__init__.py",
     "oisd/models/layout.py",
     "oisd/models/loading.py",
+    "oisd/models/thorough_guards.py",
     "oisd/models/attention.py",
     "oisd/rollout/__init__.py",
     "oisd/rollout/sampling.py",

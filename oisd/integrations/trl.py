@@ -35,6 +35,7 @@ from transformers import ProcessorMixin
 
 from oisd.config import AlignmentConfig, ConfigError
 from oisd.integrations.alignment import Rollouts, alignment_losses, gathered, reduced_means
+from oisd.integrations.model_guards import guard_model
 from oisd.integrations.trl_rewards import math_reward as math_reward
 from oisd.integrations.versions import Versions
 from oisd.losses import Mean, Metrics, add_metrics
@@ -241,6 +242,8 @@ class OISDTrainer(GRPOTrainer):
             )
         super().__init__(model, reward_funcs, args, *more, **options)
         _settle_dropout(_base(self.model), args.disable_dropout)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # not whole, or not in place
+            guard_model(_base(self.model))
         self.alignment = args.alignment()
         self._taps: Taps | None = None
         self._asked: _Asked | None = None

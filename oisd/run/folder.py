@@ -1,7 +1,8 @@
 """The folder of a run: metrics, completions, and checkpoints that survive a kill at any moment.
 
     config.toml  metrics.jsonl  completions/step-N.jsonl  checkpoints/step-N/  tensorboard/  plots/
-    sources.json, what the run is of; engine.json, where continuous batching was tried
+    sources.json, what the run is of; check.json, what its model was found to do; engine.json, where
+    continuous batching was tried
 
 A checkpoint is written beside its final place, its files' digests last, flushed to disk and then
 renamed: a folder named step-N is complete. If its digests do not match, the one before is taken,

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.cli import main
 from oisd.config import TrainConfig
-from oisd.options import AttentionRun, EvalRun, LookRun
+from oisd.options import AttentionRun, CheckRun, EvalRun, LookRun
 from oisd.schema import option
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
@@ -68,7 +68,8 @@ VALUES = ["", "-1", "0", "1", "2", "1.5", "nan", "inf", "-inf", "1e400", "None",
           "9" * 30, "x" * 500, "good.jsonl", "m", "/dev/null/x", "--", "nothing:here",
           "os:getcwd"]  # fmt: skip
 # One that is valid and large would take long, which is no fault.
-LARGE = {"samples", "batch_size", "max_completion_tokens", "completion_tokens", "steps"}
+LARGE = {"samples", "batch_size", "max_completion_tokens", "completion_tokens", "steps",
+         "prompts", "completions"}  # fmt: skip
 
 
 def write_models(place: Path) -> None:
@@ -202,6 +203,18 @@ def test_eval(place, data):
     given += ["--output-dir", str(place / "evals" / str(time.monotonic_ns()))]
     given += flat(data.draw(drawn(names_of(EvalRun))))
     ends_in_words(given, lambda out: "oisd eval:" in out)
+
+
+@draws
+@given(st.data())
+def test_check(place, data):
+    given = ["check", data.draw(st.sampled_from(MODELS)), "--reward", "exact", "--threads", "1"]
+    given += ["--prompts", "1", "--completions", "2", "--completion-tokens", "2"]
+    if data.draw(st.booleans()):
+        given += ["--data", data.draw(st.sampled_from(SOURCES)), "--limit", "2"]
+    given += ["--output-dir", str(place / "checks" / str(time.monotonic_ns()))]
+    given += flat(data.draw(drawn(names_of(CheckRun))))
+    ends_in_words(given, lambda out: "oisd check:" in out)
 
 
 @draws

@@ -13,7 +13,7 @@ from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.cli import main
 from oisd.config import TrainConfig
 from oisd.lens import LayerLens
-from oisd.options import AttentionRun, EvalRun, LookRun
+from oisd.options import AttentionRun, CheckRun, EvalRun, LookRun
 from oisd.schema import option
 
 
@@ -160,6 +160,40 @@ EVAL = {
     "seed": ["--seed", "5"],
     "output_dir": ["--output-dir", "elsewhere"],
 }
+CHECK_BASE = ["--data", "rows.jsonl", "--limit", "4", "--reward", "exact", "--prompts", "2",
+              "--completions", "2", "--completion-tokens", "4", "--max-completion-tokens", "4",
+              "--layer", "3"]  # fmt: skip
+CHECK = {
+    "recipe": ["--recipe", "arithmetic"],
+    "data": ["--data", "few.jsonl"],
+    "split": ["--split", "train[:2]"],
+    "subset": ["--subset", "main"],
+    "prompt_field": ["--prompt-field", "ask"],
+    "answer_field": ["--answer-field", "solution"],
+    "answer_pattern": ["--answer-pattern", "(1)"],
+    "limit": ["--limit", "3"],
+    "eval_data": ["--eval-data", "few.jsonl"],
+    "system_prompt": ["--system-prompt", "7"],
+    "chat_template": ["--chat-template", "True"],
+    "max_prompt_tokens": ["--max-prompt-tokens", "2"],
+    "max_completion_tokens": ["--max-completion-tokens", "3"],
+    "reward": ["--reward", "boxed_string"],
+    "timeout": ["--reward", "sleepy:slow", "--timeout", "0.2"],
+    "prompts": ["--prompts", "3"],
+    "completions": ["--completions", "3"],
+    "completion_tokens": ["--completion-tokens", "3"],
+    "temperature": ["--temperature", "0.3"],
+    "top_p": ["--top-p", "0.5"],
+    "engine": ["--engine", "continuous"],
+    "layer": ["--layer", "2"],
+    "dtype": ["--dtype", "bfloat16"],
+    "attn_implementation": ["--attn-implementation", "eager"],
+    "trust_remote_code": ["--trust-remote-code", "True"],
+    "device": ["--device", "cuda:77"],
+    "threads": ["--threads", "1"],
+    "seed": ["--seed", "5"],
+    "output_dir": ["--output-dir", "elsewhere"],
+}
 
 
 def names(kind):
@@ -169,6 +203,7 @@ def names(kind):
 def test_the_lists_have_every_option():
     assert set(LOOK) == names(LookRun) == names(AttentionRun)
     assert set(EVAL) == names(EvalRun)
+    assert set(CHECK) == names(CheckRun)
 
 
 def differs(before, after, given):
@@ -213,10 +248,28 @@ def test_eval(name, outcome, place):
         assert (place / "elsewhere" / "summary.json").exists()
 
 
+@pytest.mark.parametrize("name", CHECK)
+def test_check(name, outcome, place):
+    before = outcome("check", "m", *CHECK_BASE)
+    assert before[0] == 0, before[2]
+    after = outcome("check", "m", *CHECK_BASE, *CHECK[name])
+    differs(before, after, CHECK[name])
+    if name == "timeout":
+        assert "more than 0.2 s" in after[1]
+    if name == "output_dir":
+        assert (place / "elsewhere" / "check.json").exists()
+
+
+@pytest.mark.parametrize("name", ["split", "limit", "answer_pattern", "eval_data"])
+def test_options_of_data_are_refused_without_data(name, outcome):
+    status, _, said, *_ = outcome("check", "m", option(name), "3")
+    assert status == 2 and f"{option(name)} is for --data or --recipe" in said
+
+
 @pytest.mark.parametrize(
     ("command", "folder"),
-    [("eval", "runs/eval"), ("lens", "runs/lens"), ("attention", "runs/attention"),
-     ("compare", "runs/compare"), ("train", "runs/oisd")],
+    [("eval", "runs/eval"), ("check", "runs/check"), ("lens", "runs/lens"),
+     ("attention", "runs/attention"), ("compare", "runs/compare"), ("train", "runs/oisd")],
 )  # fmt: skip
 def test_help_names_the_folder_that_is_used(command, folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
@@ -228,7 +281,8 @@ def test_help_names_the_folder_that_is_used(command, folder, capsys, monkeypatch
     if command == "train":  # of its recipe
         folder = "runs/arithmetic"
     assert folder in said
-    others = {f"runs/{name}" for name in ("eval", "lens", "attention", "compare")} - {folder}
+    others = {f"runs/{name}" for name in ("eval", "check", "lens", "attention", "compare")}
+    others -= {folder}
     assert not any(other in said for other in others)
 
 

@@ -1,0 +1,47 @@
+"""The guards inside TRL: a sound model says nothing, a faulty one is refused or warned of."""
+
+import math
+import warnings
+
+import pytest
+
+from oisd.integrations import model_guards
+from oisd.integrations.model_guards import guard_model
+from oisd.models.guards import Guard
+from tests.oisd.integrations.trl_runs import make
+from tests.oisd.models.test_guards import is_mended, other_model
+from tests.tiny_models import tiny_model
+
+
+def test_a_sound_model_says_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        guard_model(tiny_model("qwen3"))
+
+
+def test_padding_without_position_ids_is_warned_of():
+    """TRL's update passes none."""
+    with pytest.warns(UserWarning, match="left padding.*without position ids.*Pass position_ids"):
+        guard_model(other_model("gpt2"))
+
+
+@pytest.mark.skipif(is_mended() is not False, reason="known to see the future in 5.10")
+def test_a_model_that_sees_the_future_is_refused():
+    with pytest.raises(ValueError, match='OISDTrainer: causality.*attn_implementation = "eager"'):
+        guard_model(other_model("doge"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "refused"),
+    [("right padding", 0.5, True), ("right padding", 2e-3, False), ("left padding", 0.5, False),
+     ("causality", math.nan, False), ("finite", 1.0, True)],
+)  # fmt: skip
+def test_the_trainer_asks(name, value, refused, tmp_path, monkeypatch):
+    found = Guard(name, value, 0 if name == "finite" else 1e-3, "they differ", "change it")
+    monkeypatch.setattr(model_guards, "cheap_guards", lambda model, positions: [found])
+    if refused:
+        with pytest.raises(ValueError, match=f"OISDTrainer: {name}: they differ.*Change it"):
+            make(str(tmp_path))
+    else:
+        with pytest.warns(UserWarning, match=f"OISDTrainer: {name}"):
+            make(str(tmp_path))
