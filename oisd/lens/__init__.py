@@ -96,7 +96,7 @@ class LayerLens:
             self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
             students, final = self.taps.student_hidden()[:, 0], self.taps.final_hidden()[0]
             head = self.taps.unembedding
-            residuals = [self._ready(stream[0]) for stream in before() or ()]
+            residuals = [self._ready(stream) for stream in before() or ()]
         cap = {"bias": head.bias, "logit_softcap": head.logit_softcap}
         # One call for all layers: the final layer's logits are computed once.
         stats, top = lens_with_top(
@@ -123,10 +123,13 @@ class LayerLens:
         )
 
     def _ready(self, hidden: Tensor) -> Tensor:
-        """What the unembedding reads for a residual stream [T, D]."""
+        """What the unembedding reads for a residual stream: [T, D] for [1, T, D]."""
+        tail = self.layout.tail
         if self.lens_norm == "final":
-            hidden = self.layout.norm(hidden)
-        return hidden * self.layout.scale
+            hidden = tail.read(hidden, frozen=True)
+        else:
+            hidden = hidden * tail.factor
+        return hidden[0] * self.layout.scale
 
 
 def summarise(looks: Sequence[Lens]) -> LensSummary:

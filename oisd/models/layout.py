@@ -1,11 +1,14 @@
 """Where a causal language model keeps what Taps needs: found by a probe, not by its name.
 
-* A forward of four tokens finds the layout. The final norm is the child of the decoder that turns
-  the last layer's output into `last_hidden_state`; the head's output must be
-  `last_hidden_state @ weight.T + bias`; what the model does to logits afterwards (scale, softcap)
-  is read from its answer to a known ramp put in place of the head's output. A model that does
-  anything else is refused.
-* `oisd.models.attention` takes the queries and keys.
+A forward of four tokens finds the layout:
+
+* The layers are the ModuleList that has as many modules as the config has layers, and that runs.
+* The tail leads from the last layer's output to the head's input (`oisd.models.tail`).
+* The head's output must be linear in its input; what the model does to logits afterwards is read
+  from its answer to a known ramp put in place of the head's output (`oisd.models.head`).
+
+A model that does anything else is refused with what it does. `oisd.models.attention` takes the
+queries and keys.
 
 B batch, T positions, D width, V vocabulary, H query heads, J key heads, K head dimension.
 """
@@ -13,34 +16,51 @@ B batch, T positions, D width, V vocabulary, H query heads, J key heads, K head 
 from __future__ import annotations
 
 import inspect
-import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oisd.models.attention import PLAN, AttentionCall, FusedPlan, UnsupportedModelError, tapped
+from oisd.models.head import (
+    HeadForm,
+    close,
+    config_numbers,
+    gain_of,
+    head_parameters,
+    is_partitioned,
+    ramp,
+    scale_and_softcap,
+    softcapped,
+    without_hooks,
+)
+from oisd.models.tail import Call, Replay, Step, Tail, acts_on_each_token, call_of, find_steps
 
-# Where configs keep the factor of the logits; the probe tells whether it multiplies or divides.
-_SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-_SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap")
 _POSITIONS = re.compile("wpe|embed_positions|positions_embed|position_embeddings?|pos_emb.*")
 
 
 class Layout(NamedTuple):
-    """The parts of a model from its layers to its logits, and what it does to the logits."""
+    """The parts of a model from its layers to its logits."""
 
     model: Any
     decoder: Any
     layers: nn.ModuleList
-    norm: nn.Module
-    scale: float
-    softcap: float | None
+    tail: Tail
+    head: HeadForm
+    runs: tuple[int, ...]  # how often each layer runs in a forward of text
+    plain: bool  # whether layers return [B, T, D] as the head reads it, rather than streams
+
+    @property
+    def scale(self) -> float:
+        return self.head.scale
+
+    @property
+    def softcap(self) -> float | None:
+        return self.head.softcap
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -81,78 +101,8 @@ def learned_positions(model: Any) -> int | None:
     return min(limits, default=None)
 
 
-def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has partitioned the parameter, so that it is whole only in its module."""
-    return hasattr(parameter, "ds_id")
-
-
-@contextmanager
-def without_hooks(module: nn.Module) -> Iterator[None]:
-    """Context in which the module and its children run without their hooks."""
-    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    kept = [(m, name, getattr(m, name)) for m in module.modules() for name in names]
-    try:
-        for inner, name, hooks in kept:
-            setattr(inner, name, type(hooks)())
-        yield
-    finally:
-        for inner, name, hooks in kept:
-            setattr(inner, name, hooks)
-
-
-def _is_packed(weight: Tensor) -> bool:
-    """Whether the entries are codes: bitsandbytes may store 4-bit ones in a float dtype."""
-    coded = getattr(weight, "quant_state", None) is not None
-    return coded or weight.dim() != 2 or not weight.is_floating_point()
-
-
-def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
-    """The head's weight [V, D] and bias.
-
-    Raises UnsupportedModelError for an adapter, which `weight` leaves out, and a quantised weight.
-    """
-    head = model.get_output_embeddings()
-    # PEFT's modules_to_save trains a copy of the whole head; `weight` is then the active copy's.
-    whole = getattr(head, "modules_to_save", None)
-    plain = list(whole.values()) if isinstance(whole, nn.ModuleDict) else [head]
-    weight = getattr(head, "weight", None)
-    if any(True for module in plain for _ in module.children()) or not isinstance(weight, Tensor):
-        raise UnsupportedModelError(
-            f"Taps: the output embeddings must be one linear layer without adapters, got "
-            f"{type(head).__name__}; leave the head out of the adapter's target modules, or list "
-            f"it in modules_to_save"
-        )
-    if not is_partitioned(weight) and _is_packed(weight):
-        raise UnsupportedModelError(
-            f"Taps: the output embeddings must not be quantised, got {type(head).__name__} with a "
-            f"weight of {weight.dtype} {[*weight.shape]}; leave them out (llm_int8_skip_modules of "
-            f"bitsandbytes)"
-        )
-    return weight, getattr(head, "bias", None)
-
-
-def _softcap(logits: Tensor, cap: float | None) -> Tensor:
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def _close(x: Tensor, ref: Tensor, slack: float = 0) -> bool:
-    """Equal to a few roundings of the coarser dtype, at the scale of the largest element."""
-    bound = 16 * max(torch.finfo(x.dtype).eps, torch.finfo(ref.dtype).eps) + slack
-    x, ref = x.float(), ref.to(x.device).float()
-    return x.shape == ref.shape and bool((x - ref).abs().max() <= bound * ref.abs().max())
-
-
 def first_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
-
-
-def _ramp(like: Tensor) -> Tensor:
-    return torch.linspace(-64, 64, like.shape[-1]).to(like).expand_as(like)
-
-
-class _Seen(NamedTuple):
-    input: Tensor
-    output: Tensor
 
 
 @contextmanager
@@ -184,36 +134,112 @@ def _probe_ids(model: Any) -> Tensor:
     return torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
 
 
+class _Probe(NamedTuple):
+    """What one forward of four tokens showed."""
+
+    model: Any
+    layers: dict[nn.Module, list[Any]]  # what each layer returned, each time
+    calls: list[Call]  # of modules after the last layer
+    given: Tensor  # the head's input
+    head: HeadForm | None
+    ramp: Tensor  # put in place of the head's output
+    logits: Tensor  # the model's answer
+    decoded: Tensor | None  # what the decoder returned
+
+
 @torch.no_grad()
-def _probe(model: Any) -> dict[nn.Module, _Seen]:
-    """What each watched module took and returned in one forward of four tokens.
+def _probe(model: Any, decoder: nn.Module, lists: list[nn.ModuleList], numbers: list[float]) -> Any:
+    """A `_Probe`, or None if the forward calls no layer or no head."""
+    head = model.get_output_embeddings()
+    layers = {layer: [] for each in lists for layer in each}
+    inside = {m for layer in (*layers, head) for m in layer.modules()}
+    seen: dict[str, Any] = {}
+    calls: list[Call] = []
 
-    Watched are the decoder, its children, its layers and the head. The head's `input` is what its
-    output should be; the model's own `output` is its logits for a ramp in place of the head's.
-    """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    seen: dict[nn.Module, _Seen] = {}
+    def keep_layer(layer: nn.Module, _: Any, out: Any) -> None:
+        layers[layer].append(out)
+        calls.clear()
+        seen.clear()
 
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        out, given = first_tensor(out), next(iter([*args, *kwargs.values()]), None)
-        if module is not head:
-            seen[module] = _Seen(given if isinstance(given, Tensor) else torch.empty(0), out)
-        elif decoder in seen:
-            # Not later: under FSDP2 the weight is whole only while its module runs.
-            weight, bias = head_parameters(model)
-            final = seen[decoder].output.to(weight.dtype)
-            seen[head] = _Seen(F.linear(final, weight, bias), out)
-            return _ramp(out)
+    def keep_call(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if any(layers.values()) and (call := call_of(module, args, kwargs, out)):
+            calls.append(call)
+
+    def keep_decoded(_: nn.Module, __: Any, out: Any) -> None:
+        seen["decoded"] = first_tensor(out)
+
+    def keep_head(_: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+        given = next((x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)), None)
+        if not any(layers.values()) or given is None or not isinstance(out, Tensor):
+            return None
+        # Not later: under FSDP2 the weight is whole only while its module runs.
+        seen["given"], seen["head"] = given, gain_of(head, given, out, numbers)
+        seen["ramp"] = ramp(out)
+        return seen["ramp"]
 
     ids = _probe_ids(model)
-    layers = [m for child in decoder.children() if isinstance(child, nn.ModuleList) for m in child]
     with _eval_mode(model), ExitStack() as stack:
-        for module in {decoder, *decoder.children(), *layers, head}:
-            # Before FSDP2's own hook, which releases the weights of a head that it wraps.
-            hook = module.register_forward_hook(watch, with_kwargs=True, prepend=module is head)
-            stack.callback(hook.remove)
-        seen[model] = _Seen(ids, model(input_ids=ids, use_cache=False, return_dict=True).logits)
-    return seen
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(keep_layer).remove)
+        for module in model.modules():
+            if module not in inside and module is not model:
+                # Before FSDP2's own hook, which releases the weights.
+                hook = module.register_forward_hook(keep_call, with_kwargs=True, prepend=True)
+                stack.callback(hook.remove)
+        hook = head.register_forward_hook(keep_head, with_kwargs=True, prepend=True)
+        stack.callback(hook.remove)
+        stack.callback(decoder.register_forward_hook(keep_decoded).remove)
+        logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
+    if "given" not in seen:
+        return None
+    found = seen["given"], seen["head"], seen["ramp"], logits, seen.get("decoded")
+    return _Probe(model, {layer: out for layer, out in layers.items() if out}, calls, *found)
+
+
+def _lists_of(model: nn.Module, depth: int) -> list[nn.ModuleList]:
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    inner = {m for each in lists for layer in each for m in layer.modules()}
+    return [each for each in lists if each not in inner]
+
+
+def _decoder_of(model: Any, layers: nn.ModuleList) -> nn.Module | None:
+    """The decoder that the model names, if it has the layers, or else the module that has them."""
+    named = model.get_decoder()
+    if named is not model and isinstance(named, nn.Module) and layers in set(named.modules()):
+        return named
+    holders = (m for m in model.modules() if any(child is layers for child in m.children()))
+    return next((m for m in holders if m is not model), None)
+
+
+def _depth_of(model: Any) -> int | None:
+    decoder = model.get_decoder()
+    for config in (getattr(decoder, "config", None), model.config):
+        if hasattr(config, "get_text_config"):
+            depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+            if isinstance(depth, int):
+                return depth
+    return None
+
+
+def _passes(model: Any, depth: int) -> str:
+    """Says that a model counts passes through its layers, if it does."""
+    runs: dict[nn.Module, int] = {}
+
+    def count(layer: nn.Module, *_: Any) -> None:
+        runs[layer] = runs.get(layer, 0) + 1
+
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    with torch.no_grad(), _eval_mode(model), ExitStack() as stack:
+        for layer in {layer for each in lists for layer in each}:
+            stack.callback(layer.register_forward_hook(count).remove)
+        model(input_ids=_probe_ids(model), use_cache=False)
+    several = [layer for layer in runs if runs[layer] > 1]
+    if several and sum(runs.values()) >= depth:
+        return (
+            f"; it runs {len(several)} modules several times each, so that the number of a layer "
+            f"would mean one of {depth} passes"
+        )
+    return ""
 
 
 def find_layout(model: Any) -> Layout:
@@ -222,50 +248,101 @@ def find_layout(model: Any) -> Layout:
     def refuse(what: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"Taps: {type(model).__name__} is not understood: {what}")
 
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    config = getattr(decoder, "config", None)  # some have a linear layer of this name
-    whole = config is not None and isinstance(head, nn.Module)
-    if model.config.is_encoder_decoder or decoder is model or not whole:
+    head, depth = model.get_output_embeddings(), _depth_of(model)
+    if model.config.is_encoder_decoder or not isinstance(head, nn.Module) or depth is None:
         raise refuse("it must have a decoder (get_decoder) and a head (get_output_embeddings)")
     head_parameters(model)
-    depth = decoder.config.get_text_config().num_hidden_layers
-    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if len(lists) != 1:
-        raise refuse(f"the decoder must have one ModuleList of {depth} layers, got {len(lists)}")
-
-    seen = _probe(model)
-    if head not in seen or lists[0][-1] not in seen:
+    lists = _lists_of(model, depth)
+    decoders = {each: _decoder_of(model, each) for each in lists}
+    try:
+        if not lists:
+            why = f"the decoder must have one ModuleList of {depth} layers, got 0"
+            raise refuse(why + _passes(model, depth))
+        numbers = config_numbers(model.config)
+        first = next((d for d in decoders.values() if d is not None), model)
+        probe = _probe(model, first, lists, numbers)
+    except (UnsupportedModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model wants that is no plain text
+        reason = " ".join(str(error).split())
+        raise refuse(
+            f"its forward of four tokens ends in {type(error).__name__}: {reason[:200]}"
+        ) from error
+    ran = [] if probe is None else [each for each in lists if any(m in probe.layers for m in each)]
+    ran = [each for each in ran if decoders[each] is first]
+    if not ran:
         raise refuse("its forward does not call its decoder, last layer and output embeddings")
-    last, final = seen[lists[0][-1]].output, seen[decoder].output
-    called = [child for child in decoder.children() if child in seen]
-    norms = [child for child in called if torch.equal(seen[child].input, last)]
-    norms = [child for child in norms if torch.equal(seen[child].output, final)]
-    if len(norms) != 1:
-        raise refuse(
-            f"one child of the decoder must be the final norm, which turns the last layer's output "
-            f"into last_hidden_state; found {len(norms)}"
-        )
-    if not _close(seen[head].output, seen[head].input):
-        raise refuse("the head's output is not last_hidden_state @ weight.T + bias")
+    if len(ran) > 1:
+        raise refuse(f"the decoder must have one ModuleList of {depth} layers, got {len(ran)}")
+    layers = ran[0]
+    if probe.head is None:
+        raise refuse("the head's output is not its input @ weight.T + bias")
 
-    logits, ramp = seen[model].output, _ramp(seen[head].output).float()
-    if logits.shape != ramp.shape:
-        raise refuse(f"the logits have shape {[*logits.shape]}, the head's output {[*ramp.shape]}")
-    config = model.config.get_text_config()
-    named = [getattr(config, name, None) for name in _SCALE_NAMES]
-    scales = [float(value) for value in named if isinstance(value, (int, float)) and value]
-    scales += [1.0, *(1 / value for value in scales)]
-    caps = [*(getattr(config, name, None) or None for name in _SOFTCAP_NAMES), None]
-    scale, cap = min(
-        itertools.product(scales, caps),
-        key=lambda c: float((_softcap(c[0] * ramp, c[1]) - logits).abs().max()),
-    )
-    if not _close(logits, _softcap(scale * ramp, cap)):
+    tail, last = _find_tail(probe, first, layers, numbers, refuse)
+    form = probe.head
+    given, logits = probe.ramp, probe.logits
+    rows = logits.shape[-1]
+    if logits.shape[:-1] != given.shape[:-1] or rows > given.shape[-1]:
+        raise refuse(f"the logits have shape {[*logits.shape]}, the head's output {[*given.shape]}")
+    if rows < given.shape[-1]:
+        form, given = form._replace(rows=rows), given[..., :rows]
+    found = scale_and_softcap(given[0, 0], logits[0, 0], numbers)
+    if found is None or not close(logits, softcapped(found[0] * given.float(), found[1])):
         raise refuse(
-            f"it turns the head's output {ramp[0, 0, -1]:.4g} into the logit "
-            f"{logits[0, 0, -1]:.4g}, which no scale or softcap of its config explains"
+            f"it turns the head's output {given[0, 0, -1]:.4g} into the logit "
+            f"{logits[0, 0, -1]:.4g}, which no scale or softcap explains"
         )
-    return Layout(model, decoder, lists[0], norms[0], scale, cap)
+    form = form._replace(scale=found[0], softcap=found[1])
+    runs = tuple(len(probe.layers.get(layer, ())) for layer in layers)
+    plain = last.ndim == 3 and last.shape[-1] == probe.given.shape[-1]
+    return Layout(model, first, layers, tail, form, runs, plain)
+
+
+def _find_tail(
+    probe: _Probe,
+    decoder: nn.Module,
+    layers: nn.ModuleList,
+    numbers: list[float],
+    refuse: Callable[[str], UnsupportedModelError],
+) -> tuple[Tail, Tensor]:
+    """The tail, and what the last layer returned."""
+    last_layer = [layer for layer in layers if layer in probe.layers][-1]
+    out = probe.layers[last_layer][-1]
+    last, wanted = first_tensor(out), probe.given
+    found = find_steps(last, wanted, probe.calls, numbers)
+    if found is not None:
+        steps, factor = found
+        inside = set(decoder.modules())
+        computed = sum(step.module in inside for step in steps)
+        source = steps[computed - 1].module if computed else last_layer
+        return Tail(steps, factor, computed, source), last
+    length = _probe_ids(probe.model).shape[1]
+    if wanted.shape[1] == length and length not in last.shape[:-1]:
+        raise refuse(f"its layers see {last.shape[-2]} positions in a text of {length} tokens")
+    if any(is_partitioned(p) for p in decoder.parameters()):
+        raise refuse("under ZeRO-3, the final norm must read the last layer's output")
+    # The decoder's own forward, from its last layer on.
+    try:
+        again = Replay(decoder, layers, last_layer, 0 if isinstance(out, Tensor) else len(out))
+        with _eval_mode(decoder), torch.no_grad():
+            decoded = again(last)
+            same = probe.decoded is not None and close(decoded, probe.decoded)
+            alone = same and acts_on_each_token(again, last, decoded, axis=last.ndim - 2)
+    except Exception:  # its forward cannot run so
+        same = alone = False
+    if same and alone:
+        rest = find_steps(probe.decoded, wanted, probe.calls, numbers)
+        if rest is not None:
+            return Tail((Step(1.0, again), *rest[0]), rest[1], 1, decoder), last
+    if last.shape[-1] != wanted.shape[-1]:
+        raise refuse(
+            f"its head reads {wanted.shape[-1]} values a token, and its layers return "
+            f"{last.shape[-1]}"
+        )
+    raise refuse(
+        "no final norm or other function of the last layer's output, on each token alone, gives "
+        "what its head reads"
+    )
 
 
 def refuse_variants(layer: int, call: AttentionCall) -> None:
@@ -285,14 +362,14 @@ def _is_causal_softmax(call: AttentionCall) -> bool:
     """Whether `out` is causal softmax attention by the call's own q, k, v and arguments."""
     group = call.q.shape[1] // call.k.shape[1]
     k, v = (x.float().repeat_interleave(group, dim=1) for x in (call.k, call.v))
-    scores = _softcap(call.scale * call.q.float() @ k.mT, call.softcap)
+    scores = softcapped(call.scale * call.q.float() @ k.mT, call.softcap)
     distance = torch.arange(scores.shape[-1], device=k.device)
     distance = distance[:, None] - distance
     keep = (distance >= 0) & (distance < (call.window or len(distance)))
     out = (scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v).transpose(1, 2)
     # Eager attention rounds its scores, at least to TF32, which shifts them by up to eps * |score|.
     eps = max(torch.finfo(call.out.dtype).eps, 2**-11)
-    return _close(call.out, out, slack=min(2 * eps * float(scores.abs().max()), 8.0))
+    return close(call.out, out, slack=min(2 * eps * float(scores.abs().max()), 8.0))
 
 
 def check_attention(layout: Layout, layers: Sequence[int]) -> dict[int, AttentionCall]:
