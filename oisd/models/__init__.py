@@ -29,6 +29,7 @@ from oisd.models.layout import (
     first_tensor,
     head_parameters,
     is_partitioned,
+    last_logits_only,
     planned,
     refuse_variants,
     takes_plans,
@@ -37,7 +38,14 @@ from oisd.models.layout import (
 from oisd.models.tail import scaled
 from oisd_kernels import AttentionAlignment
 
-__all__ = ["AttentionPair", "Taps", "Unembedding", "UnsupportedModelError", "pack_padded"]
+__all__ = [
+    "AttentionPair",
+    "Taps",
+    "Unembedding",
+    "UnsupportedModelError",
+    "last_logits_only",
+    "pack_padded",
+]
 
 
 class Unembedding(NamedTuple):
@@ -70,7 +78,8 @@ class Taps:
 
         taps = Taps(model, student_layers=[6])
         with taps:
-            model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+            options = last_logits_only(model, ids)
+            model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
             student, final = taps.student_hidden(), taps.final_hidden()
 
     Make it once (that costs two forwards of four tokens), enter it as often as you like; several

@@ -82,6 +82,20 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return model
 
 
+def last_logits_only(model: nn.Module, input_ids: Tensor) -> dict[str, Any]:
+    """Arguments under which a forward keeps all hidden states and makes one position's logits.
+
+    They are an index, not a number: Gemma 4 with shared keys and values runs its last layers on
+    the last positions alone where `logits_to_keep` is a number. Empty if the model takes neither.
+
+    model: what `Taps` takes. input_ids: [B, T].
+    """
+    if "logits_to_keep" not in inspect.signature(unwrap(model).forward).parameters:
+        return {}
+    length = input_ids.shape[1]
+    return {"logits_to_keep": torch.arange(length - 1, length, device=input_ids.device)}
+
+
 def learned_positions(model: Any) -> int | None:
     """The longest text that the model has positions for; None where they are computed.
 
