@@ -65,15 +65,17 @@ def replaced(output: Any, hidden: Tensor) -> Any:
     return type(output)([hidden, *output[1:]])
 
 
-def layer_states(model: Any, layers: Any, layer: int, ids: Tensor, count: int) -> Tensor:
-    """Hidden states after a layer: transformers' own, or the module's output if it counts others."""
+def layer_states(model: Any, layer: nn.Module, ids: Tensor) -> tuple[Tensor, float | None]:
+    """What a layer returns, last, and how far transformers' own hidden states are from it.
+
+    Their place in `hidden_states` is not relied on: RWKV's begin after the first layer, and loops
+    have more of them.
+    """
     seen: list[Any] = []
-    with torch.no_grad(), watched(layers[layer - 1], lambda out: seen.append(first(out)) or None):
+    with torch.no_grad(), watched(layer, lambda out: seen.append(first(out)) or None):
         out = model(input_ids=ids, use_cache=False, output_hidden_states=True)
-    states = getattr(out, "hidden_states", None)
-    if states is not None and len(states) == count + 1 and states[layer].shape == seen[-1].shape:
-        return states[layer]
-    return seen[-1]
+    own = [x for x in getattr(out, "hidden_states", None) or () if x.shape == seen[-1].shape]
+    return seen[-1], min((error(x, seen[-1]) for x in own), default=None)
 
 
 def examine_lens(model: Any, taps: Taps, student: int, row: Row) -> None:
@@ -87,9 +89,14 @@ def examine_lens(model: Any, taps: Taps, student: int, row: Row) -> None:
         mine, final = logits_of(taps.student_hidden()[0], taps), taps.final_hidden()
         model(input_ids=ids, use_cache=False, **last_logits_only(model, ids))
         row["last_logits_only"] = error(taps.final_hidden(), final)
-        model(input_ids=ids, use_cache=False, **({"logits_to_keep": 1} if last_logits_only(model, ids) else {}))
+        model(
+            input_ids=ids,
+            use_cache=False,
+            **({"logits_to_keep": 1} if last_logits_only(model, ids) else {}),
+        )
         row["logits_to_keep"] = error(taps.final_hidden(), final)
-    hidden = layer_states(model, layers, student, ids, len(layers))
+    layer = layers[taps._read_from[student] - 1]
+    hidden, row["hidden_states"] = layer_states(model, layer, ids)
     ran = [n for n, runs in enumerate(taps._layout.runs) if runs]
     with torch.no_grad(), watched(layers[ran[-1]], lambda out: replaced(out, hidden)):
         row["lens"] = error(mine, model(input_ids=ids, use_cache=False).logits)
@@ -140,7 +147,12 @@ def examine_gradients(model: Any, taps: Taps, student: int, ids: Tensor, row: Ro
     row["reaches"] = all(
         reached(layer) for layer, n in zip(layers[:student], taps._layout.runs, strict=False) if n
     )
-    row["leaks"] = [n for n, layer in enumerate(layers[student:], student + 1) if above(layer)]
+    looped = taps._layout.runs[student - 1] > 1  # then earlier passes ran through layers above
+    row["leaks"] = [
+        n
+        for n, layer in enumerate(layers[student:], student + 1)
+        if above(layer) and not (looped and taps._layout.runs[n - 1] > 1)
+    ]
     model.zero_grad()
 
 
@@ -166,9 +178,14 @@ def examine_attention(model: Any, taps: Taps, row: Row) -> None:
     if not maps:
         row["attention"] = None
         return
-    students = min(error(distribution(pair, pair.q, pair.k, pair.scale, ""), of(a, pair)) for a in maps)
+    students = min(
+        error(distribution(pair, pair.q, pair.k, pair.scale, ""), of(a, pair)) for a in maps
+    )
     teachers = min(
-        error(distribution(pair, pair.q_teacher, pair.k_teacher, pair.scale_teacher, "_teacher"), of(a, pair))
+        error(
+            distribution(pair, pair.q_teacher, pair.k_teacher, pair.scale_teacher, "_teacher"),
+            of(a, pair),
+        )
         for a in maps
     )
     row["attention"] = max(students, teachers)
@@ -214,6 +231,11 @@ def one_line(exception: BaseException) -> str:
 def examine(model: Any, row: Row) -> None:
     """Adds to the row: `lens` and `attention` "works", "refused", "wrong" or "broken", with why."""
     depth = 0
+    try:
+        with torch.no_grad():
+            model(input_ids=texts(model), use_cache=False)
+    except Exception as exception:
+        row["not_run"] = f"{type(exception).__name__}: {one_line(exception)}"
     for part, attention in (("lens", False), ("attention", True)):
         row[part + "_errors"] = errors = {}
         try:
@@ -230,14 +252,25 @@ def examine(model: Any, row: Row) -> None:
         except UnsupportedModelError as refusal:
             row[part], row[part + "_why"] = "refused", one_line(refusal)
         except Exception as exception:
-            row[part], row[part + "_why"] = "broken", f"{type(exception).__name__}: {one_line(exception)}"
+            row[part], row[part + "_why"] = (
+                "broken",
+                f"{type(exception).__name__}: {one_line(exception)}",
+            )
             row[part + "_trace"] = traceback.format_exc()[-1500:]
     row["layers"] = depth
 
 
 def faults(errors: Row) -> str:
     """What is wrong of Taps' own doing; padding and packing are the model's."""
-    names = ("changed", "logits", "last_logits_only", "logits_to_keep", "lens", "packed_logits")
+    names = (
+        "changed",
+        "logits",
+        "last_logits_only",
+        "logits_to_keep",
+        "lens",
+        "packed_logits",
+        "hidden_states",
+    )
     names += ("attention", "attention_changed")
     found = [f"{n} {errors[n]:.1e}" for n in names if (errors.get(n) or 0) > BOUND]
     if errors.get("far", 1) < BOUND:

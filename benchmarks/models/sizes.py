@@ -27,7 +27,8 @@ FIELDS: dict[str, Any] = dict(
     attention_heads=4, attention_head_dim=16, attention_hidden_size=64, rotary_dim=8,
     # Experts.
     num_experts=4, num_local_experts=4, n_routed_experts=4, moe_num_experts=4, moe_k=2, moe_topk=2,
-    num_experts_per_tok=2, num_experts_per_token=2, n_shared_experts=1, num_shared_experts=1, moe_intermediate_size=48,
+    num_experts_per_tok=2, num_experts_per_token=2, n_shared_experts=1, num_shared_experts=1,
+    moe_intermediate_size=48, num_expert_group=1,
     shared_expert_intermediate_size=48, moe_shared_expert_intermediate_size=48, n_group=1,
     topk_group=1, first_k_dense_replace=1, num_dense_layers=1, expert_ffn_hidden_size=48,
     zero_expert_num=1, moe_layer_start_index=1, moe_layer_end_index=3,
@@ -36,10 +37,10 @@ FIELDS: dict[str, Any] = dict(
     index_n_heads=2, index_head_dim=16, index_topk=4, o_lora_rank=16,
     # Recurrent layers.
     mamba_d_state=8, mamba_n_heads=8, mamba_d_head=16, mamba_expand=2, mamba_num_heads=8,
-    mamba_head_dim=16, num_expert_group=1, ssm_state_size=8, state_size=8, n_mamba_heads=2, lru_width=64,
+    mamba_head_dim=16, ssm_state_size=8, state_size=8, n_mamba_heads=2, lru_width=64,
     linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=16,
-    linear_value_head_dim=16, linear_head_dim=16, linear_num_heads=4, full_attention_interval=2, attention_hidden=64, head_size=16,
-    mamba_chunk_size=8, chunk_size=8,
+    linear_value_head_dim=16, linear_head_dim=16, linear_num_heads=4,
+    full_attention_interval=2, attention_hidden=64, head_size=16, mamba_chunk_size=8, chunk_size=8,
     # Gemma 3n and 4.
     vocab_size_per_layer_input=131, hidden_size_per_layer_input=8, num_kv_shared_layers=0,
     laurel_rank=8, global_head_dim=16,
@@ -88,7 +89,7 @@ TYPES: dict[str, dict[str, Any]] = {
     ),
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, rope_theta=10000.0, clip_qkv=8.0),
-        ffn_config=dict(ffn_hidden_size=96, moe_top_k=2, hidden_size=64),
+        ffn_config=dict(ffn_hidden_size=64, moe_top_k=2, hidden_size=64),
     ),
     "deepseek_v2": dict(num_experts_per_tok=2, n_group=1, topk_group=1, head_dim=None),
     "dots3_note": dict(vision_config=dict(num_hidden_layers=2, pyramid_num_routed=None)),
@@ -156,18 +157,15 @@ def _small(config: Any, fields: dict[str, Any], asked: dict[str, Any]) -> dict[s
     return found | {name: value for name, value in asked.items() if value is not None}
 
 
-def _fit_lists(config: Any, arguments: dict[str, Any]) -> None:
-    """Cuts lists with one entry per layer, whose defaults are as long as the real model's."""
-    lists = {name: x for name, x in config.to_dict().items() if isinstance(x, list) and len(x) > LAYERS}
-    for name, entries in lists.items():
-        if name in _names(config) and name not in arguments and len(entries) == config.num_hidden_layers:
-            arguments[name] = entries[: LAYERS - 1] + entries[-1:]
+def _to_begin_with(model_type: str) -> dict[str, Any]:
+    """What a type's config cannot be made without, whatever its sizes."""
+    return TYPES[model_type] if model_type.endswith("assistant") else {}
 
 
-def tiny_config(model_type: str) -> Any:
+def tiny_config(model_type: str, **settings: Any) -> Any:
     """The config of a type; raises whatever transformers does if the sizes do not fit."""
-    base = AutoConfig.for_model(model_type)
-    asked = dict(TYPES.get(model_type, {}))
+    base = AutoConfig.for_model(model_type, **_to_begin_with(model_type))
+    asked = {**TYPES.get(model_type, {}), **settings}
     for name in getattr(type(base), "sub_configs", {}) or {}:
         part = getattr(base, name, None)
         if part is None or isinstance(part, dict) or name in asked:

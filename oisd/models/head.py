@@ -151,7 +151,18 @@ def gain_of(head: Any, given: Tensor, out: Tensor, numbers: list[float]) -> Head
 
 
 def ramp(like: Tensor) -> Tensor:
-    return torch.linspace(-64, 64, like.shape[-1]).to(like).expand_as(like)
+    """Known values in place of logits: -2048 to 2048, dense near 0, none of them 0."""
+    count = like.shape[-1]
+    up = torch.logspace(-6, 11, count - count // 2, base=2.0, dtype=torch.float64)
+    values = torch.cat([-up[: count // 2].flip(0), up])
+    return values.to(like).expand_as(like)
+
+
+def _agrees(logits: Tensor, given: Tensor, scale: float, cap: float | None) -> bool:
+    """Each logit to a few roundings of its own size."""
+    wanted = softcapped(scale * given.double(), cap)
+    eps = max(torch.finfo(given.dtype).eps, torch.finfo(logits.dtype).eps)
+    return bool(((logits.double() - wanted).abs() <= 8 * eps * wanted.abs()).all())
 
 
 def scale_and_softcap(
@@ -159,35 +170,28 @@ def scale_and_softcap(
 ) -> tuple[float, float | None] | None:
     """(s, c) with logits = c tanh(s given / c), or s given; None if there are none.
 
-    given, logits: [V], a ramp and the model's answer. A value that a number of the config explains
-    is exactly that number.
+    given, logits: [..., V], a `ramp` and the model's answer. A value that a number of the config
+    explains is exactly that number.
     """
-    x, y = given.double(), logits.double()
-    if not bool(y.isfinite().all()):
+    if not bool(logits.isfinite().all()):
         return None
     within = 16 * max(torch.finfo(given.dtype).eps, torch.finfo(logits.dtype).eps)
 
-    def explains(scale: float, cap: float | None) -> bool:
-        # As the model rounds: each step in the dtype of its logits.
-        return close(logits, softcapped(scale * given.float(), cap))
-
     def nearby(value: float) -> list[float]:
-        tried = (snapped(value, numbers, by) for by in (within, 0.02))
-        return [*dict.fromkeys([*tried, value])]
+        return [*dict.fromkeys([snapped(value, numbers, within), value])]
 
-    slope = float(y[-1] / x[-1])
-    for scale in nearby(slope):
-        if explains(scale, None):
+    x, y = (z.flatten(0, -2)[0].double() for z in (given, logits))
+    x, y = x[x > 0], y[x > 0]
+    first = float(y[0] / x[0])  # the ramp's smallest
+    for scale in nearby(first):
+        if _agrees(logits, given, scale, None):
             return scale, None
-    # The softcap bends the ramp: take a point where it has bent by some 30 %, and half of it.
-    up = x > 0
-    x, y = x[up], y[up]
-    bent = (y / x) / (y[0] / x[0])
-    far = int((bent - 0.7).abs().argmin())
-    near = int((x - x[far] / 2).abs().argmin())
-    if near == far or y[far] <= 0:
-        return None
+    # The softcap bends the ramp: take a point where it has bent by half, and another below.
+    far = int((y / x / first - 0.5).abs().argmin())
+    near = int((x - x[far] / 4).abs().argmin())
     x1, y1, x2, y2 = (float(v) for v in (x[near], y[near], x[far], y[far]))
+    if not 0 < y1 < y2:
+        return None
     low, high = math.log(y2 * (1 + 1e-9)), math.log(1e6 * y2)
     cap = y2
     for _ in range(100):  # bisection: the larger the cap, the larger what it predicts at x2
@@ -197,6 +201,6 @@ def scale_and_softcap(
         low, high = (middle, high) if predicted < y2 else (low, middle)
     for c in nearby(cap):
         for s in nearby(c * math.atanh(min(y1 / c, 1 - 1e-12)) / x1):
-            if explains(s, c):
+            if _agrees(logits, given, s, c):
                 return s, c
     return None

@@ -30,15 +30,23 @@ from oisd.models.head import (
     HeadForm,
     close,
     config_numbers,
-    gain_of,
     head_parameters,
     is_partitioned,
-    ramp,
     scale_and_softcap,
     softcapped,
-    without_hooks,
 )
-from oisd.models.tail import Call, Replay, Step, Tail, acts_on_each_token, call_of, find_steps
+from oisd.models.probe import (
+    Probe,
+    decoder_of,
+    depth_of,
+    first_tensor,
+    lists_of,
+    passes,
+    run_probe,
+)
+from oisd.models.probe import eval_mode as _eval_mode
+from oisd.models.probe import probe_ids as _probe_ids
+from oisd.models.tail import Replay, Step, Tail, acts_on_each_token, find_steps
 
 _POSITIONS = re.compile("wpe|embed_positions|positions_embed|position_embeddings?|pos_emb.*")
 
@@ -115,166 +123,29 @@ def learned_positions(model: Any) -> int | None:
     return min(limits, default=None)
 
 
-def first_tensor(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode without side effects: a probe must change neither results nor the random state.
-
-    Autocast must not cache the weights that a probe casts: they have no graph, and the caller's own
-    forward would use them.
-
-    bitsandbytes' layers stay in training mode (they have no dropout): on some CPUs they rearrange
-    their codes in the first forward in eval mode, and pass on no gradient from then on.
-    """
-    training = {module: module.training for module in model.modules()}
-    cached = torch.is_autocast_cache_enabled()
-    model.eval()
-    for module in training:
-        if type(module).__module__.startswith("bitsandbytes."):
-            module.training = True
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
-        for module, mode in training.items():
-            module.training = mode
-
-
-def _probe_ids(model: Any) -> Tensor:
-    return torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
-
-
-class _Probe(NamedTuple):
-    """What one forward of four tokens showed."""
-
-    model: Any
-    layers: dict[nn.Module, list[Any]]  # what each layer returned, each time
-    calls: list[Call]  # of modules after the last layer
-    given: Tensor  # the head's input
-    head: HeadForm | None
-    ramp: Tensor  # put in place of the head's output
-    logits: Tensor  # the model's answer
-    decoded: Tensor | None  # what the decoder returned
-
-
-@torch.no_grad()
-def _probe(model: Any, decoder: nn.Module, lists: list[nn.ModuleList], numbers: list[float]) -> Any:
-    """A `_Probe`, or None if the forward calls no layer or no head."""
-    head = model.get_output_embeddings()
-    layers = {layer: [] for each in lists for layer in each}
-    inside = {m for layer in (*layers, head) for m in layer.modules()}
-    seen: dict[str, Any] = {}
-    calls: list[Call] = []
-
-    def keep_layer(layer: nn.Module, _: Any, out: Any) -> None:
-        layers[layer].append(out)
-        calls.clear()
-        seen.clear()
-
-    def keep_call(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        if any(layers.values()) and (call := call_of(module, args, kwargs, out)):
-            calls.append(call)
-
-    def keep_decoded(_: nn.Module, __: Any, out: Any) -> None:
-        seen["decoded"] = first_tensor(out)
-
-    def keep_head(_: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-        given = next((x for x in [*args, *kwargs.values()] if isinstance(x, Tensor)), None)
-        if not any(layers.values()) or given is None or not isinstance(out, Tensor):
-            return None
-        # Not later: under FSDP2 the weight is whole only while its module runs.
-        seen["given"], seen["head"] = given, gain_of(head, given, out, numbers)
-        seen["ramp"] = ramp(out)
-        return seen["ramp"]
-
-    ids = _probe_ids(model)
-    with _eval_mode(model), ExitStack() as stack:
-        for layer in layers:
-            stack.callback(layer.register_forward_hook(keep_layer).remove)
-        for module in model.modules():
-            if module not in inside and module is not model:
-                # Before FSDP2's own hook, which releases the weights.
-                hook = module.register_forward_hook(keep_call, with_kwargs=True, prepend=True)
-                stack.callback(hook.remove)
-        hook = head.register_forward_hook(keep_head, with_kwargs=True, prepend=True)
-        stack.callback(hook.remove)
-        stack.callback(decoder.register_forward_hook(keep_decoded).remove)
-        logits = model(input_ids=ids, use_cache=False, return_dict=True).logits
-    if "given" not in seen:
-        return None
-    found = seen["given"], seen["head"], seen["ramp"], logits, seen.get("decoded")
-    return _Probe(model, {layer: out for layer, out in layers.items() if out}, calls, *found)
-
-
-def _lists_of(model: nn.Module, depth: int) -> list[nn.ModuleList]:
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    inner = {m for each in lists for layer in each for m in layer.modules()}
-    return [each for each in lists if each not in inner]
-
-
-def _decoder_of(model: Any, layers: nn.ModuleList) -> nn.Module | None:
-    """The decoder that the model names, if it has the layers, or else the module that has them."""
-    named = model.get_decoder()
-    if named is not model and isinstance(named, nn.Module) and layers in set(named.modules()):
-        return named
-    holders = (m for m in model.modules() if any(child is layers for child in m.children()))
-    return next((m for m in holders if m is not model), None)
-
-
-def _depth_of(model: Any) -> int | None:
-    decoder = model.get_decoder()
-    for config in (getattr(decoder, "config", None), model.config):
-        if hasattr(config, "get_text_config"):
-            depth = getattr(config.get_text_config(), "num_hidden_layers", None)
-            if isinstance(depth, int):
-                return depth
-    return None
-
-
-def _passes(model: Any, depth: int) -> str:
-    """Says that a model counts passes through its layers, if it does."""
-    runs: dict[nn.Module, int] = {}
-
-    def count(layer: nn.Module, *_: Any) -> None:
-        runs[layer] = runs.get(layer, 0) + 1
-
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    with torch.no_grad(), _eval_mode(model), ExitStack() as stack:
-        for layer in {layer for each in lists for layer in each}:
-            stack.callback(layer.register_forward_hook(count).remove)
-        model(input_ids=_probe_ids(model), use_cache=False)
-    several = [layer for layer in runs if runs[layer] > 1]
-    if several and sum(runs.values()) >= depth:
-        return (
-            f"; it runs {len(several)} modules several times each, so that the number of a layer "
-            f"would mean one of {depth} passes"
-        )
-    return ""
-
-
 def find_layout(model: Any) -> Layout:
     """The parts of `model` between its last layer and its logits, each verified by the probe."""
 
     def refuse(what: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"Taps: {type(model).__name__} is not understood: {what}")
 
-    head, depth = model.get_output_embeddings(), _depth_of(model)
-    if model.config.is_encoder_decoder or not isinstance(head, nn.Module) or depth is None:
+    head, depth = model.get_output_embeddings(), depth_of(model)
+    if model.config.is_encoder_decoder or not isinstance(head, nn.Module):
         raise refuse("it must have a decoder (get_decoder) and a head (get_output_embeddings)")
+    if depth is None:
+        raise refuse(
+            "its config has no num_hidden_layers, which would say how many layers there are"
+        )
     head_parameters(model)
-    lists = _lists_of(model, depth)
-    decoders = {each: _decoder_of(model, each) for each in lists}
+    lists = lists_of(model, depth)
+    decoders = {each: decoder_of(model, each) for each in lists}
     try:
         if not lists:
             why = f"the decoder must have one ModuleList of {depth} layers, got 0"
-            raise refuse(why + _passes(model, depth))
+            raise refuse(why + passes(model, depth))
         numbers = config_numbers(model.config)
         first = next((d for d in decoders.values() if d is not None), model)
-        probe = _probe(model, first, lists, numbers)
+        probe = run_probe(model, first, lists, numbers)
     except (UnsupportedModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model wants that is no plain text
@@ -300,8 +171,8 @@ def find_layout(model: Any) -> Layout:
         raise refuse(f"the logits have shape {[*logits.shape]}, the head's output {[*given.shape]}")
     if rows < given.shape[-1]:
         form, given = form._replace(rows=rows), given[..., :rows]
-    found = scale_and_softcap(given[0, 0], logits[0, 0], numbers)
-    if found is None or not close(logits, softcapped(found[0] * given.float(), found[1])):
+    found = scale_and_softcap(given, logits, numbers)
+    if found is None:
         raise refuse(
             f"it turns the head's output {given[0, 0, -1]:.4g} into the logit "
             f"{logits[0, 0, -1]:.4g}, which no scale or softcap explains"
@@ -313,7 +184,7 @@ def find_layout(model: Any) -> Layout:
 
 
 def _find_tail(
-    probe: _Probe,
+    probe: Probe,
     decoder: nn.Module,
     layers: nn.ModuleList,
     numbers: list[float],

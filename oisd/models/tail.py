@@ -15,6 +15,7 @@ B batch, T positions, D width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -79,24 +80,24 @@ class Call(NamedTuple):
     alone: bool  # whether it acts on each token alone
 
 
-def call_of(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> Any:
+def call_of(module: nn.Module, given: Sequence[Any], out: Any) -> Call | None:
     """A `Call` of a module that took one tensor [1, T, ...] and nothing else; else None."""
-    given = [x for x in [*args, *kwargs.values()] if x is not None]
-    if len(given) != 1 or not isinstance(given[0], Tensor) or not isinstance(out, Tensor):
-        return None
     x = given[0]
+    if len(given) != 1 or not isinstance(x, Tensor) or not isinstance(out, Tensor):
+        return None
     if x.ndim < 3 or not x.is_floating_point() or not out.is_floating_point():
         return None
     return Call(module, x, out, acts_on_each_token(module, x, out))
 
 
 def acts_on_each_token(module: nn.Module, given: Tensor, out: Tensor, axis: int = 1) -> bool:
-    """Verified on what it was given and returned, [1, T, ...], without the module's hooks.
+    """Verified on what it was given and returned, [1, T, ...].
 
-    axis: of the tokens in `given`.
+    axis: of the tokens in `given`. A module runs without its hooks: if they change something, it is
+    no step by itself. The decoder's own forward runs with those of the modules in it.
     """
     try:
-        with without_hooks(module):
+        with nullcontext() if isinstance(module, Replay) else without_hooks(module):
             turned, first = module(given.flip(axis)), module(given.narrow(axis, 0, 1))
     except (RuntimeError, ValueError, TypeError, IndexError):
         return False

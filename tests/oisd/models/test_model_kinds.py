@@ -153,7 +153,7 @@ def needs_an_image(model):
 
 
 LAYOUTS = {
-    shifted_logits: "into the logit 65, which no scale or softcap",
+    shifted_logits: "into the logit 2049, which no scale or softcap",
     reversed_head: "the head's output is not its input",
     mixing_before_norm: "no final norm or other function of the last layer's output",
     mixing_norm: "no final norm or other function of the last layer's output",
