@@ -92,7 +92,7 @@ TYPES: dict[str, dict[str, Any]] = {
         ffn_config=dict(ffn_hidden_size=64, moe_top_k=2, hidden_size=64),
     ),
     "deepseek_v2": dict(num_experts_per_tok=2, n_group=1, topk_group=1, head_dim=None),
-    "dots3_note": dict(vision_config=dict(num_hidden_layers=2, pyramid_num_routed=None)),
+    "dots3_note_vision_encoder": dict(pyramid_num_routed=[0, 0], num_hidden_layers=2),
     "dots3_note_text": dict(shared_experts_intermediate_size=48),
     "dots1": dict(n_shared_experts=1, n_routed_experts=4, num_experts_per_tok=2),
     "falcon_h1": dict(mamba_d_ssm=128),

@@ -41,7 +41,7 @@ from oisd.models.probe import (
     depth_of,
     first_tensor,
     lists_of,
-    passes,
+    lists_that_run,
     run_probe,
 )
 from oisd.models.probe import eval_mode as _eval_mode
@@ -132,17 +132,14 @@ def find_layout(model: Any) -> Layout:
     head, depth = model.get_output_embeddings(), depth_of(model)
     if model.config.is_encoder_decoder or not isinstance(head, nn.Module):
         raise refuse("it must have a decoder (get_decoder) and a head (get_output_embeddings)")
-    if depth is None:
-        raise refuse(
-            "its config has no num_hidden_layers, which would say how many layers there are"
-        )
     head_parameters(model)
-    lists = lists_of(model, depth)
-    decoders = {each: decoder_of(model, each) for each in lists}
     try:
+        lists, why = lists_of(model, depth), ""
         if not lists:
-            why = f"the decoder must have one ModuleList of {depth} layers, got 0"
-            raise refuse(why + passes(model, depth))
+            lists, why = lists_that_run(model, depth)
+        if not lists:
+            raise refuse(f"the decoder must have one ModuleList of {depth} layers, got 0{why}")
+        decoders = {each: decoder_of(model, each) for each in lists}
         numbers = config_numbers(model.config)
         first = next((d for d in decoders.values() if d is not None), model)
         probe = run_probe(model, first, lists, numbers)

@@ -5,6 +5,7 @@ It changes neither results nor the random state. Modes are restored, autocast ca
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -121,7 +122,7 @@ def run_probe(
     return Probe(model, {layer: out for layer, out in layers.items() if out}, calls, *found)
 
 
-def lists_of(model: nn.Module, depth: int) -> list[nn.ModuleList]:
+def lists_of(model: nn.Module, depth: int | None) -> list[nn.ModuleList]:
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     inner = {m for each in lists for layer in each for m in layer.modules()}
     return [each for each in lists if each not in inner]
@@ -146,22 +147,29 @@ def depth_of(model: Any) -> int | None:
     return None
 
 
-def passes(model: Any, depth: int) -> str:
-    """Says that a model counts passes through its layers, if it does."""
-    runs: dict[nn.Module, int] = {}
+def lists_that_run(model: Any, depth: int | None) -> tuple[list[nn.ModuleList], str]:
+    """Where no list has as many modules as the config has layers: the last list that a text runs.
 
-    def count(layer: nn.Module, *_: Any) -> None:
-        runs[layer] = runs.get(layer, 0) + 1
-
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    Each of its modules must run once, and `depth` be a multiple of their number (a module may count
+    as two layers). Empty with the reason, in words, if there is none.
+    """
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) > 1]
+    inner = {m for each in lists for layer in each for m in layer.modules()}
+    lists = [each for each in lists if each not in inner]
+    order: list[nn.Module] = []
     with torch.no_grad(), eval_mode(model), ExitStack() as stack:
         for layer in {layer for each in lists for layer in each}:
-            stack.callback(layer.register_forward_hook(count).remove)
+            stack.callback(layer.register_forward_hook(lambda m, *_: order.append(m)).remove)
         model(input_ids=probe_ids(model), use_cache=False)
-    several = [layer for layer in runs if runs[layer] > 1]
-    if several and sum(runs.values()) >= depth:
-        return (
-            f"; it runs {len(several)} modules several times each, so that the number of a layer "
-            f"would mean one of {depth} passes"
+    runs = Counter(order)
+    last = [each for each in lists if order and order[-1] in set(each)]
+    once = [each for each in last if all(runs[layer] == 1 for layer in each)]
+    if depth is None or (once and depth % len(once[0]) == 0):
+        return once, ""
+    several = sum(count > 1 for count in runs.values())
+    if several and len(order) >= depth:
+        return [], (
+            f"; it runs {several} modules several times each, so that the number of a layer would "
+            f"mean one of {depth} passes"
         )
-    return ""
+    return [], ""
