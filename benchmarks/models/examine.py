@@ -221,7 +221,8 @@ def distribution(pair: Any, q: Tensor, k: Tensor, scale: float, whose: str) -> T
 def of(eager: Tensor, pair: Any) -> Tensor:
     """Eager attention over the keys that both layers see, and the share of its sink."""
     kept = eager * seen_by(pair)
-    return kept / (kept.sum(-1, keepdim=True) + (1 - eager.sum(-1, keepdim=True)).clamp_min(0))
+    sink = 1 - eager.sum(-1, keepdim=True)
+    return kept / (kept.sum(-1, keepdim=True) + sink.where(sink > 1e-5, 0))  # less is rounding
 
 
 def one_line(exception: BaseException) -> str:

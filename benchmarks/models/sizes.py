@@ -138,7 +138,7 @@ def _names(config: Any) -> set[str]:
     return names
 
 
-def _small(config: Any, fields: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+def small(config: Any, fields: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a config's class: those of `fields` that it has a number for, and `asked`."""
     names, now = _names(config), config.to_dict()
     found = {
@@ -172,8 +172,8 @@ def tiny_config(model_type: str, **settings: Any) -> Any:
             continue
         own = TYPES.get(part.model_type, {})
         fields = FIELDS if name in _TEXT else TOWERS
-        asked[name] = {**_small(part, fields, own), "model_type": part.model_type}
-    return type(base)(**_small(base, FIELDS, asked))
+        asked[name] = {**small(part, fields, own), "model_type": part.model_type}
+    return type(base)(**small(base, FIELDS, asked))
 
 
 def tiny_model(config: Any, **options: Any) -> Any:
