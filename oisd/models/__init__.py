@@ -1,7 +1,9 @@
 """Taps on any Hugging Face causal language model: hidden states, queries and keys.
 
 No architecture is known by name: `oisd.models.layout` finds the parts. Layers are counted from 1,
-so that layer l is Hugging Face's `hidden_states[l]`; layer L is the teacher.
+so that layer l is Hugging Face's `hidden_states[l]`; layer L is the teacher. Where a model runs
+some layers several times, a layer means its last run. One that does not run on text, because it
+attends to images alone, has the hidden states of the layer before it.
 
 Under non-reentrant gradient checkpointing a layer runs twice, and the first run has the graph.
 Captures are taken only while the decoder's forward runs; recomputation happens outside it.
@@ -90,9 +92,9 @@ class Taps:
     model: a transformers causal language model, or a wrapper of one: PEFT, DDP, torch.compile.
     student_layers: numbers in 1..L-1, without repeats; may be empty.
     attention: whether to keep queries and keys; this does not change the model's outputs.
-    lens_norm: "final" applies the final norm before the unembedding (the logit lens), "none" does
-        not (BuPO).
-    freeze_norm: whether the student branch gives the final norm's own parameters no gradient.
+    lens_norm: "final" applies the final norm before the unembedding (the logit lens), and whatever
+        else the model does there on each token alone; "none" does not (BuPO).
+    freeze_norm: whether the student branch gives the parameters of these steps no gradient.
     attention_kernel: "separate" leaves the attention to the model. "fused": the student layers and
         the last one run `oisd_kernels.flash_attention`, and each pair of `attention()` has an
         alignment, whose loss needs no backward pass of its own. "auto" does so on a GPU, and is
