@@ -104,6 +104,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "dots3_note_text": dict(shared_experts_intermediate_size=48),
     "dots1": dict(n_shared_experts=1, n_routed_experts=4, num_experts_per_tok=2),
     "falcon_h1": dict(mamba_d_ssm=128),
+    "gemma3n_text": dict(intermediate_size=[96] * LAYERS),
     "gemma4_assistant": dict(text_config=_ASSISTANT, backbone_hidden_size=64),
     "gemma4_unified_assistant": dict(
         text_config=_ASSISTANT | {"model_type": "gemma4_unified_text"}, backbone_hidden_size=64

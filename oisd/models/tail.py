@@ -108,8 +108,9 @@ def acts_on_each_token(module: nn.Module, given: Tensor, out: Tensor, axis: int 
 
 def _factor(x: Tensor, wanted: Tensor, numbers: list[float]) -> float | None:
     """c with wanted = c * x, or None; exactly a number of the config where that explains it."""
-    if x.shape != wanted.shape or x.device != wanted.device:
+    if x.shape != wanted.shape:
         return None
+    wanted = wanted.to(x.device)  # a model may be spread over several
     if torch.equal(x, wanted):
         return 1.0
     a, b = x.double(), wanted.double()
