@@ -101,7 +101,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "dots3_note_vision_encoder": dict(
         pyramid_num_routed=[0, 0], num_hidden_layers=2, adapter_in_dim=32, adapter_out_dim=64
     ),
-    "dots3_note_text": dict(shared_experts_intermediate_size=48),
+    "dots3_note_text": dict(shared_experts_intermediate_size=48, num_hidden_layers=4),
     "dots1": dict(n_shared_experts=1, n_routed_experts=4, num_experts_per_tok=2),
     "falcon_h1": dict(mamba_d_ssm=128),
     "gemma3n_text": dict(intermediate_size=[96] * LAYERS),

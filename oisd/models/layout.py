@@ -46,7 +46,7 @@ from oisd.models.probe import (
 )
 from oisd.models.probe import eval_mode as _eval_mode
 from oisd.models.probe import probe_ids as _probe_ids
-from oisd.models.tail import Replay, Step, Tail, acts_on_each_token, find_steps
+from oisd.models.tail import Replay, Step, Tail, find_steps
 
 _POSITIONS = re.compile("wpe|embed_positions|positions_embed|position_embeddings?|pos_emb.*")
 
@@ -150,9 +150,9 @@ def find_layout(model: Any) -> Layout:
         raise refuse(
             f"its forward of four tokens ends in {type(error).__name__}: {reason[:200]}"
         ) from error
-    ran = [] if probe is None else [each for each in lists if any(m in probe.layers for m in each)]
-    ran = [each for each in ran if decoders[each] is first]
-    if not ran:
+    found = {} if probe is None else probe.layers
+    ran = [each for each in lists if decoders[each] is first and any(m in found for m in each)]
+    if probe is None or not ran:
         raise refuse("its forward does not call its decoder, last layer and output embeddings")
     if len(ran) > 1:
         raise refuse(f"the decoder must have one ModuleList of {depth} layers, got {len(ran)}")
@@ -168,13 +168,13 @@ def find_layout(model: Any) -> Layout:
         raise refuse(f"the logits have shape {[*logits.shape]}, the head's output {[*given.shape]}")
     if rows < given.shape[-1]:
         form, given = form._replace(rows=rows), given[..., :rows]
-    found = scale_and_softcap(given, logits, numbers)
-    if found is None:
+    bent = scale_and_softcap(given, logits, numbers)
+    if bent is None:
         raise refuse(
             f"it turns the head's output {given[0, 0, -1]:.4g} into the logit "
             f"{logits[0, 0, -1]:.4g}, which no scale or softcap explains"
         )
-    form = form._replace(scale=found[0], softcap=found[1])
+    form = form._replace(scale=bent[0], softcap=bent[1])
     runs = tuple(len(probe.layers.get(layer, ())) for layer in layers)
     plain = last.ndim == 3 and last.shape[-1] == probe.given.shape[-1]
     return Layout(model, first, layers, tail, form, runs, plain)
@@ -204,15 +204,10 @@ def _find_tail(
     if any(is_partitioned(p) for p in decoder.parameters()):
         raise refuse("under ZeRO-3, the final norm must read the last layer's output")
     # The decoder's own forward, from its last layer on.
-    try:
-        again = Replay(decoder, layers, last_layer, 0 if isinstance(out, Tensor) else len(out))
-        with _eval_mode(decoder), torch.no_grad():
-            decoded = again(last)
-            same = probe.decoded is not None and close(decoded, probe.decoded)
-            alone = same and acts_on_each_token(again, last, decoded, axis=last.ndim - 2)
-    except Exception:  # its forward cannot run so
-        same = alone = False
-    if same and alone:
+    again = Replay(decoder, layers, last_layer, 0 if isinstance(out, Tensor) else len(out))
+    with torch.no_grad(), _eval_mode(again):
+        same = probe.decoded is not None and again.gives(last, probe.decoded)
+    if probe.decoded is not None and same:
         rest = find_steps(probe.decoded, wanted, probe.calls, numbers)
         if rest is not None:
             return Tail((Step(1.0, again), *rest[0]), rest[1], 1, decoder), last

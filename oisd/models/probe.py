@@ -140,8 +140,9 @@ def decoder_of(model: Any, layers: nn.ModuleList) -> nn.Module | None:
 def depth_of(model: Any) -> int | None:
     decoder = model.get_decoder()
     for config in (getattr(decoder, "config", None), model.config):
-        if hasattr(config, "get_text_config"):
-            depth = getattr(config.get_text_config(), "num_hidden_layers", None)
+        find = getattr(config, "get_text_config", None)
+        if find is not None:
+            depth = getattr(find(), "num_hidden_layers", None)
             if isinstance(depth, int):
                 return depth
     return None

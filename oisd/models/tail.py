@@ -154,6 +154,14 @@ class Replay(nn.Module):
         # Not as children: their parameters are none of the tail's.
         self.last, self.outputs = (last,), outputs
 
+    def gives(self, hidden: Tensor, decoded: Tensor) -> bool:
+        """Whether it returns that, whatever the text is, and acts on each token alone."""
+        try:
+            same = close(self(hidden), decoded)
+            return same and acts_on_each_token(self, hidden, decoded, axis=hidden.ndim - 2)
+        except Exception:  # the decoder cannot run so
+            return False
+
     def forward(self, hidden: Tensor) -> Tensor:
         # [B, T]: the two axes before the last, also where streams come first. Any text will do.
         text = torch.ones(hidden.shape[-3:-1], dtype=torch.long, device=hidden.device)
