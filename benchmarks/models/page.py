@@ -24,7 +24,7 @@ compared with what the model itself computes:
   `output_attentions`.
 * The model's outputs under taps are unchanged.
 
-"Both" has lens and attention, "lens" the lens alone (`oisd.attention_weight=0`, or
+"Both" has lens and attention, "lens" the lens alone (`attention_weight` of 0, or
 `Taps(attention=False)`), "no" neither. *Error* is the largest relative difference of the lens and
 of attention, in the newest version. *Padding* and *packing* tell whether a row that is padded on
 the right, or follows another one with `position_ids` that restart, has the hidden states that it
