@@ -14,7 +14,7 @@ from oisd import losses
 from oisd.batch import Batch
 from oisd.config import TrainConfig
 from oisd.losses import Metrics
-from oisd.models import Taps, Unembedding, UnsupportedModelError
+from oisd.models import Taps, Unembedding, UnsupportedModelError, last_logits_only
 from oisd.policy import Policy
 from oisd.rollout.sampling import row_keys, uniform
 from oisd_kernels import linear_logprob
@@ -95,7 +95,8 @@ class Objective:
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,
                 use_cache=False,
-                logits_to_keep=1,  # the losses project the rows that they need themselves
+                # The losses project the rows that they need themselves.
+                **last_logits_only(self.policy.model, batch.input_ids),
             )
 
     def _head(self) -> Unembedding:

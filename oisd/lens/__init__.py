@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from oisd.models import Taps, UnsupportedModelError
+from oisd.models import Taps, UnsupportedModelError, last_logits_only
 from oisd.models.layout import Layout, find_layout, first_tensor, unwrap
 from oisd_kernels import linear_logprob
 from oisd_kernels.lens.logit_lens import lens_with_top
@@ -93,10 +93,10 @@ class LayerLens:
         ids = torch.tensor([list(token_ids)], device=device)
         watched = self.layout.layers if self.boundary else nn.ModuleList()
         with self.taps, _before_feed_forward(watched) as before:
-            self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            self.model(input_ids=ids, use_cache=False, **last_logits_only(self.model, ids))
             students, final = self.taps.student_hidden()[:, 0], self.taps.final_hidden()[0]
             head = self.taps.unembedding
-            residuals = [self._ready(stream[0]) for stream in before() or ()]
+            residuals = [self._ready(stream) for stream in before() or ()]
         cap = {"bias": head.bias, "logit_softcap": head.logit_softcap}
         # One call for all layers: the final layer's logits are computed once.
         stats, top = lens_with_top(
@@ -123,10 +123,13 @@ class LayerLens:
         )
 
     def _ready(self, hidden: Tensor) -> Tensor:
-        """What the unembedding reads for a residual stream [T, D]."""
+        """What the unembedding reads for a residual stream: [T, D] for [1, T, D]."""
+        tail = self.layout.tail
         if self.lens_norm == "final":
-            hidden = self.layout.norm(hidden)
-        return hidden * self.layout.scale
+            hidden = tail.read(hidden, frozen=True)
+        else:
+            hidden = hidden * tail.factor
+        return hidden[0] * self.layout.scale
 
 
 def summarise(looks: Sequence[Lens]) -> LensSummary:

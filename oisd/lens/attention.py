@@ -16,7 +16,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from oisd.models import AttentionPair, Taps
+from oisd.models import AttentionPair, Taps, last_logits_only
 from oisd_kernels import attention_divergence
 
 
@@ -48,7 +48,7 @@ class LayerAttention:
         device = next(self.model.parameters()).device
         ids = torch.tensor([list(token_ids)], device=device)
         with self.taps:
-            self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+            self.model(input_ids=ids, use_cache=False, **last_logits_only(self.model, ids))
             pairs = self.taps.attention()
         overlaps, divergences, maps = [], [], []
         final = torch.zeros(0)

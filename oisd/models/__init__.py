@@ -1,7 +1,9 @@
 """Taps on any Hugging Face causal language model: hidden states, queries and keys.
 
 No architecture is known by name: `oisd.models.layout` finds the parts. Layers are counted from 1,
-so that layer l is Hugging Face's `hidden_states[l]`; layer L is the teacher.
+so that layer l is Hugging Face's `hidden_states[l]`; layer L is the teacher. Where a model runs
+some layers several times, a layer means its last run. One that does not run on text, because it
+attends to images alone, has the hidden states of the layer before it.
 
 Under non-reentrant gradient checkpointing a layer runs twice, and the first run has the graph.
 Captures are taken only while the decoder's forward runs; recomputation happens outside it.
@@ -29,15 +31,23 @@ from oisd.models.layout import (
     first_tensor,
     head_parameters,
     is_partitioned,
+    last_logits_only,
     planned,
     refuse_variants,
     takes_plans,
     unwrap,
-    without_hooks,
 )
+from oisd.models.tail import scaled
 from oisd_kernels import AttentionAlignment
 
-__all__ = ["AttentionPair", "Taps", "Unembedding", "UnsupportedModelError", "pack_padded"]
+__all__ = [
+    "AttentionPair",
+    "Taps",
+    "Unembedding",
+    "UnsupportedModelError",
+    "last_logits_only",
+    "pack_padded",
+]
 
 
 class Unembedding(NamedTuple):
@@ -70,7 +80,8 @@ class Taps:
 
         taps = Taps(model, student_layers=[6])
         with taps:
-            model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1)
+            options = last_logits_only(model, ids)
+            model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
             student, final = taps.student_hidden(), taps.final_hidden()
 
     Make it once (that costs two forwards of four tokens), enter it as often as you like; several
@@ -81,9 +92,9 @@ class Taps:
     model: a transformers causal language model, or a wrapper of one: PEFT, DDP, torch.compile.
     student_layers: numbers in 1..L-1, without repeats; may be empty.
     attention: whether to keep queries and keys; this does not change the model's outputs.
-    lens_norm: "final" applies the final norm before the unembedding (the logit lens), "none" does
-        not (BuPO).
-    freeze_norm: whether the student branch gives the final norm's own parameters no gradient.
+    lens_norm: "final" applies the final norm before the unembedding (the logit lens), and whatever
+        else the model does there on each token alone; "none" does not (BuPO).
+    freeze_norm: whether the student branch gives the parameters of these steps no gradient.
     attention_kernel: "separate" leaves the attention to the model. "fused": the student layers and
         the last one run `oisd_kernels.flash_attention`, and each pair of `attention()` has an
         alignment, whose loss needs no backward pass of its own. "auto" does so on a GPU, and is
@@ -126,6 +137,19 @@ class Taps:
                 )
         if len(set(self.student_layers)) < len(self.student_layers):
             raise ValueError(f"Taps: student_layers must not repeat, got {[*student_layers]}")
+        if lens_norm == "none" and self.student_layers and not self._layout.plain:
+            raise UnsupportedModelError(
+                f"Taps: the layers of {type(self._layout.model).__name__} return several streams, "
+                f'which its head cannot read as they are; use lens_norm="final"'
+            )
+        # A layer that does not run on text (cross-attention to images) changes nothing there.
+        ran = [n for n, runs in enumerate(self._layout.runs, 1) if runs]
+        self._read_from = {n: max((m for m in ran if m <= n), default=0) for n in student_layers}
+        if 0 in self._read_from.values():
+            raise UnsupportedModelError(
+                f"Taps: student_layers must have a layer that runs on text at or below them, got "
+                f"{[*student_layers]} where the first is {min(ran)}"
+            )
         self.enabled = True
         self._lens_norm, self._freeze_norm, self._attention = lens_norm, freeze_norm, attention
         # Without a student there is nothing to compare the teacher's attention with.
@@ -165,22 +189,26 @@ class Taps:
         """Drops the captures."""
         self._current_plan: FusedPlan | None = None
         self._hidden: dict[int, Tensor] = {}  # layer L's is the one after the final norm
-        self._norm_parameters: dict[str, Tensor] | None = None  # kept where ZeRO-3 splits them
+        self._kept: dict[nn.Module, dict[str, Tensor]] = {}  # the tail's, where ZeRO-3 splits them
         self._calls: dict[int, AttentionCall] = {}
 
     def __enter__(self) -> Taps:
         if self._open is not None:
             raise RuntimeError("Taps: already open; make a second Taps for a nested context")
-        _, decoder, layers, norm = self._layout[:4]
+        decoder, layers, tail = self._layout.decoder, self._layout.layers, self._layout.tail
         with ExitStack() as stack:
-            stack.callback(decoder.register_forward_pre_hook(self._begin).remove)
+            begin = decoder.register_forward_pre_hook(self._begin, with_kwargs=True)
+            stack.callback(begin.remove)
+            final = tail.source.register_forward_hook(self._keep_hidden(self.num_layers))
+            stack.callback(final.remove)
+            # After the one above, which may be the decoder's too.
             stack.callback(decoder.register_forward_hook(self._end, always_call=True).remove)
-            stack.callback(norm.register_forward_hook(self._keep_hidden(self.num_layers)).remove)
-            if any(is_partitioned(p) for p in norm.parameters()):
-                # Before DeepSpeed's own hook, which releases them.
-                keep_norm = norm.register_forward_hook(self._keep_norm, prepend=True)
-                stack.callback(keep_norm.remove)
-            for layer in self.student_layers:
+            for module in tail.modules:
+                if any(is_partitioned(p) for p in module.parameters()):
+                    # Before DeepSpeed's own hook, which releases them.
+                    keep = module.register_forward_hook(self._keep_parameters, prepend=True)
+                    stack.callback(keep.remove)
+            for layer in set(self._read_from.values()):
                 hook = layers[layer - 1].register_forward_hook(self._keep_hidden(layer))
                 stack.callback(hook.remove)
             for layer in self._attending:
@@ -199,10 +227,14 @@ class Taps:
     # Captures are taken between _begin and _end only: a layer that checkpointing runs again in the
     # backward must not replace the capture that has the graph.
 
-    def _begin(self, *_: Any) -> None:
+    def _begin(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if self.enabled:
             self.clear()
         self._capturing, self._wants_grad = self.enabled, torch.is_grad_enabled()
+        if self.enabled and isinstance(kwargs.get("logits_to_keep"), int):
+            # Gemma 4 would run its last layers on the last positions alone; logits are cut anyway.
+            return args, {**kwargs, "logits_to_keep": 0}
+        return None
 
     def _end(self, *_: Any) -> None:
         self._capturing = False
@@ -215,11 +247,10 @@ class Taps:
 
         return keep
 
-    def _keep_norm(self, norm: nn.Module, *_: Any) -> None:
-        if self._capturing:
-            self._norm_parameters = {
-                name: p.detach().clone() for name, p in norm.named_parameters()
-            }
+    def _keep_parameters(self, module: nn.Module, *_: Any) -> None:
+        if self.enabled:
+            parameters = module.named_parameters()
+            self._kept[module] = {name: p.detach().clone() for name, p in parameters}
 
     def _keep_call(self, layer: int) -> Callable[[AttentionCall], None]:
         def keep(call: AttentionCall) -> None:
@@ -239,7 +270,7 @@ class Taps:
             )
 
     def _scaled(self, hidden: Tensor) -> Tensor:
-        return hidden if self._layout.scale == 1 else hidden * self._layout.scale
+        return scaled(hidden, self._layout.scale)
 
     @property
     def unembedding(self) -> Unembedding:
@@ -247,7 +278,7 @@ class Taps:
 
         Raises UnsupportedModelError if the head has an adapter.
         """
-        weight, bias = head_parameters(self._layout.model)
+        weight, bias = head_parameters(self._layout.model, self._layout.head)
         return Unembedding(
             weight, bias if bias is None else self._scaled(bias), self._layout.softcap
         )
@@ -265,7 +296,9 @@ class Taps:
         Raises RuntimeError before a forward.
         """
         self._require_captures()
-        return self._scaled(self._hidden[self.num_layers])
+        tail = self._layout.tail
+        hidden = self._hidden[self.num_layers]
+        return self._scaled(tail.read(hidden, frozen=False, start=tail.computed))
 
     def student_hidden(self) -> Tensor:
         """The student layers' hidden states, ready for the unembedding: [S, B, T, D].
@@ -276,24 +309,19 @@ class Taps:
         self._require_captures()
         if not self.student_layers:
             raise RuntimeError("Taps: student_layers is empty, so there is no student_hidden")
-        hidden = [self._hidden[layer] for layer in self.student_layers]
-        if self._lens_norm == "final":
-            hidden = [self._normed(h) for h in hidden]
-        return self._scaled(torch.stack(hidden))
+        return self._scaled(torch.stack([self._read(layer) for layer in self.student_layers]))
 
-    def _normed(self, hidden: Tensor) -> Tensor:
-        norm, kept = self._layout.norm, self._norm_parameters
-        if kept is None:
-            frozen = {name: p.detach() for name, p in norm.named_parameters()}
-            parameters = frozen if self._freeze_norm else {}
-            return torch.func.functional_call(norm, parameters, (hidden,))
-        if not self._freeze_norm:
+    def _read(self, layer: int) -> Tensor:
+        """What the head reads for a student layer, by the lens that was asked for."""
+        hidden, tail = self._hidden[self._read_from[layer]], self._layout.tail
+        if self._lens_norm == "none":
+            return scaled(hidden, tail.factor)
+        if self._kept and not self._freeze_norm:
             raise RuntimeError(
                 "Taps: under ZeRO-3 the final norm's parameters get no gradient from the student "
                 "branch; use freeze_norm=True"
             )
-        with without_hooks(norm):  # DeepSpeed's would fetch the parameters again
-            return torch.func.functional_call(norm, kept, (hidden,))
+        return tail.read(hidden, frozen=self._freeze_norm, kept=self._kept)
 
     def attention(self) -> list[AttentionPair]:
         """The student layers' queries and keys with the last layer's, one pair per student layer.

@@ -1,11 +1,14 @@
 """Where a causal language model keeps what Taps needs: found by a probe, not by its name.
 
-* A forward of four tokens finds the layout. The final norm is the child of the decoder that turns
-  the last layer's output into `last_hidden_state`; the head's output must be
-  `last_hidden_state @ weight.T + bias`; what the model does to logits afterwards (scale, softcap)
-  is read from its answer to a known ramp put in place of the head's output. A model that does
-  anything else is refused.
-* `oisd.models.attention` takes the queries and keys.
+A forward of four tokens finds the layout:
+
+* The layers are the ModuleList that has as many modules as the config has layers, and that runs.
+* The tail leads from the last layer's output to the head's input (`oisd.models.tail`).
+* The head's output must be linear in its input; what the model does to logits afterwards is read
+  from its answer to a known ramp put in place of the head's output (`oisd.models.head`).
+
+A model that does anything else is refused with what it does. `oisd.models.attention` takes the
+queries and keys.
 
 B batch, T positions, D width, V vocabulary, H query heads, J key heads, K head dimension.
 """
@@ -13,34 +16,59 @@ B batch, T positions, D width, V vocabulary, H query heads, J key heads, K head 
 from __future__ import annotations
 
 import inspect
-import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from oisd.models.attention import PLAN, AttentionCall, FusedPlan, UnsupportedModelError, tapped
+from oisd.models.head import (
+    HeadForm,
+    close,
+    config_numbers,
+    head_parameters,
+    is_partitioned,
+    scale_and_softcap,
+    softcapped,
+)
+from oisd.models.probe import (
+    Probe,
+    decoder_of,
+    depth_of,
+    first_tensor,
+    lists_of,
+    lists_that_run,
+    run_probe,
+)
+from oisd.models.probe import eval_mode as _eval_mode
+from oisd.models.probe import probe_ids as _probe_ids
+from oisd.models.tail import Replay, Step, Tail, find_steps
 
-# Where configs keep the factor of the logits; the probe tells whether it multiplies or divides.
-_SCALE_NAMES = ("logit_scale", "logits_scaling", "lm_head_multiplier")
-_SOFTCAP_NAMES = ("final_logit_softcapping", "logits_soft_cap")
 _POSITIONS = re.compile("wpe|embed_positions|positions_embed|position_embeddings?|pos_emb.*")
 
 
 class Layout(NamedTuple):
-    """The parts of a model from its layers to its logits, and what it does to the logits."""
+    """The parts of a model from its layers to its logits."""
 
     model: Any
     decoder: Any
     layers: nn.ModuleList
-    norm: nn.Module
-    scale: float
-    softcap: float | None
+    tail: Tail
+    head: HeadForm
+    runs: tuple[int, ...]  # how often each layer runs in a forward of text
+    plain: bool  # whether layers return [B, T, D] as the head reads it, rather than streams
+
+    @property
+    def scale(self) -> float:
+        return self.head.scale
+
+    @property
+    def softcap(self) -> float | None:
+        return self.head.softcap
 
 
 def unwrap(model: nn.Module) -> PreTrainedModel:
@@ -62,6 +90,20 @@ def unwrap(model: nn.Module) -> PreTrainedModel:
     return model
 
 
+def last_logits_only(model: nn.Module, input_ids: Tensor) -> dict[str, Any]:
+    """Arguments under which a forward keeps all hidden states and makes one position's logits.
+
+    They are an index, not a number: Gemma 4 with shared keys and values runs its last layers on
+    the last positions alone where `logits_to_keep` is a number. Empty if the model takes neither.
+
+    model: what `Taps` takes. input_ids: [B, T].
+    """
+    if "logits_to_keep" not in inspect.signature(unwrap(model).forward).parameters:
+        return {}
+    length = input_ids.shape[1]
+    return {"logits_to_keep": torch.arange(length - 1, length, device=input_ids.device)}
+
+
 def learned_positions(model: Any) -> int | None:
     """The longest text that the model has positions for; None where they are computed.
 
@@ -81,191 +123,103 @@ def learned_positions(model: Any) -> int | None:
     return min(limits, default=None)
 
 
-def is_partitioned(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has partitioned the parameter, so that it is whole only in its module."""
-    return hasattr(parameter, "ds_id")
-
-
-@contextmanager
-def without_hooks(module: nn.Module) -> Iterator[None]:
-    """Context in which the module and its children run without their hooks."""
-    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
-    kept = [(m, name, getattr(m, name)) for m in module.modules() for name in names]
-    try:
-        for inner, name, hooks in kept:
-            setattr(inner, name, type(hooks)())
-        yield
-    finally:
-        for inner, name, hooks in kept:
-            setattr(inner, name, hooks)
-
-
-def _is_packed(weight: Tensor) -> bool:
-    """Whether the entries are codes: bitsandbytes may store 4-bit ones in a float dtype."""
-    coded = getattr(weight, "quant_state", None) is not None
-    return coded or weight.dim() != 2 or not weight.is_floating_point()
-
-
-def head_parameters(model: Any) -> tuple[Tensor, Tensor | None]:
-    """The head's weight [V, D] and bias.
-
-    Raises UnsupportedModelError for an adapter, which `weight` leaves out, and a quantised weight.
-    """
-    head = model.get_output_embeddings()
-    # PEFT's modules_to_save trains a copy of the whole head; `weight` is then the active copy's.
-    whole = getattr(head, "modules_to_save", None)
-    plain = list(whole.values()) if isinstance(whole, nn.ModuleDict) else [head]
-    weight = getattr(head, "weight", None)
-    if any(True for module in plain for _ in module.children()) or not isinstance(weight, Tensor):
-        raise UnsupportedModelError(
-            f"Taps: the output embeddings must be one linear layer without adapters, got "
-            f"{type(head).__name__}; leave the head out of the adapter's target modules, or list "
-            f"it in modules_to_save"
-        )
-    if not is_partitioned(weight) and _is_packed(weight):
-        raise UnsupportedModelError(
-            f"Taps: the output embeddings must not be quantised, got {type(head).__name__} with a "
-            f"weight of {weight.dtype} {[*weight.shape]}; leave them out (llm_int8_skip_modules of "
-            f"bitsandbytes)"
-        )
-    return weight, getattr(head, "bias", None)
-
-
-def _softcap(logits: Tensor, cap: float | None) -> Tensor:
-    return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def _close(x: Tensor, ref: Tensor, slack: float = 0) -> bool:
-    """Equal to a few roundings of the coarser dtype, at the scale of the largest element."""
-    bound = 16 * max(torch.finfo(x.dtype).eps, torch.finfo(ref.dtype).eps) + slack
-    x, ref = x.float(), ref.to(x.device).float()
-    return x.shape == ref.shape and bool((x - ref).abs().max() <= bound * ref.abs().max())
-
-
-def first_tensor(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def _ramp(like: Tensor) -> Tensor:
-    return torch.linspace(-64, 64, like.shape[-1]).to(like).expand_as(like)
-
-
-class _Seen(NamedTuple):
-    input: Tensor
-    output: Tensor
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode without side effects: a probe must change neither results nor the random state.
-
-    Autocast must not cache the weights that a probe casts: they have no graph, and the caller's own
-    forward would use them.
-
-    bitsandbytes' layers stay in training mode (they have no dropout): on some CPUs they rearrange
-    their codes in the first forward in eval mode, and pass on no gradient from then on.
-    """
-    training = {module: module.training for module in model.modules()}
-    cached = torch.is_autocast_cache_enabled()
-    model.eval()
-    for module in training:
-        if type(module).__module__.startswith("bitsandbytes."):
-            module.training = True
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(cached)
-        for module, mode in training.items():
-            module.training = mode
-
-
-def _probe_ids(model: Any) -> Tensor:
-    return torch.arange(1, 5, device=model.get_input_embeddings().weight.device)[None]
-
-
-@torch.no_grad()
-def _probe(model: Any) -> dict[nn.Module, _Seen]:
-    """What each watched module took and returned in one forward of four tokens.
-
-    Watched are the decoder, its children, its layers and the head. The head's `input` is what its
-    output should be; the model's own `output` is its logits for a ramp in place of the head's.
-    """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    seen: dict[nn.Module, _Seen] = {}
-
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
-        out, given = first_tensor(out), next(iter([*args, *kwargs.values()]), None)
-        if module is not head:
-            seen[module] = _Seen(given if isinstance(given, Tensor) else torch.empty(0), out)
-        elif decoder in seen:
-            # Not later: under FSDP2 the weight is whole only while its module runs.
-            weight, bias = head_parameters(model)
-            final = seen[decoder].output.to(weight.dtype)
-            seen[head] = _Seen(F.linear(final, weight, bias), out)
-            return _ramp(out)
-
-    ids = _probe_ids(model)
-    layers = [m for child in decoder.children() if isinstance(child, nn.ModuleList) for m in child]
-    with _eval_mode(model), ExitStack() as stack:
-        for module in {decoder, *decoder.children(), *layers, head}:
-            # Before FSDP2's own hook, which releases the weights of a head that it wraps.
-            hook = module.register_forward_hook(watch, with_kwargs=True, prepend=module is head)
-            stack.callback(hook.remove)
-        seen[model] = _Seen(ids, model(input_ids=ids, use_cache=False, return_dict=True).logits)
-    return seen
-
-
 def find_layout(model: Any) -> Layout:
     """The parts of `model` between its last layer and its logits, each verified by the probe."""
 
     def refuse(what: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"Taps: {type(model).__name__} is not understood: {what}")
 
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    config = getattr(decoder, "config", None)  # some have a linear layer of this name
-    whole = config is not None and isinstance(head, nn.Module)
-    if model.config.is_encoder_decoder or decoder is model or not whole:
+    head, depth = model.get_output_embeddings(), depth_of(model)
+    if model.config.is_encoder_decoder or not isinstance(head, nn.Module):
         raise refuse("it must have a decoder (get_decoder) and a head (get_output_embeddings)")
     head_parameters(model)
-    depth = decoder.config.get_text_config().num_hidden_layers
-    lists = [m for m in decoder.children() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if len(lists) != 1:
-        raise refuse(f"the decoder must have one ModuleList of {depth} layers, got {len(lists)}")
-
-    seen = _probe(model)
-    if head not in seen or lists[0][-1] not in seen:
+    try:
+        lists, why = lists_of(model, depth), ""
+        if not lists:
+            lists, why = lists_that_run(model, depth)
+        if not lists:
+            raise refuse(f"the decoder must have one ModuleList of {depth} layers, got 0{why}")
+        decoders = {each: decoder_of(model, each) for each in lists}
+        numbers = config_numbers(model.config)
+        first = next((d for d in decoders.values() if d is not None), model)
+        probe = run_probe(model, first, lists, numbers)
+    except (UnsupportedModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a model wants that is no plain text
+        reason = " ".join(str(error).split())
+        raise refuse(
+            f"its forward of four tokens ends in {type(error).__name__}: {reason[:200]}"
+        ) from error
+    found = {} if probe is None else probe.layers
+    ran = [each for each in lists if decoders[each] is first and any(m in found for m in each)]
+    if probe is None or not ran:
         raise refuse("its forward does not call its decoder, last layer and output embeddings")
-    last, final = seen[lists[0][-1]].output, seen[decoder].output
-    called = [child for child in decoder.children() if child in seen]
-    norms = [child for child in called if torch.equal(seen[child].input, last)]
-    norms = [child for child in norms if torch.equal(seen[child].output, final)]
-    if len(norms) != 1:
-        raise refuse(
-            f"one child of the decoder must be the final norm, which turns the last layer's output "
-            f"into last_hidden_state; found {len(norms)}"
-        )
-    if not _close(seen[head].output, seen[head].input):
-        raise refuse("the head's output is not last_hidden_state @ weight.T + bias")
+    if len(ran) > 1:
+        raise refuse(f"the decoder must have one ModuleList of {depth} layers, got {len(ran)}")
+    layers = ran[0]
+    if probe.head is None:
+        raise refuse("the head's output is not its input @ weight.T + bias")
 
-    logits, ramp = seen[model].output, _ramp(seen[head].output).float()
-    if logits.shape != ramp.shape:
-        raise refuse(f"the logits have shape {[*logits.shape]}, the head's output {[*ramp.shape]}")
-    config = model.config.get_text_config()
-    named = [getattr(config, name, None) for name in _SCALE_NAMES]
-    scales = [float(value) for value in named if isinstance(value, (int, float)) and value]
-    scales += [1.0, *(1 / value for value in scales)]
-    caps = [*(getattr(config, name, None) or None for name in _SOFTCAP_NAMES), None]
-    scale, cap = min(
-        itertools.product(scales, caps),
-        key=lambda c: float((_softcap(c[0] * ramp, c[1]) - logits).abs().max()),
-    )
-    if not _close(logits, _softcap(scale * ramp, cap)):
+    tail, last = _find_tail(probe, first, layers, numbers, refuse)
+    form = probe.head
+    given, logits = probe.ramp, probe.logits
+    rows = logits.shape[-1]
+    if logits.shape[:-1] != given.shape[:-1] or rows > given.shape[-1]:
+        raise refuse(f"the logits have shape {[*logits.shape]}, the head's output {[*given.shape]}")
+    if rows < given.shape[-1]:
+        form, given = form._replace(rows=rows), given[..., :rows]
+    bent = scale_and_softcap(given, logits, numbers)
+    if bent is None:
         raise refuse(
-            f"it turns the head's output {ramp[0, 0, -1]:.4g} into the logit "
-            f"{logits[0, 0, -1]:.4g}, which no scale or softcap of its config explains"
+            f"it turns the head's output {given[0, 0, -1]:.4g} into the logit "
+            f"{logits[0, 0, -1]:.4g}, which no scale or softcap explains"
         )
-    return Layout(model, decoder, lists[0], norms[0], scale, cap)
+    form = form._replace(scale=bent[0], softcap=bent[1])
+    runs = tuple(len(probe.layers.get(layer, ())) for layer in layers)
+    plain = last.ndim == 3 and last.shape[-1] == probe.given.shape[-1]
+    return Layout(model, first, layers, tail, form, runs, plain)
+
+
+def _find_tail(
+    probe: Probe,
+    decoder: nn.Module,
+    layers: nn.ModuleList,
+    numbers: list[float],
+    refuse: Callable[[str], UnsupportedModelError],
+) -> tuple[Tail, Tensor]:
+    """The tail, and what the last layer returned."""
+    last_layer = [layer for layer in layers if layer in probe.layers][-1]
+    out = probe.layers[last_layer][-1]
+    last, wanted = first_tensor(out), probe.given
+    found = find_steps(last, wanted, probe.calls, numbers)
+    if found is not None:
+        steps, factor = found
+        inside = set(decoder.modules())
+        computed = sum(step.module in inside for step in steps)
+        source = steps[computed - 1].module if computed else last_layer
+        return Tail(steps, factor, computed, source), last
+    length = _probe_ids(probe.model).shape[1]
+    if wanted.shape[1] == length and length not in last.shape[:-1]:
+        raise refuse(f"its layers see {last.shape[-2]} positions in a text of {length} tokens")
+    if any(is_partitioned(p) for p in decoder.parameters()):
+        raise refuse("under ZeRO-3, the final norm must read the last layer's output")
+    # The decoder's own forward, from its last layer on.
+    again = Replay(decoder, layers, last_layer, 0 if isinstance(out, Tensor) else len(out))
+    with torch.no_grad(), _eval_mode(again):
+        same = probe.decoded is not None and again.gives(last, probe.decoded)
+    if probe.decoded is not None and same:
+        rest = find_steps(probe.decoded, wanted, probe.calls, numbers)
+        if rest is not None:
+            return Tail((Step(1.0, again), *rest[0]), rest[1], 1, decoder), last
+    if last.shape[-1] != wanted.shape[-1]:
+        raise refuse(
+            f"its head reads {wanted.shape[-1]} values a token, and its layers return "
+            f"{last.shape[-1]}"
+        )
+    raise refuse(
+        "no final norm or other function of the last layer's output, on each token alone, gives "
+        "what its head reads"
+    )
 
 
 def refuse_variants(layer: int, call: AttentionCall) -> None:
@@ -285,14 +239,14 @@ def _is_causal_softmax(call: AttentionCall) -> bool:
     """Whether `out` is causal softmax attention by the call's own q, k, v and arguments."""
     group = call.q.shape[1] // call.k.shape[1]
     k, v = (x.float().repeat_interleave(group, dim=1) for x in (call.k, call.v))
-    scores = _softcap(call.scale * call.q.float() @ k.mT, call.softcap)
+    scores = softcapped(call.scale * call.q.float() @ k.mT, call.softcap)
     distance = torch.arange(scores.shape[-1], device=k.device)
     distance = distance[:, None] - distance
     keep = (distance >= 0) & (distance < (call.window or len(distance)))
     out = (scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v).transpose(1, 2)
     # Eager attention rounds its scores, at least to TF32, which shifts them by up to eps * |score|.
     eps = max(torch.finfo(call.out.dtype).eps, 2**-11)
-    return _close(call.out, out, slack=min(2 * eps * float(scores.abs().max()), 8.0))
+    return close(call.out, out, slack=min(2 * eps * float(scores.abs().max()), 8.0))
 
 
 def check_attention(layout: Layout, layers: Sequence[int]) -> dict[int, AttentionCall]:

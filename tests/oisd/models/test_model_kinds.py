@@ -128,12 +128,6 @@ def reversed_head(model):
     model.lm_head.__class__ = ReversedHead
 
 
-def doubled_before_head(model):
-    model.model.register_forward_hook(
-        lambda m, a, out: setattr(out, "last_hidden_state", 2 * out.last_hidden_state)
-    )
-
-
 def more_layers(model):
     model.config.num_hidden_layers += 1
 
@@ -142,17 +136,30 @@ def no_head(model):
     model.get_output_embeddings = lambda: None
 
 
-def shifted_before_norm(model):
-    model.model.norm.register_forward_pre_hook(lambda m, a: (a[0] + 1,))
+def mixing_before_norm(model):
+    model.model.norm.register_forward_pre_hook(lambda m, a: (a[0].cumsum(1),))
+
+
+def mixing_norm(model):
+    forward = model.model.norm.forward
+    model.model.norm.forward = lambda hidden: forward(hidden.cumsum(1))
+
+
+def needs_an_image(model):
+    def refuse(*_):
+        raise ValueError("pixel_values must\n be given")
+
+    model.model.register_forward_pre_hook(refuse)
 
 
 LAYOUTS = {
-    shifted_logits: "into the logit 65, which no scale or softcap",
-    reversed_head: "the head's output is not last_hidden_state",
-    doubled_before_head: "final norm, .* found 0",
-    shifted_before_norm: "final norm, .* found 0",
+    shifted_logits: "into the logit 2049, which no scale or softcap",
+    reversed_head: "the head's output is not its input",
+    mixing_before_norm: "no final norm or other function of the last layer's output",
+    mixing_norm: "no final norm or other function of the last layer's output",
     more_layers: "one ModuleList of 5 layers, got 0",
     no_head: "must have a decoder .* and a head",
+    needs_an_image: "ends in ValueError: pixel_values must be given",
 }
 
 
