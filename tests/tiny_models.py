@@ -53,6 +53,14 @@ TINY: dict[str, dict[str, Any]] = {
     "phi3": dict(sliding_window=WINDOW),
     "cohere": dict(logit_scale=0.3),
     "granite": dict(logits_scaling=7.0, attention_multiplier=0.5),
+    # Learned attention sinks, in both kinds of layers.
+    "gpt_oss": dict(
+        sliding_window=WINDOW,
+        layer_types=_ALTERNATING,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        attn_implementation="eager",
+    ),
 }
 
 

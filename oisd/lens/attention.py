@@ -2,7 +2,7 @@
 
     overlap_i = mean over heads of sum_j min(a_l,ij, a_L,ij)     1 where they are equal, 0 disjoint
 
-The maps are kept as a mean over the heads, for pictures of short texts.
+A learned sink is one more j, in a column of its own that the maps leave out. The maps are kept as a mean over the heads, for pictures of short texts.
 
 H heads, T tokens, L layers counted from 1.
 """
@@ -40,7 +40,9 @@ class LayerAttention:
 
     def __init__(self, model: nn.Module, layers: Sequence[int], divergence: str = "jsd"):
         self.model, self.divergence = model, divergence
-        self.taps = Taps(model, student_layers=list(layers), attention=True)
+        self.taps = Taps(
+            model, student_layers=list(layers), attention=True, divergence=divergence
+        )
 
     @torch.no_grad()
     def __call__(self, token_ids: Sequence[int]) -> AttentionOverlap:
@@ -53,28 +55,30 @@ class LayerAttention:
         overlaps, divergences, maps = [], [], []
         final = torch.zeros(0)
         for pair in pairs:
-            student = _map(pair, pair.q, pair.k, pair.scale)
-            final = _map(pair, pair.q_teacher, pair.k_teacher, pair.scale_teacher)
+            student = _map(pair, pair.q, pair.k, pair.scale, pair.sink)
+            final = _map(
+                pair, pair.q_teacher, pair.k_teacher, pair.scale_teacher, pair.sink_teacher
+            )
             overlaps.append(torch.minimum(student, final).sum(-1).mean(0))
             divergences.append(
                 attention_divergence(
                     pair.q, pair.k, pair.q_teacher, pair.k_teacher, window=pair.window,
                     softcap=pair.softcap, scale=pair.scale, scale_teacher=pair.scale_teacher,
-                    divergence=self.divergence,
+                    divergence=self.divergence, sink=pair.sink, sink_teacher=pair.sink_teacher,
                 )[0]
             )  # fmt: skip
-            maps.append(student.mean(0))
+            maps.append(student[..., :-1].mean(0))
         return AttentionOverlap(
             list(self.taps.student_layers),
             torch.stack(overlaps).cpu(),
             torch.stack(divergences).cpu(),
             torch.stack(maps).cpu(),
-            final.mean(0).cpu(),
+            final[..., :-1].mean(0).cpu(),
         )
 
 
-def _map(pair: AttentionPair, q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """[H, T, T] attention over the keys that both layers see."""
+def _map(pair: AttentionPair, q: Tensor, k: Tensor, scale: float, sink: Tensor | None) -> Tensor:
+    """[H, T, T + 1] attention over the keys that both layers see, and to the sink (0 without)."""
     q, k = (rearrange(x[0].float(), "t h k -> h t k") for x in (q, k))
     k = repeat(k, "j t k -> (j group) t k", group=len(q) // len(k))
     scores = scale * q @ k.mT
@@ -83,4 +87,6 @@ def _map(pair: AttentionPair, q: Tensor, k: Tensor, scale: float) -> Tensor:
     distance = torch.arange(q.shape[1], device=q.device)
     distance = distance[:, None] - distance
     seen = (distance >= 0) & (distance < (pair.window or len(distance)))
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    own = scores.new_full((len(q),), -torch.inf) if sink is None else sink.float()
+    own = own[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores.masked_fill(~seen, -torch.inf), own], -1).softmax(-1)

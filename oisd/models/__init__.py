@@ -63,6 +63,8 @@ class AttentionPair(NamedTuple):
     # backward. It handles padding itself, so the rest of the pair must stay dense.
     alignment: AttentionAlignment | None = None
     lse_teacher: Tensor | None = None  # [H, B*T], if it is known over the same keys
+    sink: Tensor | None = None  # [H], with graph: the learned score of one more key
+    sink_teacher: Tensor | None = None  # [H], detached
 
 
 class Taps:
@@ -133,10 +135,22 @@ class Taps:
         self._attending = (self.num_layers, *self.student_layers) if attending else ()
         self._kernel, self._divergence, self._beta = attention_kernel, divergence, beta
         calls = check_attention(self._layout, self._attending) if attending else {}
+        self._refuse_lone_sinks(calls)
         self._fusable = self._choose_fusable(calls)
         self._open: ExitStack | None = None
         self._capturing = self._wants_grad = False
         self.clear()
+
+    def _refuse_lone_sinks(self, calls: dict[int, AttentionCall]) -> None:
+        """A KL is infinite where its first layer alone has a sink."""
+        for layer in self.student_layers if calls else ():
+            own, last = (calls[n].sink is not None for n in (layer, self.num_layers))
+            if own != last and self._divergence == ("reverse_kl" if own else "forward_kl"):
+                raise UnsupportedModelError(
+                    f"Taps: layers {layer} and {self.num_layers} must both have an attention sink "
+                    f"or neither, as {self._divergence} is infinite otherwise, got one at layer "
+                    f'{layer if own else self.num_layers} alone; use divergence="jsd"'
+                )
 
     def _choose_fusable(self, calls: dict[int, AttentionCall]) -> tuple[int, ...]:
         """The student layers that can compute their alignment in their own backward."""
@@ -331,6 +345,8 @@ class Taps:
             min(windows, default=None),
             alignment,
             teacher.lse if student.window == teacher.window else None,
+            student.sink,
+            None if teacher.sink is None else teacher.sink.detach(),
         )
 
 

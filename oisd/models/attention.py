@@ -9,7 +9,7 @@ and any implementation works, even FlashAttention's, which looks up its name in 
 `attn_implementation="oisd"` for a whole model is `flash_attention` in every layer. Its mask
 function turns padding and packed sequences into offsets, so that neither needs a mask; what offsets
 cannot express (a cache, the user's own mask) goes to SDPA, or to eager attention if the scores have
-a softcap.
+a softcap or a sink.
 
 The plan is an argument of the decoder's forward, so that layers which checkpointing runs again get
 the plan of their own forward.
@@ -53,7 +53,7 @@ class AttentionCall(NamedTuple):
     scale: float
     softcap: float | None
     window: int | None
-    sinks: bool
+    sink: Tensor | None  # [H], with graph: the score of one more key, whose value is 0
     planned: bool  # whether the plan arrived
     lse: Tensor | None = None  # [H, B*T], where `flash_attention` computed it
 
@@ -94,7 +94,7 @@ class FusedPlan:
             and choose("Taps", "auto", [v], options.get("softcap")) != "triton"
         ):
             return None
-        obstacle = self.obstacle or _obstacle(options)
+        obstacle = self.obstacle or _obstacle(k, v, options)
         if obstacle:
             if self.wanted == "auto":
                 return None
@@ -108,11 +108,11 @@ class FusedPlan:
         return out, lse, q, k
 
 
-def _obstacle(options: Mapping[str, Any]) -> str:
+def _obstacle(k: Tensor, v: Tensor, options: Mapping[str, Any]) -> str:
     if options.get("dropout"):
         return "attention dropout is on"
-    if options.get("s_aux") is not None:
-        return "it attends to a learned sink"
+    if v.shape[-1] > k.shape[-1]:
+        return f"its values have {v.shape[-1]} columns, its keys only {k.shape[-1]}"
     return ""
 
 
@@ -137,15 +137,18 @@ def _flash(
     batch, _, length, _ = q.shape
     if cu_seqlens is None:
         cu_seqlens = length * torch.arange(batch + 1, device=q.device, dtype=torch.int32)
+    columns = v.shape[-1]
+    v = F.pad(v, (0, k.shape[-1] - columns))
     out, lse = flash_attention(
         *(rearrange(x, "b h t k -> (b t) h k") for x in (q, k, v)),
         cu_seqlens=cu_seqlens,
         window=options.get("sliding_window"),
         softcap=options.get("softcap"),
         scale=options.get("scaling"),
+        sink=options.get("s_aux"),
         alignment=alignment,
     )
-    return rearrange(out, "(b t) h k -> b t h k", b=batch), lse
+    return rearrange(out[..., :columns], "(b t) h k -> b t h k", b=batch), lse
 
 
 # ---- padding and packing as offsets into the flattened [B * T] tokens -------------------------
@@ -299,11 +302,12 @@ def _attention(
         finally:
             module.config = proxy
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    softcap, window = kwargs.get("softcap"), kwargs.get("sliding_window")
-    sinks = kwargs.get("s_aux") is not None
+    softcap, window, sink = (kwargs.get(name) for name in ("softcap", "sliding_window", "s_aux"))
+    if sink is not None:
+        sink = sink.clone()  # FSDP2 frees the parameter's own memory after the layer
     proxy.record(
         AttentionCall(
-            implementation, query, key, value, out, scale, softcap, window, sinks,
+            implementation, query, key, value, out, scale, softcap, window, sink,
             plan is not None, None if lse is None else lse.detach(),
         )
     )  # fmt: skip
@@ -319,7 +323,7 @@ def _model_attention(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """In a model whose own implementation is "oisd"; `attention_mask` is from `offsets_mask`."""
-    obstacle = _obstacle(kwargs)
+    obstacle = _obstacle(key, value, kwargs)
     if obstacle:
         raise UnsupportedModelError(
             f'{type(module).__name__} cannot have attn_implementation="oisd": {obstacle}'
@@ -330,9 +334,9 @@ def _model_attention(
     if offsets and causal and query.shape[2] == key.shape[2]:
         q, k, v = as_attended(query, key, value)
         return _flash(q, k, v, kwargs, attention_mask, None)[0], None
-    if kwargs.get("softcap") is None:
+    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         attend = _attention_function(module, "sdpa")
-    else:  # SDPA would ignore the softcap; eager attention adds its mask to the scores
+    else:  # SDPA would ignore softcap and sink; eager attention adds its mask to the scores
         attend = _attention_function(module, "eager")
         if attention_mask is not None and attention_mask.dtype == torch.bool:
             lowest = torch.finfo(query.dtype).min

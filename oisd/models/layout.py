@@ -269,15 +269,22 @@ def find_layout(model: Any) -> Layout:
 
 
 def refuse_variants(layer: int, call: AttentionCall) -> None:
-    """Raises UnsupportedModelError unless the call is a softmax over the keys alone."""
-    if call.sinks:
+    """Raises UnsupportedModelError unless the call is a softmax over keys and one sink a head."""
+    heads = call.q.shape[1]
+    if call.sink is not None and call.sink.shape != (heads,):
         raise UnsupportedModelError(
-            f"Taps: layer {layer} attends to a learned sink beside its keys; use attention=False"
+            f"Taps: layer {layer}'s attention sink must be one number a head, [{heads}], got "
+            f"{[*call.sink.shape]}; use attention=False"
         )
-    if call.softcap is not None and "sdpa" in call.implementation:
+    ignored = ""
+    if call.softcap is not None:
+        ignored = f"the softcap {call.softcap} of layer {layer}'s attention scores"
+    elif call.sink is not None:
+        ignored = f"the learned sink of layer {layer}'s attention"
+    if ignored and "sdpa" in call.implementation:
         raise UnsupportedModelError(
-            f"Taps: SDPA ignores the softcap {call.softcap} of layer {layer}'s attention scores; "
-            f'call model.set_attn_implementation("eager"), or use attention=False'
+            f'Taps: SDPA ignores {ignored}; call model.set_attn_implementation("eager"), or use '
+            f"attention=False"
         )
 
 
@@ -286,13 +293,20 @@ def _is_causal_softmax(call: AttentionCall) -> bool:
     group = call.q.shape[1] // call.k.shape[1]
     k, v = (x.float().repeat_interleave(group, dim=1) for x in (call.k, call.v))
     scores = _softcap(call.scale * call.q.float() @ k.mT, call.softcap)
+    largest = float(scores.abs().max())
     distance = torch.arange(scores.shape[-1], device=k.device)
     distance = distance[:, None] - distance
     keep = (distance >= 0) & (distance < (call.window or len(distance)))
-    out = (scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+    scores = scores.masked_fill(~keep, -torch.inf)
+    if call.sink is None:
+        weights = scores.softmax(-1)
+    else:
+        own = call.sink.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, own], -1).softmax(-1)[..., :-1]
+    out = (weights @ v).transpose(1, 2)
     # Eager attention rounds its scores, at least to TF32, which shifts them by up to eps * |score|.
     eps = max(torch.finfo(call.out.dtype).eps, 2**-11)
-    return _close(call.out, out, slack=min(2 * eps * float(scores.abs().max()), 8.0))
+    return _close(call.out, out, slack=min(2 * eps * largest, 8.0))
 
 
 def check_attention(layout: Layout, layers: Sequence[int]) -> dict[int, AttentionCall]:
