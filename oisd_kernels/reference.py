@@ -306,11 +306,14 @@ def _attention_rows(
         keys = _take(layer.k.flatten(0, -3), index, seen).to(dtype)  # [B, T, J, K]
         scores = _attention_scores(queries, keys, layer.scale, softcap)  # [B, H, T, T]
         events = visible[:, None]
-        if has_sink:  # one more event; of a layer without a sink its probability is 0
-            scores = _beside_sink(scores, scores.new_zeros(1) if layer.sink is None else layer.sink)
-            own = events.new_full((*events.shape[:-1], 1), layer.sink is not None)
-            events = torch.cat([events, own], -1)
-        return _log_softmax(scores, events)
+        if not has_sink:
+            return _log_softmax(scores, events)
+        # One more event; of a layer without a sink its probability is 0.
+        scores = _beside_sink(scores, scores.new_zeros(1) if layer.sink is None else layer.sink)
+        own = events.new_full((*events.shape[:-1], 1), layer.sink is not None)
+        log = _log_softmax(scores, torch.cat([events, own], -1))
+        # Beside the other layer's share the lowest number would leave its range in the backward.
+        return log.clamp_min(torch.finfo(dtype).min * 2.0**-64)
 
     with torch.no_grad():
         lp = log_attention(teacher)
