@@ -40,9 +40,7 @@ class LayerAttention:
 
     def __init__(self, model: nn.Module, layers: Sequence[int], divergence: str = "jsd"):
         self.model, self.divergence = model, divergence
-        self.taps = Taps(
-            model, student_layers=list(layers), attention=True, divergence=divergence
-        )
+        self.taps = Taps(model, student_layers=list(layers), attention=True, divergence=divergence)
 
     @torch.no_grad()
     def __call__(self, token_ids: Sequence[int]) -> AttentionOverlap:

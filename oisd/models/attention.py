@@ -340,7 +340,8 @@ def _model_attention(
         attend = _attention_function(module, "eager")
         if attention_mask is not None and attention_mask.dtype == torch.bool:
             lowest = torch.finfo(query.dtype).min
-            attention_mask = torch.where(attention_mask, 0.0, lowest).to(query.dtype)
+            hidden = ~attention_mask
+            attention_mask = query.new_zeros(hidden.shape).masked_fill(hidden, lowest)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -380,7 +380,10 @@ def _layer_gradient(
     teacher = _teacher(call, call.lse_teacher)
     alignment = Alignment(teacher, row_weight, statistic, call.divergence, call.beta)
     sink = None if call.sink is None else call.sink[layer]
-    student, geometry = Layer(call.q[layer], call.k[layer], lse, call.scale, sink), geometry_of(call)
+    student, geometry = (
+        Layer(call.q[layer], call.k[layer], lse, call.scale, sink),
+        geometry_of(call),
+    )
     if call.key_index is not None:
         dq, dk, dsink = implementation.sampled_backward(
             call.impl, student, alignment, call.key_index, geometry

@@ -117,7 +117,7 @@ def test_attention_equals_output_attentions(name):
         torch.testing.assert_close(teacher, out.attentions[-1], rtol=1e-4, atol=1e-6)
         finite = [w for w in (windows[layer], windows[LAYERS]) if w is not None]
         assert pair.window == min(finite, default=None)
-    assert (windows[1] == WINDOW) == (name in ("mistral", "phi3", "gemma2", "gemma3"))
+    assert (windows[1] == WINDOW) == (name in ("mistral", "phi3", "gemma2", "gemma3", "gpt_oss"))
     assert (windows[2] == WINDOW) == (name in ("mistral", "phi3"))
     assert (pairs[0].softcap == 2.0) == (name == "gemma2")
 

@@ -170,7 +170,9 @@ def test_attention(dtype, masks, block_size):
     options = {"cu_seqlens": offsets(LENGTHS), **masks}
     found = attend(IMPL, (q, k, v), sink, upstream[0].to(dtype), upstream[1], **options)
     exact = [x.double() for x in (q, k, v)]
-    wanted = attend("reference", exact, sink.double(), upstream[0].to(dtype), upstream[1], **options)
+    wanted = attend(
+        "reference", exact, sink.double(), upstream[0].to(dtype), upstream[1], **options
+    )
     # The interpreter truncates to bf16 where a GPU rounds.
     bound = GRADIENT_BOUND[dtype] * (2 if INTERPRETED and dtype == torch.bfloat16 else 1)
     assert found[0].dtype == dtype and found[5].dtype == sink.dtype
@@ -201,7 +203,9 @@ def test_attention_where_nearly_all_mass_is_on_the_sink(height):
     upstream, sink = (normal(N, H, 8, seed=5), torch.zeros(H, N)), sinks(shift=height)[0].float()
     options = {"cu_seqlens": offsets(LENGTHS)}
     found = attend(IMPL, (q, k, v), sink, *upstream, **options)
-    wanted = attend("reference", [x.double() for x in (q, k, v)], sink.double(), *upstream, **options)
+    wanted = attend(
+        "reference", [x.double() for x in (q, k, v)], sink.double(), *upstream, **options
+    )
     for got, want in zip(found, wanted, strict=True):
         assert want.norm() > 1e-30
         assert (got.double() - want).norm() <= 1e-4 * want.norm()
