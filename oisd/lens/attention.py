@@ -2,7 +2,8 @@
 
     overlap_i = mean over heads of sum_j min(a_l,ij, a_L,ij)     1 where they are equal, 0 disjoint
 
-A learned sink is one more j, in a column of its own that the maps leave out. The maps are kept as a mean over the heads, for pictures of short texts.
+A learned sink is one more j, in a column of its own that the maps leave out. They are kept as a
+mean over the heads, for pictures of short texts.
 
 H heads, T tokens, L layers counted from 1.
 """

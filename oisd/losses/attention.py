@@ -38,8 +38,8 @@ def attention_loss(
 
     Args:
         pairs: for each student layer its post-rotary queries and keys and the final layer's, dense
-            [B, T, H, K] with right padding, or packed [N, H, K], and the layers' sinks. A pair with an alignment (see
-            `Taps`) is dense, padded on either side.
+            [B, T, H, K] with right padding, or packed [N, H, K], and the layers' sinks. A pair with
+            an alignment (see `Taps`) is dense, padded on either side.
         advantages: [B] or [B, T], or packed [N]: of the sequence that each query belongs to.
         config: divergence, beta, clip.
         token_weight: [B, T], or packed [N]; 0 at a query that does not predict a completion token.

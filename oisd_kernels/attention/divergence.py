@@ -10,8 +10,9 @@ other; within a layer it reads key head h // (H / J). The divergences are those 
 `oisd_kernels.reference`; jsd with beta = 1/2 is eq. 8 to 10 of arXiv 2605.29089.
 
 The forward of the op finds both logsumexps (of the keys, without a sink) where they are not given,
-then the divergence and each row's statistic; the backward is one more pass over the scores. Nothing between them grows with the
-square of a length. The teacher's scores of a block serve all S student layers.
+then the divergence and each row's statistic; the backward is one more pass over the scores. Nothing
+between them grows with the square of a length. The teacher's scores of a block serve all S student
+layers.
 
 Letters: S student layers, B sequences, T tokens of each, N tokens of all, H query heads, J key
 heads, K head dimension, M sampled keys.

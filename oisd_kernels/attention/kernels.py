@@ -253,7 +253,8 @@ def attention_forward_kernel(
     tl.store(Lse + h.to(tl.int64) * tokens + i, (m + tl.log2(l)) * LN2, mask=i < end)
     if HAS_V:
         if Sink is not None:  # after the keys, so that P's range does not depend on it
-            l += tl.where(l == 0, 0.0, tl.exp2(tl.load(Sink + h) * LOG2E - m))
+            own = tl.exp2(tl.load(Sink + h) * LOG2E - m)
+            l = l + tl.where(l == 0, 0.0, own)  # noqa: E741
         # A row without keys has l = 0: its output is 0, its lse -inf.
         out = acc / tl.where(l == 0, 1.0, l)[:, None]
         store_rows(head_at(Out, start, h, stride_on, stride_oh), out, i < end, stride_on, HEAD_DIM)
