@@ -2,7 +2,8 @@
 
 32 query heads on 8 key heads. By default bf16 at K = 128 with jsd: forward, statistics, the
 backward of both at once, and over sampled keys, which makes every kernel; with a sink those two
-that read one. `full` adds the rest: every tile of the launcher's table, and at K = 128 every option.
+that read one. `full` adds the rest: every tile of the launcher's table, and at K = 128 every
+option.
 """
 
 from collections.abc import Iterator
