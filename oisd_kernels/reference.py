@@ -311,9 +311,7 @@ def _attention_rows(
         # One more event; of a layer without a sink its probability is 0.
         scores = _beside_sink(scores, scores.new_zeros(1) if layer.sink is None else layer.sink)
         own = events.new_full((*events.shape[:-1], 1), layer.sink is not None)
-        log = _log_softmax(scores, torch.cat([events, own], -1))
-        # Beside the other layer's share the lowest number would leave its range in the backward.
-        return log.clamp_min(torch.finfo(dtype).min * 2.0**-64)
+        return _log_softmax(scores, torch.cat([events, own], -1))
 
     with torch.no_grad():
         lp = log_attention(teacher)
