@@ -367,15 +367,17 @@ def _attention(arguments: Sequence[str]) -> int:
     from oisd.lens.run import run_attention
 
     report = run_attention(model, config)
-    layer = report["layer"]
+    layer, place = report["layer"], report["layers"].index(report["layer"])
     rows = [
         ("texts, tokens", f"{report['texts']}, {report['tokens']}"),
-        (f"overlap of layer {layer}", f"{report['overlap'][layer - 1]:.4f}"),
-        (f"divergence of layer {layer}", f"{report['divergence'][layer - 1]:.4f} nats"),
+        ("compared with", report["compared_with"]),
+        (f"overlap of layer {layer}", f"{report['overlap'][place]:.4f}"),
+        (f"divergence of layer {layer}", f"{report['divergence'][place]:.4f} nats"),
     ]
     for name, means in report["compared"].items():
-        overlap = means["overlap"][layer - 1]
-        rows.append((f"overlap of layer {layer} in {name}", f"{overlap:.4f}"))
+        if layer in means["layers"]:
+            overlap = means["overlap"][means["layers"].index(layer)]
+            rows.append((f"overlap of layer {layer} in {name}", f"{overlap:.4f}"))
     rows.append(("picture", report["plots"][0]))
     _print_table(f"oisd attention: {model}", rows)
     return 0

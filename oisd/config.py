@@ -251,6 +251,11 @@ class AlignmentConfig:
     """With `key_stride`: the nearest keys, in the attention loss; all keys by default."""
     key_stride: int | None = None
     """With `key_window`: take every n-th position of the keys farther away."""
+    attention_student: tuple[int, ...] | None = None
+    """For each student layer, the layer whose attention learns; by default the nearest at or below
+    it that attends by softmax: itself, unless the model is a hybrid. Hybrids extend the paper."""
+    attention_teacher: int | None = None
+    """The layer whose attention is learned from; by default the last that attends by softmax."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "student_layers", tuple(self.student_layers))
@@ -270,6 +275,24 @@ class AlignmentConfig:
         fits = kernel != "fused" or self.key_window is None
         require(fits, "oisd.attention_kernel", wanted, kernel)
         at_least(1, self, "oisd.attention_steps", "oisd.key_window", "oisd.key_stride")
+        self._check_attention_layers()
+
+    def _check_attention_layers(self) -> None:
+        own, teacher = self.attention_student, self.attention_teacher
+        for key, given in (("student", own), ("teacher", teacher)):
+            used = given is None or self.attention_weight > 0
+            require(used, f"oisd.attention_{key}", '"none" with oisd.attention_weight = 0', given)
+        wanted = "at least 2, above the layers that learn from it"
+        require(teacher is None or teacher > 1, "oisd.attention_teacher", wanted, teacher)
+        if own is None:
+            return
+        object.__setattr__(self, "attention_student", tuple(own))
+        key, count = "oisd.attention_student", len(self.student_layers)
+        wanted = f"one layer for each of the {count} oisd.student_layers"
+        require(len(own) == count, key, wanted, list(own))
+        require(all(layer >= 1 for layer in own), key, "layers counted from 1", list(own))
+        wanted = f"below oisd.attention_teacher ({teacher})"
+        require(teacher is None or max(own) < teacher, key, wanted, list(own))
 
     @property
     def active(self) -> bool:

@@ -61,6 +61,8 @@ class Objective:
                 attention_kernel=self._attention_kernel(),
                 divergence=align.divergence,
                 beta=align.beta,
+                attention_student=align.attention_student,
+                attention_teacher=align.attention_teacher,
             )
         if align.attention_weight and align.attention_kernel == "fused":
             self._require_fused()

@@ -14,7 +14,8 @@ model. The sharded figures are for a trainer that splits parameters, gradients a
                   for each further one, 1 for a gradient
     head, ours    a workspace, hidden states' gradients 4 (S+1) D N, the unembedding's 4 V D
     maps, eager   [H, T, T] float32 maps of N / T rows: 5, 4 for each further student layer, and 1
-    maps, kernels gradients 4 (H+J) K S N and four statistics a row, 16 H S N
+    maps, kernels gradients 4 (H+J) K S N and four statistics a row, 16 H S N; S here and above
+                  counts the layers whose attention learns
     cache         8 J K a layer and token, C rows of the longest length: keys and values in
                   `generate`'s cache are float32, as the parameters are, even under autocast; 4 J K
                   in continuous batching's, whose rows fill whole blocks (up to 512 tokens more)
@@ -270,8 +271,15 @@ class MemoryPlan:
 
 def check_layers(config: TrainConfig, shape: Shape) -> None:
     """Raise ConfigError for a layer that is not one of the model's, below its final one."""
+    teacher = config.oisd.attention_teacher or 0
+    if teacher > shape.layers:
+        raise ConfigError(
+            f"oisd.attention_teacher must lie in 2..{shape.layers}, the layers of "
+            f"{config.model.path}, got {teacher}"
+        )
     for name, last in (
         ("oisd.student_layers", max(config.oisd.student_layers, default=0)),
+        ("oisd.attention_student", max(config.oisd.attention_student or (), default=0)),
         ("grpo.internal_layer", config.grpo.internal_layer or 0),
     ):
         if last >= shape.layers:
@@ -284,6 +292,7 @@ def check_layers(config: TrainConfig, shape: Shape) -> None:
 def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
     """The memory of a run; see the module's docstring for each formula."""
     p, s = shape.parameters, len(config.oisd.student_layers)
+    compared = len(set(config.oisd.attention_student or config.oisd.student_layers))
     targets = lora_targets(config, shape)
     adapters = shape.layers * config.model.lora_rank * sum(sum(size) for size in targets.values())
     trained = adapters or p
@@ -302,6 +311,7 @@ def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
     if adapters and shape.tied:
         copies += 2 * shape.vocabulary * shape.width
     rounded = shape.linear_parameters if adapters and half else 0
+    rows_bytes = 4 * shape.projections + 16 * shape.heads
     update = {
         "gradients": 4 * trained,
         "bf16 copies": copies if half else 0,
@@ -309,13 +319,13 @@ def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
         "head": DEFAULT_BYTES["cuda"]
         + 4 * ((s if think else 0) + 1) * shape.width * tokens
         + (0 if adapters else 4 * shape.vocabulary * shape.width),
-        "attention maps": s * tokens * (4 * shape.projections + 16 * shape.heads) * attention,
+        "attention maps": compared * tokens * rows_bytes * attention,
     }
     rows = max(1, tokens // longest)
     maps = 4 * rows * shape.heads * longest**2
     eager = {
         "head": head_map * (2 + (5 + 4 * (s - 1) if think else 0)),
-        "attention maps": maps * (6 + 4 * (s - 1)) * attention,
+        "attention maps": maps * (6 + 4 * (compared - 1)) * attention,
     }
     if config.oisd.attention_kernel == "reference":
         update["attention maps"] = eager["attention maps"]

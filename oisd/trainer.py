@@ -89,6 +89,9 @@ class Trainer:
         internal = config.grpo.internal_layer is not None
         with naming("grpo.internal_layer" if internal else "oisd.student_layers"):
             self.objective = Objective(self.policy, config)
+        taps = self.objective.taps
+        compared = taps.attention_layers, taps.attention_words
+        self.processes.on_first(partial(self.folder.record_attention, *compared))
         self.optimizer = Optimizer(self.policy.model, config, self.processes)
         self.step, self.engine = 0, "generate"
         self.resumed = checkpoint is not None
@@ -121,6 +124,8 @@ class Trainer:
                 self.folder.rewind(self.step if self.resumed else -1)
             alarms = RunAlarms(self.config, self.folder.metrics())
             with self._progress() as progress:
+                if self.objective.taps.attention_words:
+                    progress.say(self.objective.taps.attention_words)
                 if self.resumed:
                     self._settle_engine(progress)
                 else:

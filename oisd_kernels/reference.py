@@ -189,6 +189,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    sink: Tensor | None = None,  # [H]
 ) -> tuple[Tensor, Tensor]:  # [B, T, H, K] or [N, H, K]; [B, H, T] or [H, N]
     """`oisd_kernels.flash_attention` with the maps [B, H, T, T] in memory."""
     with torch.autocast(q.device.type, enabled=False):
@@ -201,7 +202,7 @@ def attention(
             return q * 1, scores.new_zeros((*rows[:-1], q.shape[-2], rows[-1]))
         lowest = torch.finfo(dtype).min
         scores = scores.masked_fill(~_visible_keys(valid, causal, window)[:, None], lowest)
-        lse = scores.logsumexp(-1)  # [B, H, T]
+        lse = _beside_sink(scores, sink).logsumexp(-1)  # [B, H, T]
         weights = (scores - lse[..., None]).exp().unflatten(1, (k.shape[-2], -1))
         out = torch.einsum("bjgqc,bcjk->bqjgk", weights, values).flatten(2, 3)
         # Back to the rows of q, from which those past a sequence's end are absent.
@@ -235,6 +236,8 @@ def attention_divergence(
     key_index: Tensor | None = None,  # [B, T, M] or [N, M]
     lse: Tensor | None = None,
     lse_teacher: Tensor | None = None,
+    sink: Tensor | None = None,  # [H], or S of them
+    sink_teacher: Tensor | None = None,  # [H]
     reduction: str = "none",
 ) -> Tensor:
     """`oisd_kernels.attention_divergence` with the maps [B, H, T, T] in memory.
@@ -246,27 +249,34 @@ def attention_divergence(
         dtype = compute_dtype(q, k, q_teacher, k_teacher)
         row_weight = _row_weight(token_weight, q.shape[:-2], dtype, q.device)
 
-        def layer(q: Tensor, k: Tensor, keep: Tensor) -> Tensor:
-            scales = scale, scale if scale_teacher is None else scale_teacher
+        def layer(student: _AttentionLayer, keep: Tensor) -> Tensor:
             masks = cu_seqlens, causal, window, key_index
-            tensors = q, k, q_teacher, k_teacher
-            return _attention_rows(*tensors, keep, scales, masks, softcap, divergence, beta, dtype)
+            return _attention_rows(student, teacher, keep, masks, softcap, divergence, beta, dtype)
 
+        scales = scale, scale if scale_teacher is None else scale_teacher
+        teacher = _AttentionLayer(q_teacher, k_teacher, scales[1], sink_teacher)
         if q.dim() == q_teacher.dim():
-            per_row = layer(q, k, row_weight != 0)
+            per_row = layer(_AttentionLayer(q, k, scales[0], sink), row_weight != 0)
         else:
-            layers = zip(q.unbind(0), k.unbind(0), row_weight.unbind(0), strict=True)
-            per_row = torch.stack([layer(q, k, weight != 0) for q, k, weight in layers])
+            sinks = [None] * len(q) if sink is None else sink.expand(len(q), -1).unbind(0)
+            layers = zip(q.unbind(0), k.unbind(0), sinks, row_weight.unbind(0), strict=True)
+            per_row = torch.stack(
+                [layer(_AttentionLayer(q, k, scales[0], own), w != 0) for q, k, own, w in layers]
+            )
         return _reduce(row_weight, per_row, reduction)
 
 
+class _AttentionLayer(NamedTuple):
+    q: Tensor
+    k: Tensor
+    scale: float | None
+    sink: Tensor | None
+
+
 def _attention_rows(
-    q: Tensor,
-    k: Tensor,
-    q_teacher: Tensor,
-    k_teacher: Tensor,
+    student: _AttentionLayer,
+    teacher: _AttentionLayer,
     keep: Tensor,
-    scales: tuple[float | None, float | None],
     masks: tuple[Tensor | None, bool, int | None, Tensor | None],
     softcap: float | None,
     divergence: str,
@@ -275,9 +285,9 @@ def _attention_rows(
 ) -> Tensor:
     """Divergence of one layer's rows, [B, T] or [N], mean over heads; 0 where not kept."""
     cu_seqlens, causal, window, key_index = masks
-    rows = q.shape[:-2]  # (B, T) or (N,)
+    rows, device = student.q.shape[:-2], student.q.device  # (B, T) or (N,)
     # Both forms become indices [B, T] into flat tokens; past a sequence's end they are invalid.
-    index, valid = _sequence_index(rows, cu_seqlens, q.device)
+    index, valid = _sequence_index(rows, cu_seqlens, device)
     keep = valid & keep.flatten()[index]
     live = keep.any(1)  # sequences without a kept row are left out
     index, valid, keep = index[live], valid[live], keep[live]
@@ -289,19 +299,34 @@ def _attention_rows(
     # A key that no kept row sees is cleared: in the backward its zero weight would multiply it,
     # and 0 * NaN is NaN.
     seen = (visible & keep[:, :, None]).any(1)  # [B, T]
+    has_sink = student.sink is not None or teacher.sink is not None
 
-    def log_attention(queries: Tensor, keys: Tensor, factor: float | None) -> Tensor:
-        queries = _take(queries.flatten(0, -3), index, keep).to(dtype)  # [B, T, H, K]
-        keys = _take(keys.flatten(0, -3), index, seen).to(dtype)  # [B, T, J, K]
-        scores = _attention_scores(queries, keys, factor, softcap)
-        return _log_softmax(scores, visible[:, None])  # [B, H, T, T]
+    def log_attention(layer: _AttentionLayer) -> Tensor:
+        queries = _take(layer.q.flatten(0, -3), index, keep).to(dtype)  # [B, T, H, K]
+        keys = _take(layer.k.flatten(0, -3), index, seen).to(dtype)  # [B, T, J, K]
+        scores = _attention_scores(queries, keys, layer.scale, softcap)  # [B, H, T, T]
+        events = visible[:, None]
+        if not has_sink:
+            return _log_softmax(scores, events)
+        # One more event; of a layer without a sink its probability is 0.
+        scores = _beside_sink(scores, scores.new_zeros(1) if layer.sink is None else layer.sink)
+        own = events.new_full((*events.shape[:-1], 1), layer.sink is not None)
+        return _log_softmax(scores, torch.cat([events, own], -1))
 
     with torch.no_grad():
-        lp = log_attention(q_teacher, k_teacher, scales[1])
-    lq = log_attention(q, k, scales[0])
+        lp = log_attention(teacher)
+    lq = log_attention(student)
     row_divergence = _divergence(lp, lq, divergence, beta).mean(1)  # [B, T]
-    per_row = torch.zeros(rows.numel(), dtype=dtype, device=q.device)
+    per_row = torch.zeros(rows.numel(), dtype=dtype, device=device)
     return per_row.index_put((index[keep],), row_divergence[keep]).view(rows)
+
+
+def _beside_sink(scores: Tensor, sink: Tensor | None) -> Tensor:
+    """[B, H, T, T], or with a sink [H] (or [1]) [B, H, T, T + 1]."""
+    if sink is None:
+        return scores
+    column = sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1)
 
 
 def _attention_scores(

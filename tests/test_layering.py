@@ -28,6 +28,7 @@ USE_TRANSFORMERS = {
     "oisd/models/loading.py",
     "oisd/models/thorough_guards.py",
     "oisd/models/attention.py",
+    "oisd/models/offsets.py",
     "oisd/rollout/__init__.py",
     "oisd/rollout/sampling.py",
     "oisd/rollout/continuous.py",

@@ -53,6 +53,15 @@ TINY: dict[str, dict[str, Any]] = {
     "phi3": dict(sliding_window=WINDOW),
     "cohere": dict(logit_scale=0.3),
     "granite": dict(logits_scaling=7.0, attention_multiplier=0.5),
+    # Learned attention sinks, in both kinds of layers. Other experts take no float64.
+    "gpt_oss": dict(
+        sliding_window=WINDOW,
+        layer_types=_ALTERNATING,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    ),
 }
 
 
@@ -64,7 +73,8 @@ def tiny_model(name: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
     """
     options = {**_COMMON, **TINY[name], **overrides}
     model_type = options.pop("type", name)
-    load = {key: options.pop(key) for key in ("attn_implementation", "dtype") if key in options}
+    names = "attn_implementation", "experts_implementation", "dtype"
+    load = {key: options.pop(key) for key in names if key in options}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = AutoConfig.for_model(model_type, **options)

@@ -71,6 +71,8 @@ _ASSISTANT = dict(
     num_kv_shared_layers=4, sliding_window=8, max_position_embeddings=128,
 )  # fmt: skip
 
+_EVERY_THIRD = ["linear_attention", "linear_attention", "full_attention"] * 2
+_EVERY_THIRD += ["linear_attention"] * 2
 # What a type needs besides; None leaves a field to the type.
 TYPES: dict[str, dict[str, Any]] = {
     "blt": dict(
@@ -103,6 +105,16 @@ TYPES: dict[str, dict[str, Any]] = {
     ),
     "dots3_note_text": dict(shared_experts_intermediate_size=48, num_hidden_layers=4),
     "dots1": dict(n_shared_experts=1, n_routed_experts=4, num_experts_per_tok=2),
+    # Of hybrids, a layer that attends in each half.
+    "bailing_hybrid": dict(layer_types=_EVERY_THIRD),
+    "bamba": dict(attn_layer_indices=[2, 5]),
+    "granitemoehybrid": dict(layer_types=_EVERY_THIRD),
+    "jamba": dict(attn_layer_period=4, attn_layer_offset=2),
+    "kimi_linear": dict(layer_types=_EVERY_THIRD),
+    "nemotron_h": dict(
+        layers_block_type=["mamba", "mlp", "attention"] * 2 + ["mamba", "mlp"],
+        num_hidden_layers=None,
+    ),
     "falcon_h1": dict(mamba_d_ssm=128),
     "gemma3n_text": dict(intermediate_size=[96] * LAYERS),
     "gemma4_assistant": dict(text_config=_ASSISTANT, backbone_hidden_size=64),

@@ -116,6 +116,15 @@ class OISDConfig(GRPOConfig):
     key_stride: int | None = _option(
         "key_stride", "With key_window: take every n-th position of the keys farther away."
     )
+    attention_student: list[int] | None = _option(
+        "attention_student",
+        "For each student layer, the layer whose attention learns; by default the nearest at or "
+        "below it that attends by softmax.",
+    )
+    attention_teacher: int | None = _option(
+        "attention_teacher",
+        "The layer whose attention is learned from; by default the last that attends by softmax.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -293,7 +302,11 @@ class OISDTrainer(GRPOTrainer):
                 student_layers=align.student_layers,
                 attention=align.attention_weight > 0,
                 lens_norm=align.lens_norm,
+                attention_student=align.attention_student,
+                attention_teacher=align.attention_teacher,
             )
+        if self._taps.attention_words:
+            self.accelerator.print(self._taps.attention_words)
         return self._taps
 
     def _align_in_forward(self, base: Any) -> None:

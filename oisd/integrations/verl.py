@@ -332,6 +332,8 @@ class OISDEngine(FSDPEngineWithLMHead):
         if self._align.active:
             with self._autocast():
                 self._taps = self._make_taps()
+            if self._taps.attention_words and self.rank == 0:
+                print(self._taps.attention_words)
 
     def _make_taps(self) -> Taps:
         """The taps; this runs the model on four tokens, on all processes, sharded as it is."""
@@ -343,6 +345,8 @@ class OISDEngine(FSDPEngineWithLMHead):
                 student_layers=align.student_layers,
                 attention=align.attention_weight > 0,
                 lens_norm=align.lens_norm,
+                attention_student=align.attention_student,
+                attention_teacher=align.attention_teacher,
             )
 
         if base is self.module:

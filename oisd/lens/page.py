@@ -149,6 +149,7 @@ def _layers_section(name: str, summary: LensSummary, layer: int) -> str:
 
 
 def _attention_section(attention: AttentionOverlap, tokens: Sequence[str], layer: int) -> str:
+    layer = attention.nearest(layer)
     place = attention.layers.index(layer)
     shown = min(len(tokens), _MOST_TOKENS)
     maps = {
@@ -172,9 +173,9 @@ def _attention_section(attention: AttentionOverlap, tokens: Sequence[str], layer
     return (
         "<h2>Where the layers look</h2>"
         "<p>Click a token: the shade of the tokens before it is the attention that it pays them, "
-        "mean over the heads. Overlap with the final layer at this token, 1 where head by head all "
-        'is equal: <b id="overlap"></b></p>'
-        f'<div class="name">final layer</div><div class="text" id="final">{spans}</div>'
+        f"mean over the heads. Overlap with the {attention.final} at this token, 1 where head by "
+        'head all is equal: <b id="overlap"></b></p>'
+        f'<div class="name">{attention.final}</div><div class="text" id="final">{spans}</div>'
         f'<div class="name">layer {layer}</div><div class="text" id="layer">{spans}</div>'
         f'<script type="application/json" id="attention">{payload}</script>'
         f"<script>{_SCRIPT}</script>"

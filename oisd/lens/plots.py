@@ -130,7 +130,8 @@ def plot_attention(
     """Draw what the last query attends to in `layer` and in the final layer, and overlap by layer.
 
     tokens: of the whole text; the last `most` are shown.
-    others: mean overlap by layer of other models, by name, drawn beside this one's.
+    others: mean overlap of other models, by name, drawn beside this one's: of layer 1, 2 and so
+        on, NaN where a layer has none.
     Raises ValueError where `layer` is not among `overlap.layers`.
     """
     if layer not in overlap.layers:
@@ -143,7 +144,7 @@ def plot_attention(
     style_axes(left, "Attention of the last token", "", "mean over heads", title_pad=19)
     places = np.arange(len(shown))
     rows = overlap.final_map[-1, first:].tolist(), overlap.maps[place, -1, first:].tolist()
-    left.bar(places - 0.2, rows[0], 0.4, color=BLUE, label="final layer")
+    left.bar(places - 0.2, rows[0], 0.4, color=BLUE, label=overlap.final)
     left.bar(places + 0.2, rows[1], 0.4, color=ORANGE, label=f"layer {layer}")
     left.set_xticks(places, shown, rotation=60, ha="right", rotation_mode="anchor", fontsize=8,
                     fontfamily=_fonts())  # fmt: skip
@@ -151,7 +152,7 @@ def plot_attention(
     left.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8.5, frameon=False,
                 borderaxespad=0.2, labelcolor=INK)  # fmt: skip
     mean = overlap.overlap.mean(1).tolist()
-    style_axes(right, "Overlap with the final layer", "layer", "mean over heads and queries")
+    style_axes(right, f"Overlap with the {overlap.final}", "layer", "mean over heads and queries")
     right.plot(overlap.layers, mean, color=BLUE, marker="o", markersize=3.5)
     right.plot([layer], [mean[place]], "D", color=ORANGE, markersize=8, label=f"layer {layer}")
     for name, means in (others or {}).items():

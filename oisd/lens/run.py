@@ -82,7 +82,8 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
         plots.append(plot_compare(pictures, layer, folder / "compare.png", title=both))
     if attention is not None:
         file, most = folder / "attention.png", config.picture_tokens
-        plots.append(plot_attention(attention, tokens, layer, file, most=most))
+        shown = attention.nearest(layer)
+        plots.append(plot_attention(attention, tokens, shown, file, most=most))
     report = {
         "model": model,
         "made_of": made_of,
@@ -132,22 +133,25 @@ def run_attention(model: str, config: LookRun) -> dict[str, Any]:
                 boundary = _default_layer(summary, lens.num_layers)
             seen[name] = _overlap(policy, lens.num_layers, texts, config)
     layer = config.layer or min(boundary, depth - 1)
+    first, *others = seen
+    layer = seen[first].nearest(layer)
     made_of = _made_of(models, folder, "attention")
     means = {
         name: {
+            "layers": look.layers,
+            "compared_with": look.final,
             "overlap": look.overlap.mean(1).tolist(),
             "divergence": look.divergence.mean(1).tolist(),
         }
         for name, look in seen.items()
     }
-    first, *others = seen
     plot = plot_attention(
         seen[first],
         tokens,
         layer,
         folder / "attention.png",
         most=config.picture_tokens,
-        others={name: means[name]["overlap"] for name in others},
+        others={name: _by_layer(means[name]) for name in others},
     )
     report = {
         "model": model,
@@ -162,6 +166,12 @@ def run_attention(model: str, config: LookRun) -> dict[str, Any]:
     }
     (folder / "attention.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     return report
+
+
+def _by_layer(means: dict[str, Any]) -> list[float]:
+    """Mean overlap of layer 1, 2 and so on; NaN where a layer has none."""
+    known = dict(zip(means["layers"], means["overlap"], strict=True))
+    return [known.get(layer, math.nan) for layer in range(1, max(known) + 1)]
 
 
 def _tracked(texts: Sequence[Any], name: str) -> Iterable[Any]:

@@ -38,8 +38,8 @@ def attention_loss(
 
     Args:
         pairs: for each student layer its post-rotary queries and keys and the final layer's, dense
-            [B, T, H, K] with right padding, or packed [N, H, K]. A pair with an alignment (see
-            `Taps`) is dense, padded on either side.
+            [B, T, H, K] with right padding, or packed [N, H, K], and the layers' sinks. A pair with
+            an alignment (see `Taps`) is dense, padded on either side.
         advantages: [B] or [B, T], or packed [N]: of the sequence that each query belongs to.
         config: divergence, beta, clip.
         token_weight: [B, T], or packed [N]; 0 at a query that does not predict a completion token.
@@ -79,7 +79,8 @@ def _alike(pairs: Sequence[AttentionPair]) -> list[list[AttentionPair]]:
         key: object = number
         if pair.alignment is None:
             scales = pair.scale, pair.scale_teacher
-            key = (pair.q.shape, pair.k.shape, scales, pair.softcap, pair.window)
+            sinks = pair.sink is None
+            key = (pair.q.shape, pair.k.shape, scales, pair.softcap, pair.window, sinks)
         groups.setdefault(key, []).append(pair)
     return list(groups.values())
 
@@ -94,6 +95,7 @@ def _separate_rows(
 ) -> Tensor:
     """Weighted divergence of one or of several student layers, [B, T] or [S, B, T], or packed."""
     first, several = pairs[0], len(pairs) > 1
+    sinks = [pair.sink for pair in pairs if pair.sink is not None]  # of all or of none
     return attention_divergence(
         torch.stack([pair.q for pair in pairs]) if several else first.q,
         torch.stack([pair.k for pair in pairs]) if several else first.k,
@@ -108,6 +110,8 @@ def _separate_rows(
         divergence=config.divergence,
         beta=config.beta,
         key_index=key_index,
+        sink=(torch.stack(sinks) if several else sinks[0]) if sinks else None,
+        sink_teacher=first.sink_teacher,
         impl=impl,
     )
 
@@ -138,6 +142,7 @@ def _fused_rows(
         token_weight=signed.flatten(),
         lse_teacher=pair.lse_teacher,
         scale_teacher=pair.scale_teacher,
+        sink_teacher=pair.sink_teacher,
     )
     return rows.view(signed.shape)
 

@@ -20,13 +20,21 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from oisd.models.attention import AttentionCall, FusedPlan, UnsupportedModelError, tapped
+from oisd.models.attending import (
+    check_choice,
+    choose_pairs,
+    comparable,
+    find_attention,
+    reading,
+    refuse_lone_sinks,
+    words_on_shared_weights,
+)
+from oisd.models.attention import AttentionCall, FusedPlan, UnsupportedModelError
+from oisd.models.inline import with_bias
 from oisd.models.layout import (
-    check_attention,
     find_layout,
     first_tensor,
     head_parameters,
@@ -37,6 +45,8 @@ from oisd.models.layout import (
     takes_plans,
     unwrap,
 )
+from oisd.models.offsets import pack_padded
+from oisd.models.offsets import unpack_padded as unpack_padded
 from oisd.models.tail import scaled
 from oisd_kernels import AttentionAlignment
 
@@ -73,6 +83,8 @@ class AttentionPair(NamedTuple):
     # backward. It handles padding itself, so the rest of the pair must stay dense.
     alignment: AttentionAlignment | None = None
     lse_teacher: Tensor | None = None  # [H, B*T], if it is known over the same keys
+    sink: Tensor | None = None  # [H], with graph: the learned score of one more key
+    sink_teacher: Tensor | None = None  # [H], detached
 
 
 class Taps:
@@ -102,6 +114,14 @@ class Taps:
         that is not padding, a head dimension over 256), where "fused" raises. With gradient
         checkpointing, the backward of a fused forward must run inside the context.
     divergence, beta: of the alignments.
+    attention_student: for each student layer, the layer whose attention is compared; by default the
+        nearest at or below it that attends by softmax, which is the layer itself unless the model
+        is a hybrid.
+    attention_teacher: the layer whose attention is the teacher's; by default the last that attends
+        by softmax. The paper knows no hybrids: the choice of layers in them extends it.
+
+    `attention_layers` has the pairs (student, teacher) that are compared, one for each student
+    layer, and `attention_words` a sentence about them where they are not the paper's, else "".
 
     Raises ValueError on arguments out of range, UnsupportedModelError on a model whose layout or
     attention is not understood, and RuntimeError in a forward under reentrant checkpointing.
@@ -118,6 +138,8 @@ class Taps:
         attention_kernel: str = "separate",
         divergence: str = "jsd",
         beta: float = 0.5,
+        attention_student: Sequence[int] | None = None,
+        attention_teacher: int | None = None,
     ):
         if attention_kernel not in ("auto", "fused", "separate"):
             raise ValueError(
@@ -152,28 +174,63 @@ class Taps:
             )
         self.enabled = True
         self._lens_norm, self._freeze_norm, self._attention = lens_norm, freeze_norm, attention
-        # Without a student there is nothing to compare the teacher's attention with.
-        attending = attention and bool(self.student_layers)
-        self._attending = (self.num_layers, *self.student_layers) if attending else ()
+        chosen = attention_student, attention_teacher
+        if chosen != (None, None):
+            if not attention:
+                raise ValueError(
+                    f"Taps: attention must be True with attention_student and attention_teacher, "
+                    f"got {chosen}"
+                )
+            try:
+                check_choice(self.num_layers, self.student_layers, *chosen)
+            except ValueError as error:
+                raise ValueError(f"Taps: {error}") from None
         self._kernel, self._divergence, self._beta = attention_kernel, divergence, beta
-        calls = check_attention(self._layout, self._attending) if attending else {}
-        self._fusable = self._choose_fusable(calls)
+        self._find_attention(*chosen)
         self._open: ExitStack | None = None
         self._capturing = self._wants_grad = False
         self.clear()
 
-    def _choose_fusable(self, calls: dict[int, AttentionCall]) -> tuple[int, ...]:
-        """The student layers that can compute their alignment in their own backward."""
-        if self._kernel == "separate" or not calls:
+    def _find_attention(self, student: Sequence[int] | None, teacher: int | None) -> None:
+        """Which layers the attention term compares, and how they compute it."""
+        self.attention_layers: tuple[tuple[int, int], ...] = ()
+        self.attention_words = ""
+        self._attending: dict[int, bool] = {}  # each layer that is read: whether it is inline
+        self._biased: set[int] = set()
+        self._fusable: tuple[int, ...] = ()
+        # Without a student there is nothing to compare the teacher's attention with.
+        if not self._attention or not self.student_layers:
+            return
+        found = find_attention(self._layout)
+        pairs = choose_pairs(found, self.student_layers, student, teacher)
+        refuse_lone_sinks(found, pairs, self._divergence)
+        shared = words_on_shared_weights(self._layout, pairs)
+        self.attention_layers = pairs.layers
+        self.attention_words = " ".join(words for words in (pairs.words, shared) if words)
+        read = dict.fromkeys((pairs.layers[0][1], *(own for own, _ in pairs.layers)))
+        self._attending = {layer: found[layer].inline for layer in read}
+        calls = {layer: found[layer].calls[0] for layer in read}
+        for layer, call in calls.items():
+            if call.bias is not None and bool(call.bias.diff(dim=-1).any()):
+                self._biased.add(layer)
+        self._windows = {layer: call.window for layer, call in calls.items()}
+        self._fusable = self._choose_fusable()
+
+    def _choose_fusable(self) -> tuple[int, ...]:
+        """The layers that can compute their alignment in their own backward."""
+        if self._kernel == "separate":
             return ()
-        widths = {layer: call.window or math.inf for layer, call in calls.items()}
-        narrow = [n for n in self.student_layers if widths[n] <= widths[self.num_layers]]
-        fusable = tuple(narrow) if takes_plans(self._layout, self._attending) else ()
-        if self._kernel == "fused" and len(fusable) < len(self.student_layers):
+        teacher, *students = self._attending
+        widths = {layer: window or math.inf for layer, window in self._windows.items()}
+        narrow = [n for n in students if widths[n] <= widths[teacher]]
+        inline = any(self._attending.values())
+        takes = not inline and takes_plans(self._layout, tuple(self._attending))
+        fusable = tuple(narrow) if takes else ()
+        if self._kernel == "fused" and len(fusable) < len(students):
             raise UnsupportedModelError(
                 f'Taps: attention_kernel="fused" must have student layers whose window is no wider '
                 f"than the last layer's, in a model that hands its arguments on to its attention, "
-                f'got layers {[*self.student_layers]} of which {[*fusable]} can; use "auto"'
+                f'got layers {students} of which {[*fusable]} can; use "auto"'
             )
         return fusable
 
@@ -181,7 +238,7 @@ class Taps:
         if not self.enabled:
             return FusedPlan(self._kernel, {}, arguments)
         alignments = {n: AttentionAlignment(self._divergence, self._beta) for n in self._fusable}
-        teacher = {self.num_layers: None}
+        teacher = {next(iter(self._attending)): None}
         self._current_plan = FusedPlan(self._kernel, {**alignments, **teacher}, arguments)
         return self._current_plan
 
@@ -211,8 +268,17 @@ class Taps:
             for layer in set(self._read_from.values()):
                 hook = layers[layer - 1].register_forward_hook(self._keep_hidden(layer))
                 stack.callback(hook.remove)
-            for layer in self._attending:
-                stack.enter_context(tapped(layers[layer - 1], self._keep_call(layer), layer))
+            for layer, inline in self._attending.items():
+                stack.enter_context(
+                    reading(
+                        self._layout,
+                        layer,
+                        inline,
+                        self._keep_call(layer),
+                        active=lambda: self._capturing,
+                        with_bias=layer in self._biased,
+                    )
+                )
             if self._fusable:
                 stack.enter_context(planned(self._layout, self._plan))
             self._open = stack.pop_all()
@@ -257,6 +323,8 @@ class Taps:
             if self._capturing:
                 self._refuse_reentrant()
                 refuse_variants(layer, call)
+                if self._attending[layer]:  # its window is known from the probe alone
+                    call = call._replace(window=self._windows[layer])
                 self._calls[layer] = call._replace(v=None, out=None)
 
         return keep
@@ -288,6 +356,19 @@ class Taps:
             raise RuntimeError(
                 "Taps: nothing captured; run the model inside the context (with enabled = True) "
                 "and read before leaving it"
+            )
+        unseen = [n for n, inline in self._attending.items() if inline and n not in self._calls]
+        if unseen:
+            raise RuntimeError(
+                f"Taps: the attention of layer {unseen[0]}, which the layer computes itself, was "
+                f"not seen in the forward, as if by torch.compile; do not compile this model, or "
+                f"use attention=False"
+            )
+        unseen = [n for n in self._read_from.values() if n not in self._hidden]
+        if unseen:
+            raise RuntimeError(
+                f"Taps: layer {unseen[0]} was not seen in the forward, as if torch.compile had "
+                f"compiled the model before; compile it after opening the taps"
             )
 
     def final_hidden(self) -> Tensor:
@@ -326,10 +407,12 @@ class Taps:
     def attention(self) -> list[AttentionPair]:
         """The student layers' queries and keys with the last layer's, one pair per student layer.
 
+        Of a hybrid, one pair per layer that is compared: two student layers may have the same.
         Padding is still included, see pack_padded. Where the layers' windows differ, take both
         distributions over the smaller one.
-        Raises RuntimeError before a forward, with attention=False, and if there are more keys than
-        queries because the forward continued a KV cache.
+        Raises RuntimeError before a forward, with attention=False, if there are more keys than
+        queries because the forward continued a KV cache, and in a compiled model whose layers
+        compute their attention themselves.
         """
         self._require_captures()
         if not self._attention:
@@ -340,65 +423,42 @@ class Taps:
                     f"Taps: attention needs as many keys as queries, got {call.k.shape[2]} and "
                     f"{call.q.shape[2]}; run the whole sequence with use_cache=False"
                 )
-        return [self._pair(layer) for layer in self.student_layers]
+        return [self._pair(*layers) for layers in dict.fromkeys(self.attention_layers)]
 
-    def _pair(self, layer: int) -> AttentionPair:
-        student, teacher = self._calls[layer], self._calls[self.num_layers]
+    def _pair(self, layer: int, last: int) -> AttentionPair:
+        student, teacher = self._calls[layer], self._calls[last]
         alignment, plan = None, self._current_plan
         if plan is not None and layer in plan.fused:
             alignment = plan.alignments[layer]
         windows = [call.window for call in (student, teacher) if call.window is not None]
+        q_teacher, k_teacher = _queries_and_keys(teacher)
         return AttentionPair(
-            rearrange(student.q, "b h t k -> b t h k"),
-            rearrange(student.k, "b j t k -> b t j k"),
-            rearrange(teacher.q.detach(), "b h t k -> b t h k"),
-            rearrange(teacher.k.detach(), "b j t k -> b t j k"),
+            *_queries_and_keys(student),
+            q_teacher.detach(),
+            k_teacher.detach(),
             student.scale,
             teacher.scale,
             student.softcap,
             min(windows, default=None),
             alignment,
             teacher.lse if student.window == teacher.window else None,
+            student.sink,
+            None if teacher.sink is None else teacher.sink.detach(),
         )
 
 
-def pack_padded(attention_mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Drops padding, left or right: (*packed, cu_seqlens), FlashAttention's convention.
+def comparable_layers(model: nn.Module, layers: Sequence[int]) -> tuple[list[int], int]:
+    """Those of `layers` whose attention can be compared with the last one that attends; its number.
 
-    attention_mask: [B, T], 0 for padding.
-    tensors: [B, T, ...] each; packed to [N, ...], with graph.
-    cu_seqlens: [B+1] int32, where row b's tokens are cu_seqlens[b] : cu_seqlens[b+1].
-    Raises ValueError on shapes that do not agree. Synchronises with the device once.
+    Layers outside 1..L-1 are kept, for `Taps` to refuse. Raises UnsupportedModelError if none can.
     """
-    if attention_mask.ndim != 2:
-        raise ValueError(
-            f"pack_padded: attention_mask must be [B, T], got {[*attention_mask.shape]}"
-        )
-    for tensor in tensors:
-        if tensor.shape[:2] != attention_mask.shape:
-            raise ValueError(
-                f"pack_padded: tensors must be [B, T, ...] with [B, T] = "
-                f"{[*attention_mask.shape]}, got {[*tensor.shape]}"
-            )
-    keep = attention_mask != 0
-    rows = keep.flatten().nonzero().squeeze(-1)
-    cu_seqlens = F.pad(keep.sum(1).cumsum(0), (1, 0)).int()
-    return (*(rearrange(x, "b t ... -> (b t) ...")[rows] for x in tensors), cu_seqlens)
+    layout = find_layout(unwrap(model))
+    known = [layer for layer in layers if layer in range(1, len(layout.layers))]
+    able, teacher = comparable(find_attention(layout), known)
+    return [layer for layer in layers if layer in able or layer not in known], teacher
 
 
-def unpack_padded(attention_mask: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Undoes `pack_padded`: [N, ...] -> [B, T, ...], 0 where the mask is, with graph.
-
-    attention_mask: [B, T], the one used for packing.
-    Raises ValueError on shapes that do not agree. Synchronises with the device once.
-    """
-    rows = (attention_mask != 0).flatten().nonzero().squeeze(-1)
-    for tensor in tensors:
-        if len(tensor) != len(rows):
-            raise ValueError(
-                f"unpack_padded: tensors must be [N, ...] with N = {len(rows)}, the mask's tokens, "
-                f"got {[*tensor.shape]}"
-            )
-    size, batch = attention_mask.numel(), len(attention_mask)
-    wide = (x.new_zeros(size, *x.shape[1:]).index_copy(0, rows, x) for x in tensors)
-    return tuple(rearrange(x, "(b t) ... -> b t ...", b=batch) for x in wide)
+def _queries_and_keys(call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """[B, T, H, K] and [B, T, J, K]; what the layer adds to its scores is in further columns."""
+    q, k = rearrange(call.q, "b h t k -> b t h k"), rearrange(call.k, "b j t k -> b t j k")
+    return (q, k) if call.bias is None else with_bias(q, k, call.bias, call.scale)

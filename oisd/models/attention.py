@@ -9,7 +9,7 @@ and any implementation works, even FlashAttention's, which looks up its name in 
 `attn_implementation="oisd"` for a whole model is `flash_attention` in every layer. Its mask
 function turns padding and packed sequences into offsets, so that neither needs a mask; what offsets
 cannot express (a cache, the user's own mask) goes to SDPA, or to eager attention if the scores have
-a softcap.
+a softcap or a sink.
 
 The plan is an argument of the decoder's forward, so that layers which checkpointing runs again get
 the plan of their own forward.
@@ -29,17 +29,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from oisd.models.offsets import UnsupportedModelError, offsets_mask, offsets_of_forward
 from oisd_kernels import AttentionAlignment, flash_attention
 from oisd_kernels.attention.implementation import choose
 
 IMPLEMENTATION = "oisd"
 PLAN = "oisd_plan"  # the argument's name
-
-
-class UnsupportedModelError(ValueError):
-    """A model that Taps does not understand; the message says what was missing or different."""
 
 
 class AttentionCall(NamedTuple):
@@ -53,9 +49,10 @@ class AttentionCall(NamedTuple):
     scale: float
     softcap: float | None
     window: int | None
-    sinks: bool
+    sink: Tensor | None  # [H], with graph: the score of one more key, whose value is 0
     planned: bool  # whether the plan arrived
     lse: Tensor | None = None  # [H, B*T], where `flash_attention` computed it
+    bias: Tensor | None = None  # [B, H, T], added to each key's scores; see oisd.models.inline
 
 
 class FusedPlan:
@@ -94,7 +91,7 @@ class FusedPlan:
             and choose("Taps", "auto", [v], options.get("softcap")) != "triton"
         ):
             return None
-        obstacle = self.obstacle or _obstacle(options)
+        obstacle = self.obstacle or _obstacle(k, v, options)
         if obstacle:
             if self.wanted == "auto":
                 return None
@@ -108,11 +105,11 @@ class FusedPlan:
         return out, lse, q, k
 
 
-def _obstacle(options: Mapping[str, Any]) -> str:
+def _obstacle(k: Tensor, v: Tensor, options: Mapping[str, Any]) -> str:
     if options.get("dropout"):
         return "attention dropout is on"
-    if options.get("s_aux") is not None:
-        return "it attends to a learned sink"
+    if v.shape[-1] > k.shape[-1]:
+        return f"its values have {v.shape[-1]} columns, its keys only {k.shape[-1]}"
     return ""
 
 
@@ -137,120 +134,18 @@ def _flash(
     batch, _, length, _ = q.shape
     if cu_seqlens is None:
         cu_seqlens = length * torch.arange(batch + 1, device=q.device, dtype=torch.int32)
+    columns = v.shape[-1]
+    v = F.pad(v, (0, k.shape[-1] - columns))
     out, lse = flash_attention(
         *(rearrange(x, "b h t k -> (b t) h k") for x in (q, k, v)),
         cu_seqlens=cu_seqlens,
         window=options.get("sliding_window"),
         softcap=options.get("softcap"),
         scale=options.get("scaling"),
+        sink=options.get("s_aux"),
         alignment=alignment,
     )
-    return rearrange(out, "(b t) h k -> b t h k", b=batch), lse
-
-
-# ---- padding and packing as offsets into the flattened [B * T] tokens -------------------------
-
-
-def offsets_of_forward(arguments: Mapping[str, Any]) -> Tensor | None:
-    """Offsets from a decoder's arguments: [sequences + 1] int32, or None for B whole rows.
-
-    Padding becomes a sequence of its own. Raises UnsupportedModelError on a mask that is not one of
-    padding, and on positions of more than two dimensions.
-    """
-    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
-    if mask is None and isinstance(positions, Tensor):
-        if positions.ndim != 2:
-            raise UnsupportedModelError(f"position_ids have {positions.ndim} dimensions")
-        return _offsets_of_positions(positions, arguments)
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise UnsupportedModelError("attention_mask is not one of padding, [B, T]")
-    real = mask != 0
-    if real.device.type != "cpu":  # without a synchronisation: each row has before, tokens, after
-        length = real.shape[1]
-        place = torch.arange(length, device=real.device)
-        first = torch.where(real, place, length).amin(1)
-        first = torch.where(first == length, 0, first)
-        last = torch.where(real, place + 1, 0).amax(1)
-        row = length * torch.arange(len(real), device=real.device)
-        rows = torch.stack([row, row + first, row + last], 1).flatten()
-        return F.pad(rows, (0, 1), value=real.numel()).int()
-    if bool(real.all()):
-        return None
-    if _has_holes(real):
-        raise UnsupportedModelError("attention_mask hides tokens between others")
-    return _offsets(F.pad(real.diff(dim=1), (1, 0), value=True))
-
-
-def _offsets_of_positions(positions: Tensor, arguments: Mapping[str, Any]) -> Tensor | None:
-    """As transformers reads them without a cache: a sequence begins where positions do not go on.
-
-    Synchronises with the device.
-    """
-    begins = F.pad(positions.diff(dim=1) != 1, (1, 0), value=True)
-    if not begins[:, 1:].any():
-        return None
-    if arguments.get("use_cache") is not False or arguments.get("past_key_values") is not None:
-        raise UnsupportedModelError("position_ids of packed sequences come with a cache")
-    for name in ("input_ids", "inputs_embeds"):
-        if arguments.get(name) is not None:
-            begins = begins.expand(len(arguments[name]), -1)
-    return _offsets(begins)
-
-
-def _has_holes(real: Tensor) -> bool:
-    """Whether a row's tokens [B, T] have padding between them."""
-    begins = real & ~F.pad(real[:, :-1], (1, 0))
-    return bool((begins.sum(1) > 1).any())
-
-
-def _offsets(begins: Tensor) -> Tensor:
-    """Offsets of the sequences that begin where `begins` [B, T] is true; synchronises."""
-    starts = begins.flatten().nonzero().flatten()
-    return F.pad(starts, (0, 1), value=begins.numel()).int()
-
-
-def offsets_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    device: torch.device | str = "cpu",
-    **options: Any,
-) -> Tensor | None:
-    """transformers' mask of the implementation "oisd": offsets, None for whole rows, or [B,1,T,T].
-
-    It is a whole mask if queries continue a cache, and if offsets cannot describe it.
-    """
-
-    def full() -> Tensor | None:
-        return sdpa_mask(
-            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
-            device=device, **{**options, "allow_is_causal_skip": False},
-        )  # fmt: skip
-
-    if q_length != kv_length or options.get("use_vmap"):
-        return full()
-    batch = torch.arange(batch_size, device=device)[:, None]
-    own = torch.arange(q_length, device=device)[None]
-    after, before = own[:, 1:], own[:, :-1]
-    shape = batch_size, q_length - 1
-    if q_length > 1 and bool(mask_function(batch, 0, before, after).expand(shape).any()):
-        return full()  # not causal
-    goes_on = mask_function(batch, 0, after, before).expand(shape) if q_length > 1 else None
-    begins = torch.ones(batch_size, q_length, dtype=torch.bool, device=device)
-    if goes_on is not None:
-        begins[:, 1:] = ~goes_on
-    if attention_mask is not None:
-        real = attention_mask[:, -q_length:] != 0
-        if _has_holes(real):
-            return full()
-        begins[:, 1:] |= real.diff(dim=1)
-    return _offsets(begins) if bool(begins[:, 1:].any()) else None
+    return rearrange(out[..., :columns], "(b t) h k -> b t h k", b=batch), lse
 
 
 AttentionMaskInterface.register(IMPLEMENTATION, offsets_mask)
@@ -299,11 +194,12 @@ def _attention(
         finally:
             module.config = proxy
     scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    softcap, window = kwargs.get("softcap"), kwargs.get("sliding_window")
-    sinks = kwargs.get("s_aux") is not None
+    softcap, window, sink = (kwargs.get(name) for name in ("softcap", "sliding_window", "s_aux"))
+    if sink is not None:
+        sink = sink.clone()  # FSDP2 frees the parameter's own memory after the layer
     proxy.record(
         AttentionCall(
-            implementation, query, key, value, out, scale, softcap, window, sinks,
+            implementation, query, key, value, out, scale, softcap, window, sink,
             plan is not None, None if lse is None else lse.detach(),
         )
     )  # fmt: skip
@@ -319,7 +215,7 @@ def _model_attention(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """In a model whose own implementation is "oisd"; `attention_mask` is from `offsets_mask`."""
-    obstacle = _obstacle(kwargs)
+    obstacle = _obstacle(key, value, kwargs)
     if obstacle:
         raise UnsupportedModelError(
             f'{type(module).__name__} cannot have attn_implementation="oisd": {obstacle}'
@@ -330,13 +226,14 @@ def _model_attention(
     if offsets and causal and query.shape[2] == key.shape[2]:
         q, k, v = as_attended(query, key, value)
         return _flash(q, k, v, kwargs, attention_mask, None)[0], None
-    if kwargs.get("softcap") is None:
+    if kwargs.get("softcap") is None and kwargs.get("s_aux") is None:
         attend = _attention_function(module, "sdpa")
-    else:  # SDPA would ignore the softcap; eager attention adds its mask to the scores
+    else:  # SDPA would ignore softcap and sink; eager attention adds its mask to the scores
         attend = _attention_function(module, "eager")
         if attention_mask is not None and attention_mask.dtype == torch.bool:
             lowest = torch.finfo(query.dtype).min
-            attention_mask = torch.where(attention_mask, 0.0, lowest).to(query.dtype)
+            hidden = ~attention_mask
+            attention_mask = query.new_zeros(hidden.shape).masked_fill(hidden, lowest)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from oisd.models.attention import PLAN, AttentionCall, FusedPlan, UnsupportedModelError, tapped
+from oisd.models.attention import PLAN, AttentionCall, FusedPlan, tapped
 from oisd.models.head import (
     HeadForm,
     close,
@@ -35,17 +35,18 @@ from oisd.models.head import (
     scale_and_softcap,
     softcapped,
 )
+from oisd.models.offsets import UnsupportedModelError
 from oisd.models.probe import (
     Probe,
     decoder_of,
     depth_of,
+    eval_mode,
     first_tensor,
     lists_of,
     lists_that_run,
+    probe_ids,
     run_probe,
 )
-from oisd.models.probe import eval_mode as _eval_mode
-from oisd.models.probe import probe_ids as _probe_ids
 from oisd.models.tail import Replay, Step, Tail, find_steps
 
 _POSITIONS = re.compile("wpe|embed_positions|positions_embed|position_embeddings?|pos_emb.*")
@@ -198,14 +199,14 @@ def _find_tail(
         computed = sum(step.module in inside for step in steps)
         source = steps[computed - 1].module if computed else last_layer
         return Tail(steps, factor, computed, source), last
-    length = _probe_ids(probe.model).shape[1]
+    length = probe_ids(probe.model).shape[1]
     if wanted.shape[1] == length and length not in last.shape[:-1]:
         raise refuse(f"its layers see {last.shape[-2]} positions in a text of {length} tokens")
     if any(is_partitioned(p) for p in decoder.parameters()):
         raise refuse("under ZeRO-3, the final norm must read the last layer's output")
     # The decoder's own forward, from its last layer on.
     again = Replay(decoder, layers, last_layer, 0 if isinstance(out, Tensor) else len(out))
-    with torch.no_grad(), _eval_mode(again):
+    with torch.no_grad(), eval_mode(again):
         same = probe.decoded is not None and again.gives(last, probe.decoded)
     if probe.decoded is not None and same:
         rest = find_steps(probe.decoded, wanted, probe.calls, numbers)
@@ -223,67 +224,51 @@ def _find_tail(
 
 
 def refuse_variants(layer: int, call: AttentionCall) -> None:
-    """Raises UnsupportedModelError unless the call is a softmax over the keys alone."""
-    if call.sinks:
+    """Raises UnsupportedModelError unless the call is a softmax over keys and one sink a head."""
+    heads = call.q.shape[1]
+    if call.sink is not None and call.sink.shape != (heads,):
         raise UnsupportedModelError(
-            f"Taps: layer {layer} attends to a learned sink beside its keys; use attention=False"
+            f"Taps: layer {layer}'s attention sink must be one number a head, [{heads}], got "
+            f"{[*call.sink.shape]}; use attention=False"
         )
-    if call.softcap is not None and "sdpa" in call.implementation:
+    ignored = ""
+    if call.softcap is not None:
+        ignored = f"the softcap {call.softcap} of layer {layer}'s attention scores"
+    elif call.sink is not None:
+        ignored = f"the learned sink of layer {layer}'s attention"
+    if ignored and "sdpa" in call.implementation:
         raise UnsupportedModelError(
-            f"Taps: SDPA ignores the softcap {call.softcap} of layer {layer}'s attention scores; "
-            f'call model.set_attn_implementation("eager"), or use attention=False'
+            f'Taps: SDPA ignores {ignored}; call model.set_attn_implementation("eager"), or use '
+            f"attention=False"
         )
 
 
-def _is_causal_softmax(call: AttentionCall) -> bool:
-    """Whether `out` is causal softmax attention by the call's own q, k, v and arguments."""
+def attended(call: AttentionCall) -> tuple[Tensor, float]:
+    """[B, T, H, K] causal softmax attention by a call's own arguments, and its largest score."""
     group = call.q.shape[1] // call.k.shape[1]
     k, v = (x.float().repeat_interleave(group, dim=1) for x in (call.k, call.v))
     scores = softcapped(call.scale * call.q.float() @ k.mT, call.softcap)
+    if call.bias is not None:
+        scores = scores + call.bias[:, :, None].float()
     distance = torch.arange(scores.shape[-1], device=k.device)
     distance = distance[:, None] - distance
     keep = (distance >= 0) & (distance < (call.window or len(distance)))
-    out = (scores.masked_fill(~keep, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+    largest = float(scores.abs().max())
+    scores = scores.masked_fill(~keep, -torch.inf)
+    if call.sink is None:
+        weights = scores.softmax(-1)
+    else:
+        own = call.sink.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, own], -1).softmax(-1)[..., :-1]
+    return (weights @ v).transpose(1, 2), largest
+
+
+def is_causal_softmax(call: AttentionCall) -> bool:
+    """Whether `out` is causal softmax attention by the call's own q, k, v and arguments."""
+    out, largest = attended(call)
     # Eager attention rounds its scores, at least to TF32, which shifts them by up to eps * |score|.
     eps = max(torch.finfo(call.out.dtype).eps, 2**-11)
-    return close(call.out, out, slack=min(2 * eps * float(scores.abs().max()), 8.0))
-
-
-def check_attention(layout: Layout, layers: Sequence[int]) -> dict[int, AttentionCall]:
-    """A call of each of these layers, the teacher first.
-
-    Raises UnsupportedModelError unless each layer's attention is one causal softmax.
-    """
-    model = layout.model
-    calls: dict[int, list[AttentionCall]] = {layer: [] for layer in layers}
-    with torch.no_grad(), _eval_mode(model), ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(tapped(layout.layers[layer - 1], calls[layer].append))
-        model(input_ids=_probe_ids(model), use_cache=False)
-
-    kinds = getattr(layout.decoder.config.get_text_config(), "layer_types", None)
-    for layer in layers:
-        kind = kinds[layer - 1] if kinds else "full_attention"
-        if len(calls[layer]) != 1 or kind not in ("full_attention", "sliding_attention"):
-            raise UnsupportedModelError(
-                f"Taps: layer {layer} must attend once through transformers' AttentionInterface "
-                f"over all or a window of keys, got {len(calls[layer])} calls, {kind}"
-            )
-        call, teacher = calls[layer][0], calls[layers[0]][0]
-        refuse_variants(layer, call)
-        if kind == "sliding_attention" and call.window is None:
-            raise UnsupportedModelError(f"Taps: layer {layer} does not say how wide its window is")
-        if not _is_causal_softmax(call):
-            raise UnsupportedModelError(
-                f"Taps: layer {layer}'s attention ({call.implementation}) is not the causal "
-                f"softmax of its queries and keys; use attention=False"
-            )
-        if call.q.shape[1] != teacher.q.shape[1] or call.softcap != teacher.softcap:
-            raise UnsupportedModelError(
-                f"Taps: layer {layer} must have the last layer's number of heads and softcap, "
-                f"got {call.q.shape[1]}, {call.softcap} and {teacher.q.shape[1]}, {teacher.softcap}"
-            )
-    return {layer: calls[layer][0] for layer in layers}
+    return close(call.out, out, slack=min(2 * eps * largest, 8.0))
 
 
 @contextmanager
@@ -305,12 +290,12 @@ def planned(layout: Layout, make: Callable[[Mapping[str, Any]], FusedPlan]) -> I
 def takes_plans(layout: Layout, layers: Sequence[int]) -> bool:
     """Whether an extra argument of the decoder reaches these layers' attention."""
     calls: list[AttentionCall] = []
-    with torch.no_grad(), _eval_mode(layout.model), ExitStack() as stack:
+    with torch.no_grad(), eval_mode(layout.model), ExitStack() as stack:
         for layer in layers:
             stack.enter_context(tapped(layout.layers[layer - 1], calls.append))
         stack.enter_context(planned(layout, lambda _: FusedPlan("auto", {}, {})))
         try:
-            layout.model(input_ids=_probe_ids(layout.model), use_cache=False)
+            layout.model(input_ids=probe_ids(layout.model), use_cache=False)
         except TypeError:  # the decoder does not accept the argument
             return False
     return all(call.planned for call in calls)

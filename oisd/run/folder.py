@@ -1,8 +1,9 @@
 """The folder of a run: metrics, completions, and checkpoints that survive a kill at any moment.
 
     config.toml  metrics.jsonl  completions/step-N.jsonl  checkpoints/step-N/  tensorboard/  plots/
-    sources.json, what the run is of; check.json, what its model was found to do; engine.json, where
-    continuous batching was tried
+    sources.json, what the run is of; check.json, what its model was found to do; attention.json,
+    the layers (student, teacher) of the attention term, and why; engine.json, where continuous
+    batching was tried
 
 A checkpoint is written beside its final place, its files' digests last, flushed to disk and then
 renamed: a folder named step-N is complete. If its digests do not match, the one before is taken,
@@ -66,6 +67,7 @@ class RunFolder:
         self.reference = self.path / "reference"
         self.engine = self.path / "engine.json"
         self.sources = self.path / "sources.json"
+        self.attention = self.path / "attention.json"
         self.tensorboard = self.path / "tensorboard"
 
     def prepare(self, config: TrainConfig) -> None:
@@ -142,6 +144,29 @@ class RunFolder:
                 now["versions"] = then["versions"]
         if now != then:
             _write_atomically(self.sources, json.dumps(now, indent=1))
+
+    def record_attention(self, layers: Sequence[tuple[int, int]], words: str) -> None:
+        """Write down the layers that the attention term compares, or find that they are the same.
+
+        layers: student and teacher, for each student layer; without any, nothing is written.
+        words: a sentence about them, or "".
+        Raises OtherRunError where the run began with others.
+        """
+        if not layers:
+            return
+        now = {"layers": [list(pair) for pair in layers], "words": words}
+        try:
+            then = json.loads(self.attention.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            then = now
+        if then["layers"] != now["layers"] and (self._steps() or self.metrics()):
+            raise OtherRunError(
+                f"{self.path} holds a run whose attention term compares the layers (student, "
+                f"teacher) {then['layers']}, and now it would be {now['layers']}; set "
+                f"oisd.attention_student and oisd.attention_teacher, use the versions that it "
+                f"began with, or choose another folder by --run.output-dir"
+            )
+        _write_atomically(self.attention, json.dumps(now, indent=1))
 
     def require_space(self, num_bytes: int) -> None:
         """Raise RunFolderError when the disk has less than `num_bytes` left."""

@@ -31,6 +31,33 @@ def check_masks(op: str, causal: object, window: object, softcap: object) -> Non
     checks.check_positive(op, "softcap", softcap, optional=True)
 
 
+def check_sink(
+    op: str, name: str, sink: object, heads: int, layers: Sequence[int], device: torch.device
+) -> None:
+    """None, or a score for each head, perhaps of each of the `layers` ([] or [S])."""
+    if sink is None:
+        return
+    if layers and isinstance(sink, Tensor) and sink.dim() == 2:
+        checks.check_tensor(op, name, sink, "[S, H]", (*layers, heads), device=device)
+    else:
+        checks.check_tensor(op, name, sink, "[H]", (heads,), device=device)
+
+
+def check_sinks_meet(
+    op: str, divergence: str, sink: Tensor | None, sink_teacher: Tensor | None
+) -> None:
+    """A KL is infinite where its first layer has a sink and the other none."""
+    if divergence == "forward_kl" and sink is None and sink_teacher is not None:
+        name, other = "sink", "sink_teacher"
+    elif divergence == "reverse_kl" and sink is not None and sink_teacher is None:
+        name, other = "sink_teacher", "sink"
+    else:
+        return
+    wanted = f'be a tensor where {other} is one, with divergence="{divergence}"'
+    remedy = 'that divergence is infinite; use "jsd"'
+    raise checks.argument_error(op, name, wanted, None, remedy)
+
+
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, rows: Sequence[int], q: Tensor) -> None:
     """Offsets of packed sequences; `rows` are q's leading sizes, (N,) or (B, T)."""
     if len(rows) != 1:

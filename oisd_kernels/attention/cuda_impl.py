@@ -54,13 +54,13 @@ class Work(NamedTuple):
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float
+    q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float, sink: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Triton's: csrc has no forward, because those of others leave nothing to gain."""
     from oisd_kernels.attention import triton_impl  # Triton may be missing on CPU-only machines
 
     check_supported(q, k, geometry, None, v)
-    return triton_impl.forward(q, k, v, geometry, scale)
+    return triton_impl.forward(q, k, v, geometry, scale, sink)
 
 
 def logsumexp(q: Tensor, k: Tensor, geometry: Geometry, scale: float) -> Tensor:
@@ -90,7 +90,7 @@ def statistics(
 def backward(
     student: Layer, geometry: Geometry, plain: Plain | None, alignment: Alignment | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    q, k, lse, scale = student
+    q, k, lse, scale, _ = student
     teacher = None if alignment is None else alignment.teacher
     v = None if plain is None else plain.v
     check_supported(q, k, geometry, teacher, v)
@@ -269,7 +269,7 @@ def _statistics(
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:
     """Of one layer: [N], [H, N]."""
-    q, k, lse, scale = student
+    q, k, lse, scale, _ = student
     check_supported(q, k, geometry, teacher)
     N, H = q.shape[:2]
     value = q.new_empty(H, N, dtype=torch.float32)

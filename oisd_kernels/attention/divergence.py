@@ -2,15 +2,17 @@
 
     s_ij = cap(scale * <q_i, k_j>)   over the keys j that query i sees
     q = softmax_j(s) of the student, p = softmax_j(s) of the teacher (detached), per query head
+    with a sink, over one more key, whose score is the number sink_h: `oisd_kernels.attention.sink`
     loss_i = token_weight_i * mean over heads of divergence(p, q)
 
 cap(s) = c * tanh(s / c) where softcap = c is given, else s. Head h of one layer meets head h of the
 other; within a layer it reads key head h // (H / J). The divergences are those of
 `oisd_kernels.reference`; jsd with beta = 1/2 is eq. 8 to 10 of arXiv 2605.29089.
 
-The forward of the op finds both logsumexps where they are not given, then the divergence and each
-row's statistic; the backward is one more pass over the scores. Nothing between them grows with the
-square of a length. The teacher's scores of a block serve all S student layers.
+The forward of the op finds both logsumexps (of the keys, without a sink) where they are not given,
+then the divergence and each row's statistic; the backward is one more pass over the scores. Nothing
+between them grows with the square of a length. The teacher's scores of a block serve all S student
+layers.
 
 Letters: S student layers, B sequences, T tokens of each, N tokens of all, H query heads, J key
 heads, K head dimension, M sampled keys.
@@ -23,7 +25,14 @@ from torch import Tensor
 
 from oisd_kernels import checks, reference
 from oisd_kernels.attention import implementation
-from oisd_kernels.attention.checks import check_cu_seqlens, check_layer, check_masks
+from oisd_kernels.attention.checks import (
+    check_cu_seqlens,
+    check_layer,
+    check_masks,
+    check_sink,
+    check_sinks_meet,
+)
+from oisd_kernels.attention.sink import without_sink
 from oisd_kernels.attention.spec import (
     Alignment,
     Layer,
@@ -56,6 +65,8 @@ def attention_divergence(
     key_index: Tensor | None = None,
     lse: Tensor | None = None,
     lse_teacher: Tensor | None = None,
+    sink: Tensor | None = None,
+    sink_teacher: Tensor | None = None,
     reduction: str = "none",
     impl: str = "auto",
 ) -> Tensor:
@@ -88,12 +99,20 @@ def attention_divergence(
         beta: the teacher's share of the mixture of "jsd", in (0, 1).
         key_index: int64 [B, T, M] or [N, M], for each query the positions of its sampled keys
             within its own sequence; -1 is an empty slot. Keys that the masks hide are left out,
-            duplicates count once, and both distributions are renormalised over the rest. A query
-            left without a key gives 0 and no gradient. Its values are checked on the CPU only.
+            duplicates count once, and both distributions are renormalised over the rest, and the
+            sinks. A query left without a key gives 0 and no gradient. Its values are checked on the
+            CPU only.
         lse, lse_teacher: [B, H, T] or [H, N] (FlashAttention's layout; S of `lse` where there are
-            layers), logsumexp of the scaled and capped scores over the visible keys, where the
-            attention forward has them. They save a pass each and must agree with the scores:
-            "reference" checks their shape and ignores them. They receive no gradient.
+            layers), logsumexp of the scaled and capped scores over the visible keys and, as
+            `flash_attention` returns it, the layer's sink, where the attention forward has them.
+            They save a pass each and must agree with the scores: "reference" checks their shape and
+            ignores them. They receive no gradient. Where nearly all mass is on a sink, dsink keeps
+            more digits without them.
+        sink: [H], or [S, H] of S layers, any float dtype: the score of one more key of each query
+            head, which every query sees whatever the masks and `key_index` say, neither scaled nor
+            capped, with the value 0 (gpt-oss's learned sink). Receives gradient.
+        sink_teacher: [H], the teacher's. Receives no gradient. Of a layer without a sink, beside
+            one that has it, that key has the probability 0.
         reduction: "none"; "sum"; "mean", which divides by the number of rows of weight other than 0
             (the result is 0 if there is none).
         impl: "torch" (blocks of scores, any device; asks the device for lengths and kept rows),
@@ -110,8 +129,9 @@ def attention_divergence(
     All float dtypes may be mixed; the computation is in the dtype of the result, autocast or not.
 
     Raises:
-        ValueError: a shape, dtype, device or value is not as above, or lse comes with key_index
-            (it covers all keys).
+        ValueError: a shape, dtype, device or value is not as above, lse comes with key_index (it
+            covers all keys), or a KL is infinite: only its first layer has a sink, that of the
+            teacher in "forward_kl", of the student in "reverse_kl".
 
     Source: arXiv 2605.29089, eq. 8 to 10; the weight is its clipped advantage.
     """
@@ -140,6 +160,9 @@ def attention_divergence(
     checks.check_positive(OP, "scale", scale, optional=True)
     checks.check_positive(OP, "scale_teacher", scale_teacher, optional=True)
     checks.check_divergence(OP, divergence, beta)
+    check_sink(OP, "sink", sink, heads, layers, device)
+    check_sink(OP, "sink_teacher", sink_teacher, heads, [], device)
+    check_sinks_meet(OP, divergence, sink, sink_teacher)
     if key_index is not None:
         _check_key_index(key_index, letters, rows, cu_seqlens, q)
     layout, sizes = ("H, N", (heads, *rows)) if packed else ("B, H, T", (rows[0], heads, rows[1]))
@@ -157,7 +180,8 @@ def attention_divergence(
             q, k, q_teacher, k_teacher, token_weight=token_weight, cu_seqlens=cu_seqlens,
             causal=causal, window=window, softcap=softcap, scale=scale,
             scale_teacher=scale_teacher, divergence=divergence, beta=beta, key_index=key_index,
-            lse=lse, lse_teacher=lse_teacher, reduction=reduction,
+            lse=lse, lse_teacher=lse_teacher, sink=sink, sink_teacher=sink_teacher,
+            reduction=reduction,
         )  # fmt: skip
 
     # The op takes everything packed, and one layer as S = 1.
@@ -168,6 +192,8 @@ def attention_divergence(
     shape = q.shape[:-2]  # with S in front, if there are layers
     if not layers:
         q, k, lse = q[None], k[None], None if lse is None else lse[None]
+    if sink is not None:
+        sink = sink.expand(len(q), -1)
     masks = causal, window, softcap
     if packed:
         geometry = packed_geometry(q, rows[0], cu_seqlens, *masks)
@@ -183,8 +209,8 @@ def attention_divergence(
     call = DivergenceCall(
         q, k, q_teacher.detach(), k_teacher.detach(), weight, geometry.cu_seqlens,
         None if key_index is None else key_index.flatten(0, -2),
-        _detached(lse), _detached(lse_teacher), geometry.max_length, *masks,
-        factor, factor_teacher, divergence, float(beta), chosen,
+        of_keys(lse, sink), of_keys(lse_teacher, sink_teacher), geometry.max_length, *masks,
+        factor, factor_teacher, divergence, float(beta), chosen, sink, detached(sink_teacher),
     )  # fmt: skip
     loss = divergence_op(*untransformed(call))[0].view(shape)
     if reduction == "none":
@@ -195,8 +221,13 @@ def attention_divergence(
     return loss.sum() / torch.as_tensor(count, device=loss.device).clamp_min(1)
 
 
-def _detached(x: Tensor | None) -> Tensor | None:
+def detached(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.detach()
+
+
+def of_keys(lse: Tensor | None, sink: Tensor | None) -> Tensor | None:
+    """As the op is given it: over the keys alone, detached."""
+    return None if lse is None else without_sink(lse.detach(), detached(sink))
 
 
 def _check_key_index(
@@ -228,7 +259,7 @@ class DivergenceCall(NamedTuple):
     weight: Tensor | None  # [S, N]; None for ones
     cu_seqlens: Tensor  # [B + 1] int32
     key_index: Tensor | None  # [N, M]
-    lse: Tensor | None  # [S, H, N]
+    lse: Tensor | None  # [S, H, N], over the keys alone, as the next
     lse_teacher: Tensor | None  # [H, N]
     length: int | None  # of the longest sequence, where the host knows it
     causal: bool
@@ -239,6 +270,8 @@ class DivergenceCall(NamedTuple):
     divergence: str
     beta: float
     impl: str  # "torch", "triton" or "cuda"
+    sink: Tensor | None = None  # [S, H]
+    sink_teacher: Tensor | None = None  # [H]
     statistic: Tensor | None = None  # [S, H, N]; this and the next of the backward alone
     upstream: Tensor | None = None  # [S, N]
 
@@ -249,12 +282,13 @@ class DivergenceResult(NamedTuple):
     loss: Tensor  # [S, N]: weight * divergence; rows of weight 0 hold 0
     lse: Tensor  # [S, H, N]
     lse_teacher: Tensor  # [H, N]
-    statistic: Tensor  # [S, H, N]
+    statistic: Tensor  # [S, H, N], over the keys alone
 
 
 class DivergenceGradient(NamedTuple):
     dq: Tensor
     dk: Tensor
+    dsink: Tensor  # [S, H]; empty without a sink
 
 
 def weighted(weight: Tensor | None, value: Tensor) -> Tensor:
@@ -268,8 +302,8 @@ def _run(call: DivergenceCall) -> DivergenceResult:
     kind = kept_rows, call.divergence, call.beta, geometry
     lse, lse_teacher = call.lse, call.lse_teacher
     if call.key_index is not None:
-        student = Layer(call.q, call.k, result.lse, call.scale)
-        teacher = Layer(call.q_teacher, call.k_teacher, result.lse_teacher, call.scale_teacher)
+        student = Layer(call.q, call.k, result.lse, call.scale, call.sink)
+        teacher = _teacher(call, result.lse_teacher)
         value, lse, lse_teacher, statistic = implementation.sampled_statistics(
             call.impl, student, teacher, call.key_index, *kind
         )
@@ -288,12 +322,16 @@ def _run(call: DivergenceCall) -> DivergenceResult:
                 call.impl, call.q_teacher, call.k_teacher, geometry, call.scale_teacher, kept_rows
             )
             result = result._replace(lse_teacher=lse_teacher)
-        student = Layer(call.q, call.k, lse, call.scale)
-        teacher = Layer(call.q_teacher, call.k_teacher, lse_teacher, call.scale_teacher)
+        student = Layer(call.q, call.k, lse, call.scale, call.sink)
+        teacher = _teacher(call, lse_teacher)
         value, statistic = implementation.statistics(call.impl, student, teacher, *kind)
     if call.divergence != "forward_kl":
         result = result._replace(statistic=statistic)
     return result._replace(loss=weighted(call.weight, value))
+
+
+def _teacher(call: DivergenceCall, lse: Tensor) -> Layer:
+    return Layer(call.q_teacher, call.k_teacher, lse, call.scale_teacher, call.sink_teacher)
 
 
 def _allocate(call: DivergenceCall) -> DivergenceResult:
@@ -320,35 +358,47 @@ def _save(ctx: Any, call: DivergenceCall, result: DivergenceResult) -> None:
     keep(ctx, call._replace(lse=lse, lse_teacher=lse_teacher, statistic=result.statistic))
 
 
-def _backward(ctx: Any, upstream: DivergenceResult) -> dict[str, Tensor]:
+def _backward(ctx: Any, upstream: DivergenceResult) -> dict[str, Tensor | None]:
     (call,) = kept(ctx)
-    dq, dk = divergence_backward(*call._replace(upstream=upstream.loss))
-    return {"q": dq, "k": dk}
+    dq, dk, dsink = divergence_backward(*call._replace(upstream=upstream.loss))
+    return {"q": dq, "k": dk, "sink": None if call.sink is None else dsink}
 
 
 def _gradient(call: DivergenceCall) -> DivergenceGradient:
     assert call.upstream is not None
     row_weight = weighted(call.weight, call.upstream) / call.q.shape[2]
     layers = [_layer_gradient(call, layer, row_weight[layer]) for layer in range(len(call.q))]
-    return DivergenceGradient(*(torch.stack(x) for x in zip(*layers, strict=True)))
+    dq, dk, dsink = zip(*layers, strict=True)
+    # Without a sink each layer's is empty.
+    return DivergenceGradient(torch.stack(dq), torch.stack(dk), torch.stack(dsink))
 
 
-def _layer_gradient(call: DivergenceCall, layer: int, row_weight: Tensor) -> tuple[Tensor, Tensor]:
+def _layer_gradient(
+    call: DivergenceCall, layer: int, row_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     assert call.lse is not None and call.lse_teacher is not None and call.statistic is not None
     lse, statistic = (x[layer] if len(x) else x for x in (call.lse, call.statistic))
-    teacher = Layer(call.q_teacher, call.k_teacher, call.lse_teacher, call.scale_teacher)
+    teacher = _teacher(call, call.lse_teacher)
     alignment = Alignment(teacher, row_weight, statistic, call.divergence, call.beta)
-    student, geometry = Layer(call.q[layer], call.k[layer], lse, call.scale), geometry_of(call)
+    sink = None if call.sink is None else call.sink[layer]
+    student, geometry = (
+        Layer(call.q[layer], call.k[layer], lse, call.scale, sink),
+        geometry_of(call),
+    )
     if call.key_index is not None:
-        return implementation.sampled_backward(
+        dq, dk, dsink = implementation.sampled_backward(
             call.impl, student, alignment, call.key_index, geometry
         )
-    dq, dk, _ = implementation.backward(call.impl, student, geometry, None, alignment)
-    return dq, dk
+    else:
+        dq, dk, _, dsink = implementation.backward(call.impl, student, geometry, None, alignment)
+    return dq, dk, row_weight.new_zeros(0) if dsink is None else dsink.to(row_weight.dtype)
 
 
 def _allocate_gradient(call: DivergenceCall) -> DivergenceGradient:
-    return DivergenceGradient(call.q.new_empty(call.q.shape), call.k.new_empty(call.k.shape))
+    assert call.upstream is not None
+    sink = (len(call.q), 0) if call.sink is None else call.sink.shape
+    dsink = call.upstream.new_empty(sink)
+    return DivergenceGradient(call.q.new_empty(call.q.shape), call.k.new_empty(call.k.shape), dsink)
 
 
 divergence_backward = custom_op(

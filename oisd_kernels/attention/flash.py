@@ -2,6 +2,8 @@
 
     out_i = sum_j P_ij v_j,   P = softmax_j(cap(scale * <q_i, k_j>)),   lse_i = its logsumexp
 
+A learned sink is one more key, with a number for its score and the value 0; lse has it too.
+
 An `AttentionAlignment` adds the gradient of `attention_divergence` to q's and k's own, from one
 recomputation of P for both. A student layer runs before its teacher, so what the backward needs is
 bound late, and in this way:
@@ -30,13 +32,22 @@ from torch import Tensor
 
 from oisd_kernels import checks, reference
 from oisd_kernels.attention import implementation
-from oisd_kernels.attention.checks import check_cu_seqlens, check_layer, check_masks
+from oisd_kernels.attention.checks import (
+    check_cu_seqlens,
+    check_layer,
+    check_masks,
+    check_sink,
+    check_sinks_meet,
+)
 from oisd_kernels.attention.divergence import (
     DivergenceCall,
     DivergenceResult,
+    detached,
     divergence_op,
+    of_keys,
     weighted,
 )
+from oisd_kernels.attention.sink import with_sink
 from oisd_kernels.attention.spec import (
     Alignment,
     Geometry,
@@ -80,6 +91,7 @@ def flash_attention(
     window: int | None = None,
     softcap: float | None = None,
     scale: float | None = None,
+    sink: Tensor | None = None,
     alignment: "AttentionAlignment | None" = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -97,6 +109,9 @@ def flash_attention(
         window: i - window < j <= i if causal, |i - j| < window if not; at least 1.
         softcap: c of c * tanh(scores / c), above 0, applied after the scale.
         scale: multiplies the scores. None: K ** -0.5.
+        sink: [H], any float dtype: the score of one more key of each head with the value 0, which
+            every query sees whatever the masks say (gpt-oss's learned sink); neither scaled nor
+            capped. Receives gradient.
         alignment: takes this call as its student, see `AttentionAlignment`.
         impl: "torch" (blocks of scores, any device; asks the device for lengths), "triton" (on a
             GPU, or under TRITON_INTERPRET=1; K at most 256), "reference" (maps in memory, plain
@@ -104,8 +119,9 @@ def flash_attention(
             "torch" elsewhere.
 
     Returns:
-        out, of q's shape and dtype, and lse [B, H, T] or [H, N], natural logarithm, float32
-        (float64 if an input is). Both are differentiable, once. A query without keys has 0, -inf.
+        out, of q's shape and dtype, and lse [B, H, T] or [H, N] over the keys and the sink, natural
+        logarithm, float32 (float64 if q is). Both are differentiable, once. A query without keys
+        has 0, -inf.
 
     Raises:
         ValueError: a shape, dtype, device or value is not as above.
@@ -122,6 +138,7 @@ def flash_attention(
         check_cu_seqlens(OP, cu_seqlens, rows, q)
     check_masks(OP, causal, window, softcap)
     checks.check_positive(OP, "scale", scale, optional=True)
+    check_sink(OP, "sink", sink, heads, [], q.device)
     chosen = implementation.choose(OP, impl, [q], softcap)
     factor = width**-0.5 if scale is None else float(scale)
     masks = causal, window, softcap
@@ -133,22 +150,25 @@ def flash_attention(
     if chosen == "reference":
         out, lse = reference.attention(
             q, k, v, cu_seqlens=cu_seqlens, causal=causal, window=window, softcap=softcap,
-            scale=factor,
+            scale=factor, sink=sink,
         )  # fmt: skip
         if alignment is not None:
             own = scale is None
-            alignment._take(_Student(q, k, lse, None, geometry, factor, own, chosen))
+            alignment._take(_Student(q, k, lse, None, geometry, factor, own, chosen, sink))
         return out, lse
     shape = q.shape
     if dense:
         q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     key = None if alignment is None else alignment._key
-    call = FlashCall(q, k, v, geometry.cu_seqlens, key, geometry.max_length, *masks, factor, chosen)
-    out, lse, handle = flash_attention_op(*untransformed(call))
+    call = FlashCall(
+        q, k, v, geometry.cu_seqlens, key, geometry.max_length, *masks, factor, chosen, sink
+    )
+    out, lse, handle, keys_lse = flash_attention_op(*untransformed(call))
     if alignment is not None:
-        tensors = q.detach(), k.detach(), lse.detach(), handle
+        tensors = q.detach(), k.detach(), (lse if sink is None else keys_lse).detach(), handle
         batch = rows[0] if dense else None
-        student = _Student(*tensors, geometry, factor, scale is None, chosen, batch)
+        own = detached(sink)
+        student = _Student(*tensors, geometry, factor, scale is None, chosen, own, batch)
         alignment._take(student)
     return out.view(shape), unpack_statistic(lse, rows[0], rows[1]) if dense else lse
 
@@ -158,12 +178,13 @@ class _Student(NamedTuple):
 
     q: Tensor
     k: Tensor
-    lse: Tensor
+    lse: Tensor  # over the keys alone
     handle: Tensor | None
     geometry: Geometry
     scale: float
     own_scale: bool  # K ** -0.5
     impl: str
+    sink: Tensor | None
     batch: int | None = None  # B of the dense form
 
 
@@ -209,8 +230,11 @@ class AttentionAlignment:
         token_weight: Tensor | None = None,
         lse_teacher: Tensor | None = None,
         scale_teacher: float | None = None,
+        sink_teacher: Tensor | None = None,
     ) -> Tensor:
         """`attention_divergence(..., reduction="none")` of the student's attention; once.
+
+        The student's sink is that of its `flash_attention`.
 
         Args:
             q_teacher: [B, T, H, K] or [N, H, K], the student's form and H; K may differ. Receives
@@ -221,6 +245,7 @@ class AttentionAlignment:
             lse_teacher: [B, H, T] or [H, N], as its `flash_attention` returned it, if that had the
                 student's masks.
             scale_teacher: None: the student's, or K ** -0.5 of its own if the student had none.
+            sink_teacher: [H], as in `attention_divergence`.
 
         Returns:
             token_weight * divergence in nats, mean over heads, [B, T] or [N], over the keys that
@@ -228,7 +253,8 @@ class AttentionAlignment:
 
         Raises:
             RuntimeError: before `flash_attention`, or a second time.
-            ValueError: a shape, dtype, device or value is not as above.
+            ValueError: a shape, dtype, device or value is not as above, or a KL is infinite because
+                of a sink that one layer alone has, see `attention_divergence`.
         """
         student = self._student
         if student is None or self._used:
@@ -250,6 +276,8 @@ class AttentionAlignment:
             layout, sizes = "[H, N]" if packed else "[B, H, T]", [*rows[:-1], heads, rows[-1]]
             checks.check_tensor(LOSS, "lse_teacher", lse_teacher, layout, sizes, device=device)
         checks.check_positive(LOSS, "scale_teacher", scale_teacher, optional=True)
+        check_sink(LOSS, "sink_teacher", sink_teacher, heads, [], device)
+        check_sinks_meet(LOSS, self.divergence, student.sink, sink_teacher)
         if scale_teacher is not None:
             factor = float(scale_teacher)
         else:
@@ -263,24 +291,27 @@ class AttentionAlignment:
                 cu_seqlens=geometry.cu_seqlens if packed else None, causal=geometry.causal,
                 window=geometry.window, softcap=geometry.softcap, scale=student.scale,
                 scale_teacher=factor, divergence=self.divergence, beta=self.beta,
+                sink=student.sink, sink_teacher=sink_teacher,
             )  # fmt: skip
         implementation.choose(LOSS, student.impl, [student.q, q_teacher], geometry.softcap)
         if not packed:
             q_teacher, k_teacher = q_teacher.flatten(0, 1), k_teacher.flatten(0, 1)
             weight = None if weight is None else weight.flatten()
             lse_teacher = None if lse_teacher is None else pack_statistic(lse_teacher)
-        lse_teacher = None if lse_teacher is None else lse_teacher.detach()
+        sink_teacher = detached(sink_teacher)
+        lse_teacher = of_keys(lse_teacher, sink_teacher)
         call = DivergenceCall(
             student.q[None], student.k[None], q_teacher, k_teacher,
             None if weight is None else weight[None], geometry.cu_seqlens, None, student.lse[None],
             lse_teacher, geometry.max_length, geometry.causal, geometry.window, geometry.softcap,
             student.scale, factor, self.divergence, self.beta, student.impl,
+            None if student.sink is None else student.sink[None], sink_teacher,
         )  # fmt: skip
         found = DivergenceResult(*divergence_op(*untransformed(call)))
         lse_teacher = found.lse_teacher if lse_teacher is None else lse_teacher
         hung = _LossCall(
             student.handle, found.loss[0], weight, self._key, q_teacher, k_teacher, lse_teacher,
-            found.statistic, factor, self.divergence, self.beta,
+            found.statistic, factor, self.divergence, self.beta, sink_teacher,
         )  # fmt: skip
         return hang_on_handle(*untransformed(hung)).view(rows)
 
@@ -306,8 +337,9 @@ class FlashCall(NamedTuple):
     softcap: float | None
     scale: float
     impl: str
+    sink: Tensor | None = None  # [H]
     out: Tensor | None = None  # [N, H, K]; this and the rest of the backward alone
-    lse: Tensor | None = None  # [H, N]
+    lse: Tensor | None = None  # [H, N], over the keys alone
     d_out: Tensor | None = None
     d_lse: Tensor | None = None
     d_handle: Tensor | None = None  # [N]: the divergence's row weights, over H
@@ -317,40 +349,53 @@ class FlashResult(NamedTuple):
     out: Tensor  # [N, H, K]
     lse: Tensor  # [H, N]
     handle: Tensor  # [N]; empty without an alignment
+    keys_lse: Tensor  # [H, N], lse without the sink, and without gradient; empty where it is lse
 
 
 class FlashGradient(NamedTuple):
     dq: Tensor
     dk: Tensor
     dv: Tensor  # empty where only the handle has a gradient
+    dsink: Tensor  # [H]; empty without a sink
 
 
 def _run(call: FlashCall) -> FlashResult:
     geometry = geometry_of(call)
-    out, lse = implementation.forward(call.impl, *call[:3], geometry, call.scale)
-    return FlashResult(out, lse, lse.new_zeros(0 if call.key is None else len(call.q)))
+    out, lse = implementation.forward(call.impl, *call[:3], geometry, call.scale, call.sink)
+    handle = lse.new_zeros(0 if call.key is None else len(call.q))
+    if call.sink is None:
+        return FlashResult(out, lse, handle, lse.new_zeros(0, 0))
+    return FlashResult(out, with_sink(lse, call.sink), handle, lse)
 
 
 def _allocate(call: FlashCall) -> FlashResult:
     tokens, heads, _ = call.q.shape
     lse = call.q.new_empty((heads, tokens), dtype=compute_dtype(call.q, call.k, call.v))
     handle = lse.new_empty(0 if call.key is None else tokens)
-    return FlashResult(call.q.new_empty(call.q.shape), lse, handle)
+    keys_lse = lse.new_empty((0, 0) if call.sink is None else lse.shape)
+    return FlashResult(call.q.new_empty(call.q.shape), lse, handle, keys_lse)
 
 
 def _save(ctx: Any, call: FlashCall, result: FlashResult) -> None:
-    keep(ctx, call._replace(out=result.out, lse=result.lse))
+    ctx.mark_non_differentiable(result.keys_lse)
+    lse = result.lse if call.sink is None else result.keys_lse
+    keep(ctx, call._replace(out=result.out, lse=lse))
 
 
-def _backward(ctx: Any, upstream: FlashResult) -> dict[str, Tensor]:
+def _backward(ctx: Any, upstream: FlashResult) -> dict[str, Tensor | None]:
     (call,) = kept(ctx)
     d_handle = None if call.key is None else upstream.handle
     plain = upstream.out is not None or upstream.lse is not None
     if not plain and d_handle is None:
         return {}
     call = call._replace(d_out=upstream.out, d_lse=upstream.lse, d_handle=d_handle)
-    dq, dk, dv = flash_attention_backward(*call)
-    return {"q": dq, "k": dk, "v": dv} if plain else {"q": dq, "k": dk}
+    dq, dk, dv, dsink = flash_attention_backward(*call)
+    return {
+        "q": dq,
+        "k": dk,
+        "v": dv if plain else None,
+        "sink": None if call.sink is None else dsink,
+    }
 
 
 def _gradient(call: FlashCall) -> FlashGradient:
@@ -365,15 +410,21 @@ def _gradient(call: FlashCall) -> FlashGradient:
         alignment = Alignment(
             left.teacher, call.d_handle, left.statistic, left.divergence, left.beta
         )
-    student = Layer(call.q, call.k, call.lse, call.scale)
-    dq, dk, dv = implementation.backward(call.impl, student, geometry_of(call), plain, alignment)
-    return FlashGradient(dq, dk, call.v.new_zeros(0) if dv is None else dv)
+    student = Layer(call.q, call.k, call.lse, call.scale, call.sink)
+    dq, dk, dv, dsink = implementation.backward(
+        call.impl, student, geometry_of(call), plain, alignment
+    )
+    dv = call.v.new_zeros(0) if dv is None else dv
+    return FlashGradient(dq, dk, dv, call.lse.new_zeros(0) if dsink is None else dsink)
 
 
 def _allocate_gradient(call: FlashCall) -> FlashGradient:
     empty = call.d_out is None and call.d_lse is None
     dv = call.v.new_empty((0,) if empty else call.v.shape)
-    return FlashGradient(call.q.new_empty(call.q.shape), call.k.new_empty(call.k.shape), dv)
+    dq, dk = call.q.new_empty(call.q.shape), call.k.new_empty(call.k.shape)
+    assert call.lse is not None
+    dsink = call.lse.new_empty((0,) if call.sink is None else call.sink.shape)
+    return FlashGradient(dq, dk, dv, dsink)
 
 
 flash_attention_backward = custom_op(
@@ -401,6 +452,7 @@ class _LossCall(NamedTuple):
     scale_teacher: float
     divergence: str
     beta: float
+    sink_teacher: Tensor | None = None  # [H]
     upstream: Tensor | None = None  # [N], of the backward alone
 
 
@@ -416,7 +468,8 @@ def _hang(call: _LossCall) -> _Rows:
 def _leave(call: _LossCall) -> _Rows:
     """Leaves the teacher under the number `key`; returns the row weights, the handle's gradient."""
     assert call.upstream is not None
-    teacher = Layer(call.q_teacher, call.k_teacher, call.lse_teacher, call.scale_teacher)
+    q, k, lse = call.q_teacher, call.k_teacher, call.lse_teacher
+    teacher = Layer(q, k, lse, call.scale_teacher, call.sink_teacher)
     one = call.statistic if call.divergence == "forward_kl" else call.statistic[0]
     _LEFT[int(call.key)] = _Left(teacher, one, call.divergence, call.beta)
     return _Rows(weighted(call.weight, call.upstream) / call.q_teacher.shape[1])

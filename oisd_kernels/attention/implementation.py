@@ -6,6 +6,7 @@ for a part. A module is imported when it is first used: Triton may be missing on
 Letters: S student layers, N tokens, H query heads, J key heads, K head dimension, M sampled keys.
 """
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from oisd_kernels import checks
 from oisd_kernels.attention import sampled_torch, torch_impl
+from oisd_kernels.attention import sink as sinks
 from oisd_kernels.attention.spec import (
     Alignment,
     Geometry,
@@ -96,17 +98,18 @@ def forward(
     v: Tensor,  # [N, J, K]
     geometry: Geometry,
     scale: float,
+    sink: Tensor | None = None,  # [H]
 ) -> tuple[Tensor, Tensor]:
-    """out [N, H, K] in q's dtype and lse [H, N]; a row without keys has 0 and -inf."""
+    """out [N, H, K] in q's dtype and lse [H, N] of the keys; a row without keys has 0 and -inf."""
     if impl == "torch":
-        return torch_impl.forward(q, k, v, geometry, scale)
+        return torch_impl.forward(q, k, v, geometry, scale, sink)
     if impl == "cuda":
         from oisd_kernels.attention import cuda_impl
 
-        return cuda_impl.forward(q, k, v, geometry, scale)
+        return cuda_impl.forward(q, k, v, geometry, scale, sink)
     from oisd_kernels.attention import triton_impl
 
-    return triton_impl.forward(q, k, v, geometry, scale)
+    return triton_impl.forward(q, k, v, geometry, scale, sink)
 
 
 def logsumexp(
@@ -141,15 +144,18 @@ def statistics(
 
     The statistic is the `Alignment`'s; the forward KL's is empty.
     """
+    arguments = sinks.whole(student), sinks.whole(teacher), keep, divergence, beta, geometry
     if impl == "torch":
-        return torch_impl.statistics(student, teacher, keep, divergence, beta, geometry)
-    if impl == "cuda":
+        value, statistic = torch_impl.statistics(*arguments)
+    elif impl == "cuda":
         from oisd_kernels.attention import cuda_impl
 
-        return cuda_impl.statistics(student, teacher, keep, divergence, beta, geometry)
-    from oisd_kernels.attention import triton_impl
+        value, statistic = cuda_impl.statistics(*arguments)
+    else:
+        from oisd_kernels.attention import triton_impl
 
-    return triton_impl.statistics(student, teacher, keep, divergence, beta, geometry)
+        value, statistic = triton_impl.statistics(*arguments)
+    return sinks.add_terms(value, student, teacher, keep, divergence, beta), statistic
 
 
 def backward(
@@ -158,20 +164,36 @@ def backward(
     geometry: Geometry,
     plain: Plain | None,
     alignment: Alignment | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv of attention (plain), of its divergence (alignment), or of both.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dq, dk, dv, dsink of attention (plain), of its divergence (alignment), or of both.
 
-    P is computed once for both. dv is None without `plain`.
+    P is computed once for both. dv is None without `plain`, dsink without a sink.
     """
+    pull = None if alignment is None else sinks.whole_alignment(student, alignment)
+    arguments = sinks.whole(student), geometry, plain, pull
     if impl == "torch":
-        return torch_impl.backward(student, geometry, plain, alignment)
-    if impl == "cuda":
+        dq, dk, dv = torch_impl.backward(*arguments)
+    elif impl == "cuda":
         from oisd_kernels.attention import cuda_impl
 
-        return cuda_impl.backward(student, geometry, plain, alignment)
+        dq, dk, dv = cuda_impl.backward(*arguments)
+    else:
+        from oisd_kernels.attention import triton_impl
+
+        dq, dk, dv = triton_impl.backward(*arguments)
+    if student.sink is None:
+        return dq, dk, dv, None
+    delta = None if plain is None else _delta(impl, plain, student.lse.dtype)
+    return dq, dk, dv, sinks.gradient(student, delta, alignment)
+
+
+def _delta(impl: str, plain: Plain, dtype: torch.dtype) -> Tensor:
+    """rowsum(dO * O) - dLse [H, N]."""
+    if impl != "triton":  # csrc/ computes it on the way, and does not return it
+        return torch_impl.delta(plain, dtype)
     from oisd_kernels.attention import triton_impl
 
-    return triton_impl.backward(student, geometry, plain, alignment)
+    return triton_impl.delta(plain, dtype)
 
 
 def sampled_statistics(
@@ -184,21 +206,35 @@ def sampled_statistics(
     beta: float,
     geometry: Geometry,
 ) -> SampledStatistics:
+    arguments = key_index, keep, divergence, beta, geometry
     if impl == "torch":
-        return sampled_torch.statistics(
-            student, teacher, key_index, keep, divergence, beta, geometry
-        )
+        return sampled_torch.statistics(student, teacher, *arguments)
     from oisd_kernels.attention import sampled_triton
 
-    return sampled_triton.statistics(student, teacher, key_index, keep, divergence, beta, geometry)
+    found = sampled_triton.statistics(student, teacher, *arguments)
+    if student.sink is None and teacher.sink is None:
+        return found
+    seeing = found.lse_teacher[0] > -math.inf
+    student, teacher = student._replace(lse=found.lse), teacher._replace(lse=found.lse_teacher)
+    keep = seeing if keep is None else keep & seeing
+    value = sinks.add_terms(found.value, student, teacher, keep, divergence, beta)
+    return found._replace(value=value)
 
 
 def sampled_backward(
     impl: str, student: Layer, alignment: Alignment, key_index: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor]:
-    """dq, dk; both layers with what `sampled_statistics` found of them."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dq, dk, dsink; both layers with what `sampled_statistics` found of them."""
     if impl == "torch":
         return sampled_torch.backward(student, alignment, key_index, geometry)
     from oisd_kernels.attention import sampled_triton
 
-    return sampled_triton.backward(student, alignment, key_index, geometry)
+    if student.sink is None and alignment.teacher.sink is None:
+        return *sampled_triton.backward(student, alignment, key_index, geometry), None
+    # A row without a key has no gradient, not even to a sink that only one layer has.
+    seeing = alignment.teacher.lse[0] > -math.inf
+    alignment = alignment._replace(row_weight=torch.where(seeing, alignment.row_weight, 0))
+    pull = sinks.whole_alignment(student, alignment)
+    dq, dk = sampled_triton.backward(sinks.whole(student), pull, key_index, geometry)
+    dsink = None if student.sink is None else sinks.gradient(student, None, alignment)
+    return dq, dk, dsink

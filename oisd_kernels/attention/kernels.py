@@ -196,8 +196,9 @@ def attention_forward_kernel(
     Q,  # [N, H, K]
     K,  # [N, J, K]
     V,  # [N, J, K]
+    Sink,  # [H], or None
     Out,  # [N, H, K]
-    Lse,  # [H, N]
+    Lse,  # [H, N], over the keys
     Tiles,  # [3, P]
     tokens, group, window,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh,
@@ -251,6 +252,9 @@ def attention_forward_kernel(
         )  # fmt: skip
     tl.store(Lse + h.to(tl.int64) * tokens + i, (m + tl.log2(l)) * LN2, mask=i < end)
     if HAS_V:
+        if Sink is not None:  # after the keys, so that P's range does not depend on it
+            own = tl.exp2(tl.load(Sink + h) * LOG2E - m)
+            l = l + tl.where(l == 0, 0.0, own)  # noqa: E741
         # A row without keys has l = 0: its output is 0, its lse -inf.
         out = acc / tl.where(l == 0, 1.0, l)[:, None]
         store_rows(head_at(Out, start, h, stride_on, stride_oh), out, i < end, stride_on, HEAD_DIM)

@@ -79,15 +79,29 @@ def add_exponentials(m, l, s):  # noqa: E741
 
 
 @triton.jit
+def with_sink(lse, Sink, h, HEADS: tl.constexpr):
+    """Logsumexp [ROWS] of the keys and the sinks of heads h, h + 1, ..."""
+    if Sink is None:
+        return lse
+    else:
+        o_h = tl.arange(0, lse.shape[0])
+        sink = tl.load(Sink + h + o_h, mask=o_h < HEADS, other=-float("inf"))
+        top = tl.maximum(lse, sink)
+        return top + tl.log(tl.exp(lse - top) + tl.exp(sink - top))
+
+
+@triton.jit
 def sampled_statistics_kernel(
     Q,  # [N, H, K]
     K,  # [N, J, K]
     Qt,  # [N, H, Kt]: teacher
     Kt,  # [N, Jt, Kt]
+    Sink,  # [H], or None
+    SinkT,  # [H], or None
     Slots,  # [N, M]: keys, or -1
     Keep,  # [N]: 0 for queries to leave out
     Value,  # [H, N]
-    Lse,  # [H, N], 0 without a key
+    Lse,  # [H, N], over the keys; without one 0, or -inf if there is a sink
     LseT,  # [H, N]
     Statistic,  # [H, N]
     tokens, slots, group, group_t,
@@ -132,6 +146,12 @@ def sampled_statistics_kernel(
     # Without a key: 0, so that differences stay finite.
     lse = tl.where(l == 0, 0.0, m + tl.log(tl.where(l == 0, 1.0, l)))
     lse_t = tl.where(lt == 0, 0.0, mt + tl.log(tl.where(lt == 0, 1.0, lt)))
+    keys_lse, keys_lse_t = lse, lse_t
+    if Sink is not None or SinkT is not None:
+        keys_lse = tl.where(l == 0, -float("inf"), lse)
+        keys_lse_t = tl.where(lt == 0, -float("inf"), lse_t)
+        # What follows sums over the keys alone, in distributions that have the sinks too.
+        lse, lse_t = with_sink(lse, Sink, h, HEADS), with_sink(lse_t, SinkT, h, HEADS)
     value = tl.zeros([ROWS], ACC)
     statistic = tl.zeros([ROWS], ACC)
     for start in range(0, slots, BLOCK):
@@ -159,8 +179,8 @@ def sampled_statistics_kernel(
     # [ROWS]
     o_out = (h + o_h).to(tl.int64) * tokens + i
     tl.store(Value + o_out, value, mask=o_h < HEADS)
-    tl.store(Lse + o_out, lse, mask=o_h < HEADS)
-    tl.store(LseT + o_out, lse_t, mask=o_h < HEADS)
+    tl.store(Lse + o_out, keys_lse, mask=o_h < HEADS)
+    tl.store(LseT + o_out, keys_lse_t, mask=o_h < HEADS)
     if DIVERGENCE != "forward_kl":
         tl.store(Statistic + o_out, statistic, mask=o_h < HEADS)
 

@@ -34,13 +34,16 @@ def statistics(
 ) -> SampledStatistics:
     q, k = student.q, student.k
     compute = compute_dtype(q, k, teacher.q, teacher.k)
+    sinks = [None] * len(q) if student.sink is None else student.sink.unbind(0)
+    has_sink = student.sink is not None or teacher.sink is not None
     value = teacher.q.new_zeros(len(q), len(key_index), dtype=compute)
     size = max(x.shape[-2] * x.shape[-1] for x in (k, teacher.k))
     for block in _blocks(key_index, keep, geometry, size):
-        lp = block.log_probabilities(teacher.q, teacher.k, teacher.scale, geometry.softcap, compute)
+        lp = block.log_probabilities(teacher, geometry.softcap, compute, has_sink)
         p = lp.exp()
-        for s, one in enumerate(zip(q, k, strict=True)):
-            lq = block.log_probabilities(*one, student.scale, geometry.softcap, compute)
+        for s, (queries, keys, sink) in enumerate(zip(q, k, sinks, strict=True)):
+            layer = Layer(queries, keys, student.lse, student.scale, sink)
+            lq = block.log_probabilities(layer, geometry.softcap, compute, has_sink)
             q_block = lq.exp()
             d = torch.sub(lp, lq, out=lq)
             out, t = torch.empty_like(d), torch.empty_like(d)
@@ -52,33 +55,41 @@ def statistics(
 
 def backward(
     student: Layer, alignment: Alignment, key_index: Tensor, geometry: Geometry
-) -> tuple[Tensor, Tensor]:
-    """dq, dk; finds both logsumexps and the statistic again."""
-    q, k, _, scale = student
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """dq, dk, dsink; finds both logsumexps and the statistic again."""
+    q, k, _, scale, sink = student
     teacher, row_weight, _, divergence, beta = alignment
     compute = compute_dtype(q, k, teacher.q, teacher.k)
     dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
     dk = torch.zeros(k.shape, dtype=compute, device=k.device)
+    dsink = None if sink is None else dk.new_zeros(q.shape[1])
+    has_sink = sink is not None or teacher.sink is not None
     size = max(x.shape[-2] * x.shape[-1] for x in (k, teacher.k))
     for block in _blocks(key_index, row_weight != 0, geometry, size):
-        lp = block.log_probabilities(teacher.q, teacher.k, teacher.scale, geometry.softcap, compute)
-        lq = block.log_probabilities(q, k, scale, geometry.softcap, compute)
+        lp = block.log_probabilities(teacher, geometry.softcap, compute, has_sink)
+        lq = block.log_probabilities(student, geometry.softcap, compute, has_sink)
         p, q_block = lp.exp(), lq.exp()
         inner = torch.sub(lp, lq, out=lp)
         d = torch.empty_like(lq)
         _, mean = row_terms(d, q_block, inner, p, lq, divergence, beta, True)
         row_gradient(d, q_block, inner, mean, divergence, beta)
         d.mul_(row_weight.to(compute)[block.rows, None, None])
+        keys_d = d[..., :-1] if has_sink else d
+        if dsink is not None:
+            # A row sums to 0: where nearly all mass is on the sink, its own entry has cancelled.
+            own = torch.where(q_block[..., -1] > 0.5, -keys_d.sum(-1), d[..., -1])
+            dsink += own.sum(0)
+        d = keys_d
         queries, keys = block.gather(q, k, compute)
         if geometry.softcap is not None:
             scores = block.scores(queries, keys, scale, geometry.softcap)
-            d.mul_(1 - (scores / geometry.softcap).square())
-        d = d.mul_(scale).view(*queries.shape[:3], -1)  # [R, J, H/J, M]
+            d = d.mul_(1 - (scores / geometry.softcap).square())
+        d = d.mul_(scale).reshape(*queries.shape[:3], -1)  # [R, J, H/J, M]
         dq[block.rows] = (d @ keys).flatten(1, 2).to(dq.dtype)
         d_keys = (d.mT @ queries).transpose(1, 2)  # [R, M, J, K]
         # A key that no row sees may hold NaN, but what it is given is 0.
         dk.index_add_(0, block.keys.flatten(), d_keys.flatten(0, 1))
-    return dq, dk.to(k.dtype)
+    return dq, dk.to(k.dtype), dsink
 
 
 class _Block(NamedTuple):
@@ -100,12 +111,19 @@ class _Block(NamedTuple):
         return scores if softcap is None else scores.div_(softcap).tanh_().mul_(softcap)
 
     def log_probabilities(
-        self, q: Tensor, k: Tensor, scale: float, softcap: float | None, compute: torch.dtype
+        self, layer: Layer, softcap: float | None, compute: torch.dtype, has_sink: bool
     ) -> Tensor:
-        """[R, H, M]; slots that do not count hold the lowest finite number."""
+        """[R, H, M]; slots that do not count hold the lowest finite number.
+
+        has_sink: with one column more, of the layer's sink, which without one does not count.
+        """
         lowest = torch.finfo(compute).min
         hidden = self.hidden[:, None]
-        scores = self.scores(*self.gather(q, k, compute), scale, softcap)
+        scores = self.scores(*self.gather(layer.q, layer.k, compute), layer.scale, softcap)
+        if has_sink:
+            own = scores.new_zeros(1) if layer.sink is None else layer.sink.to(compute)
+            scores = torch.cat([scores, own[:, None].expand(*scores.shape[:-1], 1)], -1)
+            hidden = torch.nn.functional.pad(hidden, (0, 1), value=layer.sink is None)
         scores.masked_fill_(hidden, lowest)
         scores.sub_(scores.amax(-1, keepdim=True))
         scores.sub_(scores.logsumexp(-1, keepdim=True)).clamp_min_(lowest)

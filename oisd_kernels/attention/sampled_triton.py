@@ -25,6 +25,7 @@ from oisd_kernels.attention.launch import (
     ds_scale_of,
     ready,
     rounded_up,
+    rows_of,
     strides_of,
 )
 from oisd_kernels.attention.sampled_kernels import (
@@ -50,13 +51,14 @@ def statistics(
     geometry: Geometry,
     capability: int | None = None,
 ) -> SampledStatistics:
-    q, k, _, scale = student
+    q, k, _, scale, sink = student
     dtype = common_dtype(q, k, teacher.q, teacher.k)
     compute = compute_of(dtype)
     S, N, H, _ = q.shape
     value = q.new_zeros(S, H, N, dtype=compute)
     lse, lse_t = torch.zeros_like(value), torch.zeros_like(value[0])
     statistic = value.new_empty(S, 0, 0) if divergence == "forward_kl" else torch.zeros_like(value)
+    sink_t = None if teacher.sink is None else rows_of(teacher.sink, compute)
     if N > 0:
         slots = _slots(key_index, geometry)
         kept = None if keep is None else keep.to(torch.uint8)
@@ -64,7 +66,8 @@ def statistics(
             call = _Call(q[n], k[n], scale, teacher, dtype, geometry, capability)
             tile = launch_tile(call.capability, "sampled", dtype, call.width, geometry)
             sampled_statistics_kernel[(N, H // call.heads)](
-                *call.tensors, slots, kept, value[n], lse[n], lse_t, statistic[n],
+                *call.tensors, None if sink is None else rows_of(sink[n], compute), sink_t,
+                slots, kept, value[n], lse[n], lse_t, statistic[n],
                 N, slots.shape[1], *call.groups, *call.strides,
                 HAS_KEEP=kept is not None, DIVERGENCE=divergence, BETA=beta,
                 LOG_BETA=math.log(beta), LOG_1M_BETA=math.log1p(-beta),
@@ -80,7 +83,7 @@ def backward(
     geometry: Geometry,
     capability: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    q, k, lse, scale = student
+    q, k, lse, scale, _ = student
     teacher = alignment.teacher
     dtype = common_dtype(q, k, teacher.q, teacher.k)
     compute = compute_of(dtype)

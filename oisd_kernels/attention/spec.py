@@ -29,13 +29,15 @@ class Geometry(NamedTuple):
 class Layer(NamedTuple):
     """Student or teacher; both have the same H, heads' width K and J are each one's own.
 
-    Statistics take S student layers at once, with S in front of all three shapes.
+    Statistics take S student layers at once, with S in front of all shapes.
     """
 
     q: Tensor  # [N, H, K]
     k: Tensor  # [N, J, K]
-    lse: Tensor  # [H, N]
+    lse: Tensor  # [H, N], over the keys alone
     scale: float
+    # [H], the score of one more key; the kernels get it within lse, see `sink.whole`
+    sink: Tensor | None = None
 
 
 class Plain(NamedTuple):
@@ -52,7 +54,8 @@ class Alignment(NamedTuple):
 
     teacher: Layer
     row_weight: Tensor  # [N]: upstream gradient times token weight, divided by H
-    # [H, N]: <P, softplus(log T - log P + log(beta/(1-beta)))> for jsd, KL(P||T) for reverse_kl
+    # [H, N]: <P, softplus(log T - log P + log(beta/(1-beta)))> for jsd, KL(P||T) for reverse_kl;
+    # over the keys alone, but for the kernels, who get the sink's part with it
     statistic: Tensor
     divergence: str  # "jsd" | "forward_kl" | "reverse_kl"; forward_kl's statistic is empty
     beta: float  # the teacher's share of jsd's mixture
@@ -62,7 +65,8 @@ class SampledStatistics(NamedTuple):
     """Of the divergence over sampled keys; "torch" keeps the value alone, the others are empty."""
 
     value: Tensor  # [S, N]: mean over heads; 0 where not kept and where no key is left
-    lse: Tensor  # [S, H, N], over the slots that count; 0 where there is none
+    # [S, H, N], over the slots that count; where there is none 0, or with a sink -inf
+    lse: Tensor
     lse_teacher: Tensor  # [H, N]
     statistic: Tensor  # [S, H, N] of `Alignment`; empty for forward_kl
 

@@ -22,10 +22,15 @@ from oisd_kernels.divergences_torch import gradient_factor, inner, row_terms
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, geometry: Geometry, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    geometry: Geometry,
+    scale: float,
+    sink: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    return out, _softmax_pass(q, k, v, out, geometry, scale)
+    return out, _softmax_pass(q, k, v, out, geometry, scale, sink=sink)
 
 
 def logsumexp(
@@ -43,7 +48,7 @@ def statistics(
     geometry: Geometry,
 ) -> tuple[Tensor, Tensor]:
     """A block of the teacher's scores serves all S layers."""
-    q, k, lse, scale = student
+    q, k, lse, scale, _ = student
     tokens, heads, _ = teacher.q.shape
     compute = compute_dtype(q, k, teacher.q, teacher.k)
     value = teacher.q.new_zeros(len(q), tokens, dtype=compute)
@@ -84,13 +89,13 @@ def statistics(
 def backward(
     student: Layer, geometry: Geometry, plain: Plain | None, alignment: Alignment | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    q, k, lse, scale = student
+    q, k, lse, scale, _ = student
     v = None if plain is None else plain.v
     compute = compute_dtype(q, k, v, None if plain is None else plain.d_out)
     dq, dk = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k))
     dv = None if v is None else torch.zeros_like(v, memory_format=torch.contiguous_format)
     scratch = Scratch(compute, q.device)
-    delta = None if plain is None else _delta(plain, compute)
+    delta_rows = None if plain is None else delta(plain, compute)
     keep = None if alignment is None else alignment.row_weight != 0
     for group in groups(geometry, q.shape[1]):
         kept = None if keep is None else keep[group.index] & group.exists
@@ -110,8 +115,8 @@ def backward(
             layer = _Scores(tile, q, keys, lse, scale, compute)
             own = None
             if plain is not None and values is not None and d_values is not None:
-                assert delta is not None
-                own = _Own(tile, values, d_values, plain.d_out, delta, compute)
+                assert delta_rows is not None
+                own = _Own(tile, values, d_values, plain.d_out, delta_rows, compute)
             pull = None
             if alignment is not None and other is not None:
                 pull = _Pull(tile, alignment, other, compute)
@@ -123,10 +128,10 @@ def backward(
     return dq, dk, dv
 
 
-def _delta(plain: Plain, compute: torch.dtype) -> Tensor:
+def delta(plain: Plain, compute: torch.dtype) -> Tensor:
     """<out, d_out> - d_lse, [H, N]."""
-    delta = (plain.out.to(compute) * plain.d_out.to(compute)).sum(-1).T
-    return delta if plain.d_lse is None else delta - plain.d_lse
+    found = (plain.out.to(compute) * plain.d_out.to(compute)).sum(-1).T
+    return found if plain.d_lse is None else found - plain.d_lse
 
 
 class _Scores:
@@ -289,8 +294,9 @@ def _softmax_pass(
     geometry: Geometry,
     scale: float,
     keep: Tensor | None = None,
+    sink: Tensor | None = None,
 ) -> Tensor:
-    """lse [H, N]; fills `out` where there are values."""
+    """lse [H, N] of the keys; fills `out` where there are values."""
     compute = compute_dtype(q, k, v)
     lse = q.new_full((q.shape[1], q.shape[0]), -math.inf, dtype=compute)
     scratch = Scratch(compute, q.device)
@@ -316,7 +322,8 @@ def _softmax_pass(
                     rows.baddbmm_(_by_key_head(s, values), _flat(values, block))
             tile.put_statistic(lse, largest + total.log())
             if out is not None:
-                tile.put(out, mixed.div_(total).masked_fill_(total == 0, 0))
+                own = 0 if sink is None else (sink.to(compute)[:, None, None] - largest).exp_()
+                tile.put(out, mixed.div_(total + own).masked_fill_(total == 0, 0))
     return lse
 
 

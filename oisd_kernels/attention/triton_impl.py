@@ -62,6 +62,7 @@ def forward(
     v: Tensor | None,
     geometry: Geometry,
     scale: float,
+    sink: Tensor | None = None,
     capability: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Without v the logsumexp alone, and q in the place of out."""
@@ -77,7 +78,8 @@ def forward(
         tile = launch_tile(capability, "forward", dtype, K, geometry)
         tiles = Tiles.of(geometry, N, tile.m)
         attention_forward_kernel[(tiles.programs, H)](
-            q, k, values, out, lse, tiles.table,
+            q, k, values, None if sink is None else rows_of(sink, lse.dtype), out, lse,
+            tiles.table,
             N, H // k.shape[1], window_of(geometry, N),
             *strides_of(q, k, values, out),
             SCALE=scale, **mask_of(geometry), HAS_V=v is not None,
@@ -90,7 +92,7 @@ def forward(
 def logsumexp(
     q: Tensor, k: Tensor, geometry: Geometry, scale: float, capability: int | None = None
 ) -> Tensor:
-    return forward(q, k, None, geometry, scale, capability)[1]
+    return forward(q, k, None, geometry, scale, None, capability)[1]
 
 
 def statistics(
@@ -149,17 +151,17 @@ def backward(
     (N, H, K), J, width = q.shape, k.shape[1], student.q.shape[-1]
     dq, dk = (x.new_empty(x.shape, dtype=y.dtype) for x, y in ((q, student.q), (k, student.k)))
     # Where something is not wanted its pointers are any tensor's.
-    v, d_out, delta, dv = k, q, None, dk
+    v, d_out, delta_rows, dv = k, q, None, dk
     if plain is not None:
         v, d_out = ready(plain.v, dtype), ready(plain.d_out, dtype)
-        delta = _delta(ready(plain.out, dtype), d_out, plain.d_lse, compute)
+        delta_rows = _delta(ready(plain.out, dtype), d_out, plain.d_lse, compute)
         dv = torch.empty_like(dk, dtype=plain.v.dtype)
     qt, kt = q, k
     if alignment is not None:
         qt, kt = ready(alignment.teacher.q, dtype), ready(alignment.teacher.k, dtype)
     if N > 0:
         capability = capability_of(q, capability)
-        terms = RowTerms.of(rows_of(student.lse, compute), delta, alignment)
+        terms = RowTerms.of(rows_of(student.lse, compute), delta_rows, alignment)
         ds_scale = ds_scale_of(dtype, None if plain is None else plain.d_out, alignment, q)
         launches = _launches(plain is not None, alignment)
         constants = {
@@ -217,6 +219,11 @@ def _launches(plain: bool, alignment: Alignment | None) -> list[dict[str, Any]]:
         {"PLAIN": True, "TILES": "live", **align},
         {"PLAIN": True, "TILES": "dead", **without},
     ]
+
+
+def delta(plain: Plain, compute: torch.dtype) -> Tensor:
+    dtype = common_dtype(plain.out, plain.d_out)
+    return _delta(ready(plain.out, dtype), ready(plain.d_out, dtype), plain.d_lse, compute)
 
 
 def _delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None, compute: torch.dtype) -> Tensor:

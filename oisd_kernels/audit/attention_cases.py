@@ -1,8 +1,9 @@
 """The launches of the attention kernels, for `oisd_kernels.audit.lens_cases`.
 
 32 query heads on 8 key heads. By default bf16 at K = 128 with jsd: forward, statistics, the
-backward of both at once, and over sampled keys, which makes every kernel. `full` adds the rest:
-every tile of the launcher's table, and at K = 128 every option.
+backward of both at once, and over sampled keys, which makes every kernel; with a sink those two
+that read one. `full` adds the rest: every tile of the launcher's table, and at K = 128 every
+option.
 """
 
 from collections.abc import Iterator
@@ -72,6 +73,8 @@ def _cases(
     if width == width_t:
         forward = partial(triton_impl.forward, q, k, k, geometry, scale, **target)
         yield Case(f"forward, {label}", forward, not usual)
+        with_sink = partial(forward, empty(HEADS))
+        yield Case(f"forward with a sink, {label}", with_sink, not usual)
         alone = partial(triton_impl.logsumexp, q, k, geometry, scale, **target)
         yield Case(f"logsumexp, {label}", alone, True)
         backward = partial(triton_impl.backward, student, geometry, plain, None, **target)
@@ -115,14 +118,15 @@ def _several(
 def _sampled(
     student: Layer, settings: tuple[Any, ...], label: str, capability: int, full: bool
 ) -> Iterator[Case]:
-    """Over sampled keys: statistics, and both gradients."""
+    """Over sampled keys: statistics, with sinks too, and both gradients."""
     teacher, keep, divergence, beta, geometry = settings
-    index = empty(TOKENS, SLOTS, dtype=torch.int64)
-    statistics = partial(
-        sampled_triton.statistics,
-        _stacked(student), teacher, index, keep, divergence, beta, geometry, capability,
-    )  # fmt: skip
+    index, layers = empty(TOKENS, SLOTS, dtype=torch.int64), _stacked(student)
+    sampled = index, keep, divergence, beta, geometry, capability
+    statistics = partial(sampled_triton.statistics, layers, teacher, *sampled)
     yield Case(f"{divergence} sampled, {label}", statistics, full)
+    sinks = layers._replace(sink=empty(1, HEADS)), teacher._replace(sink=empty(HEADS))
+    statistics = partial(sampled_triton.statistics, *sinks, *sampled)
+    yield Case(f"{divergence} sampled with sinks, {label}", statistics, full)
     alignment = Alignment(teacher, empty(TOKENS), teacher.lse, divergence, beta)
     backward = partial(sampled_triton.backward, student, alignment, index, geometry, capability)
     yield Case(f"{divergence} sampled gradient, {label}", backward, full)

@@ -83,7 +83,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "oisd": {
         "student_layers": (3, 5),
         "think_weight": 0.5,
-        "attention_weight": 0.0,
+        "attention_weight": 0.2,
         "advantage_clip": 1.0,
         "lens_temperature": 2.0,
         "lens_norm": "none",
@@ -93,6 +93,8 @@ OTHER: dict[str, dict[str, Any]] = {
         "attention_steps": 32,
         "key_window": 64,
         "key_stride": 16,
+        "attention_student": (2, 5),
+        "attention_teacher": 7,
     },
     "optimizer": {
         "learning_rate": 3e-7,
@@ -260,6 +262,8 @@ RANGES = {
     "oisd.lens_temperature": ([0.0, -1.0], [0.1]),
     "oisd.beta": ([0.0, 1.0], [0.01, 0.99]),
     "oisd.attention_steps": ([0], [1, "none"]),
+    "oisd.attention_student": ([[0], [1, 2], []], [[1], "none"]),
+    "oisd.attention_teacher": ([1, 0], [2, "none"]),
     "optimizer.learning_rate": ([0.0, -1.0, float("nan")], [1e-9]),
     "optimizer.betas": ([[0.9], [0.9, 1.0], [-0.1, 0.5], [0.1] * 3], [[0.0, 0.0]]),
     "optimizer.warmup_steps": ([-1], [0]),

@@ -294,7 +294,8 @@ TRAININGS = [
     ["--model.lora-rank", "2", "--rollout.engine", "auto", "--eval.source", "arithmetic"],
     ["--grpo.internal-layer", "3", "--grpo.internal-steps", "1", "--oisd.think-weight", "0",
      "--oisd.attention-weight", "0"],
-    ["--oisd.key-window", "2", "--oisd.key-stride", "2", "--oisd.attention-steps", "2"],
+    ["--oisd.key-window", "2", "--oisd.key-stride", "2", "--oisd.attention-steps", "2",
+     "--oisd.attention-student", "1", "--oisd.attention-teacher", "3"],
 ]  # fmt: skip
 
 

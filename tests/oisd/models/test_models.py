@@ -32,15 +32,22 @@ def logits_of(hidden, unembedding):
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def distribution(q, k, scale, softcap, window):
-    """softmax over the causal keys: [B, H, T, T], from q [B, T, H, K] and k [B, T, J, K]."""
+def distribution(q, k, scale, softcap, window, sink=None):
+    """softmax over the causal keys and a sink, whose column is left out: [B, H, T, T].
+
+    From q [B, T, H, K], k [B, T, J, K] and sink [H].
+    """
     q, k = q.transpose(1, 2), k.transpose(1, 2).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
     scores = scale * q @ k.mT
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     i, j = torch.arange(q.shape[2])[:, None], torch.arange(q.shape[2])
     keep = (j <= i) & (j > i - (window or q.shape[2]))
-    return scores.masked_fill(~keep, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~keep, -torch.inf)
+    if sink is None:
+        return scores.softmax(-1)
+    column = sink[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
 
 
 def auxiliary_loss(taps):
@@ -101,15 +108,16 @@ def test_attention_equals_output_attentions(name):
         windows = {n: taps._calls[n].window for n in (1, 2, 3, 4)}
     for layer, pair in zip((1, 2, 3), pairs, strict=True):
         # Each distribution over its own window; the pair names the smaller of the two.
-        student = distribution(pair.q, pair.k, pair.scale, pair.softcap, windows[layer])
+        student = distribution(pair.q, pair.k, pair.scale, pair.softcap, windows[layer], pair.sink)
         torch.testing.assert_close(student, out.attentions[layer - 1], rtol=1e-4, atol=1e-6)
         teacher = distribution(
-            pair.q_teacher, pair.k_teacher, pair.scale_teacher, pair.softcap, windows[LAYERS]
-        )
+            pair.q_teacher, pair.k_teacher, pair.scale_teacher, pair.softcap, windows[LAYERS],
+            pair.sink_teacher,
+        )  # fmt: skip
         torch.testing.assert_close(teacher, out.attentions[-1], rtol=1e-4, atol=1e-6)
         finite = [w for w in (windows[layer], windows[LAYERS]) if w is not None]
         assert pair.window == min(finite, default=None)
-    assert (windows[1] == WINDOW) == (name in ("mistral", "phi3", "gemma2", "gemma3"))
+    assert (windows[1] == WINDOW) == (name in ("mistral", "phi3", "gemma2", "gemma3", "gpt_oss"))
     assert (windows[2] == WINDOW) == (name in ("mistral", "phi3"))
     assert (pairs[0].softcap == 2.0) == (name == "gemma2")
 

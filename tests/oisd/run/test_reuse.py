@@ -206,3 +206,16 @@ def test_several_processes_are_refused_together(folder):
     )  # fmt: skip
     assert done.returncode != 0
     assert "model.safetensors has other content" in done.stderr
+
+
+def test_a_run_keeps_the_layers_that_its_attention_term_compares(folder, monkeypatch, capsys):
+    assert main([*TRAIN, "--run.steps", "1"]) == 0
+    kept = json.loads((folder / "run" / "attention.json").read_text())
+    assert kept == {"layers": [[1, 2]], "words": ""}
+    capsys.readouterr()
+    (folder / "run" / "attention.json").write_text(json.dumps({"layers": [[1, 1]], "words": "x"}))
+    assert main([*TRAIN, "--run.steps", "2"]) == 2
+    assert "compares the layers (student, teacher) [[1, 1]]" in capsys.readouterr().err
+    (folder / "run" / "attention.json").unlink()  # as of a run of oisd 0.2
+    assert main([*TRAIN, "--run.steps", "2"]) == 0
+    assert json.loads((folder / "run" / "attention.json").read_text()) == kept

@@ -47,14 +47,21 @@ class Given:
         self.weight = self.weight.to(machine)
         self.cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(machine)
 
-    def fused(self) -> tuple[Tensor, ...]:
-        """Gradients of q, k, v with the alignment inside attention's backward."""
-        leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v)]
+    def fused(self, *sinks: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of q, k, v with the alignment inside attention's backward.
+
+        sinks: the student's, whose gradient is last, and the teacher's; or none.
+        """
+        leaves = [x.detach().requires_grad_() for x in (self.q, self.k, self.v, *sinks[:1])]
         alignment = AttentionAlignment()
         out, _ = flash_attention(
-            *leaves, cu_seqlens=self.cu_seqlens, alignment=alignment, impl="cuda"
-        )
-        rows = alignment.loss(self.q_teacher, self.k_teacher, token_weight=self.weight)
+            *leaves[:3], sink=leaves[3] if sinks else None, cu_seqlens=self.cu_seqlens,
+            alignment=alignment, impl="cuda",
+        )  # fmt: skip
+        rows = alignment.loss(
+            self.q_teacher, self.k_teacher, token_weight=self.weight,
+            sink_teacher=sinks[1] if sinks else None,
+        )  # fmt: skip
         upstream = [self.d_out, torch.ones_like(rows)]
         return torch.autograd.grad([out, rows], leaves, upstream)
 
@@ -69,14 +76,17 @@ class Given:
         rows = function(*leaves, *teacher, **given, **options)
         return rows.detach(), *torch.autograd.grad(rows.sum(), leaves)
 
-    def wanted(self) -> tuple[Tensor, ...]:
+    def wanted(self, *sinks: Tensor) -> tuple[Tensor, ...]:
         """`fused` in float64."""
-        leaves = [x.double().requires_grad_() for x in (self.q, self.k, self.v)]
-        out, _ = reference.attention(*leaves, cu_seqlens=self.cu_seqlens)
+        tensors = self.q, self.k, self.v, *sinks[:1]
+        leaves = [x.detach().double().requires_grad_() for x in tensors]
+        own, last = (leaves[3], sinks[1].double()) if sinks else (None, None)
+        out, _ = reference.attention(*leaves[:3], sink=own, cu_seqlens=self.cu_seqlens)
         teacher = self.q_teacher.double(), self.k_teacher.double()
         rows = reference.attention_divergence(
-            *leaves[:2], *teacher, cu_seqlens=self.cu_seqlens, token_weight=self.weight
-        )
+            *leaves[:2], *teacher, cu_seqlens=self.cu_seqlens, token_weight=self.weight,
+            sink=own, sink_teacher=last,
+        )  # fmt: skip
         return torch.autograd.grad((out * self.d_out.double()).sum() + rows.sum(), leaves)
 
 
@@ -87,6 +97,18 @@ def test_attention_with_its_alignment(machine, gpu, monkeypatch):
     given = Given(machine)
     for name, got, wanted in zip(("dq", "dk", "dv"), given.fused(), given.wanted(), strict=True):
         assert got.dtype == BF16
+        check_close(got, wanted, GRADIENT_BOUND, name)
+
+
+@by_engine
+@pytest.mark.parametrize("machine", MACHINES)
+def test_sinks(machine, gpu, monkeypatch):
+    """Elementwise beside the kernels: nothing of them is in csrc/."""
+    set_up_ops(machine, monkeypatch, gpu)
+    given = Given(machine, lengths=(65, 3))
+    sinks = (torch.linspace(-1, 3, 4, device=machine), torch.linspace(2, 0, 4, device=machine))
+    names = ("dq", "dk", "dv", "dsink")
+    for name, got, wanted in zip(names, given.fused(*sinks), given.wanted(*sinks), strict=True):
         check_close(got, wanted, GRADIENT_BOUND, name)
 
 
