@@ -213,7 +213,7 @@ def watched(
             return
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 3]
         if tensors:
-            batch, length, _ = tensors[0].shape
+            batch, length = tensors[0].shape[:2]
             stack.enter_context(_Watch(batch, length, with_bias, record))
 
     def end(*_: Any) -> None:
