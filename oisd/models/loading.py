@@ -42,7 +42,7 @@ def read_model(source: str | Path, named: str, **options: Any) -> Any:
     if problem := folder_problem(source):
         raise ConfigError(f"{named} cannot be loaded: {problem}")
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=torch.float32,
@@ -144,7 +144,7 @@ def _starts_with(file: Path, start: bytes) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' report of keys, which `_require_all_weights` replaces, and its bar."""
     logger = logging.getLogger("transformers.modeling_utils")
     level, shown = logger.level, bars.is_progress_bar_enabled()
