@@ -213,7 +213,7 @@ def _policy_metrics(found: PolicyLoss, terms: PolicyTerms, mask: Tensor) -> Metr
 def _sampler_metrics(old: Tensor, rollout: Tensor, mask: Tensor) -> Metrics:
     """How far the sampler is from the policy: KL(sampler || policy) by the k3 estimate."""
     gap = old.detach() - rollout
-    k3 = gap.exp() - 1 - gap
+    k3 = (gap.expm1() - gap).clamp(min=0)  # which rounding alone takes below 0
     return {"kl/sampler": Mean.over(k3, mask), "kl/sampler_max": Largest.over(k3, mask)}
 
 
