@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from oisd import optimizer as optimizers
-from oisd.config import RolloutConfig, TrainConfig, from_tables
+from oisd.config import ModelConfig, RolloutConfig, TrainConfig, from_tables
+from oisd.evaluate import evaluate
 from oisd.optimizer import Optimizer, parts_of
-from oisd.policy import Policy
+from oisd.policy import Policy, load_policy
 from oisd.run.processes import Processes
 from oisd.trainer import Trainer
 from tests.oisd.test_trainer import assert_same_run, metrics, reward_module, tables, weights
@@ -114,22 +115,18 @@ def test_parts(sizes, most, wanted):
     assert parts_of([torch.zeros(n) for n in sizes], most) == wanted
 
 
-def test_the_copy_is_of_the_weights_after_the_last_step(tmp_path):
-    """An evaluation in the run is that of `oisd eval` on its checkpoint in bfloat16."""
-    from oisd.evaluate.run import run
-    from oisd.options import EvalRun
-
-    train(tmp_path / "run")
-    own = tmp_path / "run" / "evaluations" / "step-2.jsonl"
-    rows = [json.loads(line) for line in own.read_text().splitlines()]
-    options = EvalRun(
-        data="arithmetic", limit=2, samples=4, max_completion_tokens=5, dtype="bfloat16",
-        reward="exact", seed=2, device="cpu", output_dir=str(tmp_path / "eval"),
+def test_the_last_evaluation_is_that_of_the_checkpoint_read_in_bfloat16(tmp_path):
+    folder = tmp_path / "run"
+    trainer = Trainer(from_tables(tables(folder, **CHANGES)))
+    trainer.train()
+    config = ModelConfig(path=str(folder / "checkpoints" / "step-2"), dtype="bfloat16")
+    policy = load_policy(config, seed=0).cast("cpu")
+    assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16}
+    found = evaluate(
+        policy, trainer.eval_examples, trainer.eval_prompts,
+        lambda texts, answers: [0.0] * len(texts), samples=4, max_completion_tokens=5, seed=2,
     )  # fmt: skip
-    run(str(tmp_path / "run" / "checkpoints" / "step-2"), options)
-    (file,) = (tmp_path / "eval").glob("problems-*.jsonl")
-    theirs = {r["prompt"]: r for r in map(json.loads, file.read_text().splitlines())}
-    shared = [row for row in rows if row["prompt"] in theirs]
-    assert shared, "the same problems are drawn"
-    for row in shared:
-        assert row["lengths"] == theirs[row["prompt"]]["lengths"]
+    file = folder / "evaluations" / "step-2.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [p.completions for p in found] == [row["completions"] for row in rows]
+    assert len({text for p in found for text in p.completions}) > 2
