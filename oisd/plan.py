@@ -339,7 +339,6 @@ def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
         config.rollout.batch_size,
         config.rollout.prompts_per_step * config.rollout.completions_per_prompt,
     )
-    cache = (4 if half else 8) * shape.layers * shape.key_heads * shape.head_dim
     paged = config.rollout.engine == "continuous"
     adamw = {"AdamW": 8 * trained}
     offload = config.rollout.offload
@@ -356,14 +355,20 @@ def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
         },
         update=update,
         eager=eager,
-        rollout={
-            "sampling copy": 2 * p if half else 0,
-            "key-value cache": at_once * (longest + 512 * paged) * cache,
-            "sampling": 24 * at_once * shape.vocabulary,
-        },
+        rollout=rollout_parts(shape, half, at_once, at_once * (longest + 512 * paged)),
         other_checkpointing=full if on else checkpointed,
         host=adamw if offload else {},
     )
+
+
+def rollout_parts(shape: Shape, half: bool, at_once: int, tokens: int) -> dict[str, int]:
+    """Bytes that sampling takes: of so many completions, with so many tokens in the cache."""
+    cache = (4 if half else 8) * shape.layers * shape.key_heads * shape.head_dim
+    return {
+        "sampling copy": 2 * shape.parameters if half else 0,
+        "key-value cache": tokens * cache,
+        "sampling": 24 * at_once * shape.vocabulary,
+    }
 
 
 def lora_targets(config: TrainConfig, shape: Shape) -> dict[str, tuple[int, int]]:

@@ -79,14 +79,17 @@ class ModelCopy:
 
 
 def _unfilled(model: Any, dtype: torch.dtype) -> Any:
-    """What `from_pretrained` would make of the model, were its weights all 0.
+    """What `from_pretrained` would make of the model, its weights aside.
 
     Its reader decides which weights and buffers stay in float32, and computes those that no file
     holds, such as the rotary frequencies.
     """
+    numbers: dict[int, int] = {}
 
     def blank(like: Tensor) -> Tensor:
-        return torch.zeros((), dtype=like.dtype).expand(like.shape)
+        # One number for each tensor: the reader ties weights that are equal.
+        number = numbers.setdefault(id(like), len(numbers))
+        return torch.tensor(number).to(like.dtype).expand(like.shape)
 
     with quiet():
         made = type(model).from_pretrained(

@@ -100,6 +100,16 @@ def test_tied_weights_stay_tied(tied):
         assert held == sum(2 * p.numel() for p in model.parameters())
 
 
+def test_a_head_of_its_own_stays_so_whatever_the_configuration_says(tmp_path):
+    model = tiny_model("qwen3", tie_word_embeddings=True)
+    head = torch.randn_like(model.lm_head.weight)
+    model.lm_head.weight = torch.nn.Parameter(head)
+    wanted = read(model, tmp_path)
+    assert not torch.equal(wanted.lm_head.weight, wanted.get_input_embeddings().weight)
+    with ModelCopy(model, BF16).filled() as made:
+        assert_same_model(made, wanted)
+
+
 def test_each_use_reads_the_weights_as_they_are_and_gives_the_memory_back():
     model = tiny_model("llama")
     copied, weight = ModelCopy(model, BF16), model.model.layers[1].mlp.up_proj.weight
