@@ -1,7 +1,7 @@
 """A copy of the trained model in half precision, which completions are sampled from.
 
-A trained model has float32 parameters. Under autocast a forward rounds them, and its keys come out
-in float32 again, so that decoding reads twice the bytes and keeps twice the cache. The copy is what
+A trained model has float32 parameters. Under autocast each call of the sampler rounds them anew,
+and keys come out in float32 again, so that the key-value cache is twice as large. The copy is what
 `from_pretrained(dtype=...)` would read if the model were saved now: its weights rounded once,
 adapters merged, tied weights tied, and in float32 what the model's class keeps so.
 
@@ -87,9 +87,11 @@ def _unfilled(model: Any, dtype: torch.dtype) -> Any:
     numbers: dict[int, int] = {}
 
     def blank(like: Tensor) -> Tensor:
-        # One number for each tensor: the reader ties weights that are equal.
+        # One number for each tensor: the reader ties weights that are equal. It takes no memory,
+        # nor does what the reader makes of it in the same dtype.
         number = numbers.setdefault(id(like), len(numbers))
-        return torch.tensor(number).to(like.dtype).expand(like.shape)
+        kind = dtype if like.is_floating_point() else like.dtype
+        return torch.tensor(number).to(kind).expand(like.shape)
 
     with quiet():
         made = type(model).from_pretrained(
@@ -100,4 +102,6 @@ def _unfilled(model: Any, dtype: torch.dtype) -> Any:
             attn_implementation=model.config._attn_implementation,
         )
     made.generation_config = copy.deepcopy(model.generation_config)
-    return made.requires_grad_(False).eval()
+    # Its weights keep requires_grad: torch.matmul of the last positions, a slice, with a head that
+    # has none is a batched one on a CPU, for which it repeats the head for each row.
+    return made.eval()

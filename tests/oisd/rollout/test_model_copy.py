@@ -216,3 +216,22 @@ def test_quantised_weights_are_not_copied(base):
     assert not policy.is_copied
     with Sampler(policy).ready() as ready:
         assert ready is policy
+
+
+def test_the_head_is_not_multiplied_row_by_row(base):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    widths = {"bmm": set(), "mm": set()}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, given=(), named=None):
+            name = function.overloadpacket.__name__
+            if name in widths:
+                widths[name].add(given[1].shape[-1])
+            return function(*given, **(named or {}))
+
+    policy = policy_of(base)
+    with Sampler(policy).ready() as ready, Watch():
+        ready.sample([[3, 4, 5]] * 8, range(8), max_completion_tokens=2)
+    vocabulary = policy.model.config.vocab_size
+    assert vocabulary in widths["mm"] and vocabulary not in widths["bmm"]
