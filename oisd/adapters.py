@@ -10,8 +10,9 @@ caches copies of trained weights only and would round W again in each forward. T
 identical bit for bit, at 2 bytes a parameter instead of 4 and a copy. Embeddings (and a head tied
 to them) and norms stay float32, as under autocast.
 
-Adapters are not merged during training: W + B A would be rounded, so that rollouts would come from
-a different model than the update's, and a resumed run would differ from the one that was killed.
+Adapters are not merged into the trained model: W + B A would be rounded in every step, and a
+resumed run would differ from the one that was killed. In bfloat16 rollouts come from a copy
+(`oisd.rollout.model_copy`), into which they are merged.
 
 peft is imported only where an adapter is asked for or found.
 """
@@ -24,7 +25,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,35 @@ CONFIG = "adapter_config.json"
 def is_adapter(folder: str | Path) -> bool:
     """Whether a folder holds an adapter in PEFT's format, rather than a whole model."""
     return (Path(folder) / CONFIG).is_file()
+
+
+class Weight(NamedTuple):
+    """A weight of a model as a saved one has it: by its plain name, with adapters merged."""
+
+    name: str
+    stored: Tensor
+    layer: Any = None
+    """The adapted layer whose weight it is."""
+
+    def read(self) -> Tensor:
+        """The stored tensor, or W + lora_alpha / r * B A in float32."""
+        if self.layer is None:
+            return self.stored
+        active = self.layer.active_adapters
+        merged = self.stored.float()
+        return sum((self.layer.get_delta_weight(adapter) for adapter in active), merged)
+
+
+def plain_weights(model: nn.Module) -> Iterator[Weight]:
+    """Each parameter and saved buffer of a transformers model, as it would be without adapters."""
+    modules = dict(model.named_modules())
+    adapted = {name for name, m in modules.items() if hasattr(m, "get_delta_weight")}
+    for name, stored in model.state_dict(keep_vars=True).items():
+        layer, inside, leaf = name.rpartition(".base_layer.")
+        if inside:
+            yield Weight(f"{layer}.{leaf}", stored, modules[layer] if leaf == "weight" else None)
+        elif not any(name.startswith(f"{layer}.") for layer in adapted):
+            yield Weight(name, stored)
 
 
 def is_adapted(model: nn.Module) -> bool:

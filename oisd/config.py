@@ -35,7 +35,8 @@ class ModelConfig:
     path: str = "arithmetic"
     """Hub id or folder of a causal LM, or "arithmetic" for the built-in tiny Qwen3."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward and backward passes; trained parameters are float32 either way."""
+    """Precision of the forward and backward passes; trained parameters are float32 either way.
+    In bfloat16 rollouts and evaluations come from a copy of the model in it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (non-reentrant)."""
     attn_implementation: str = "sdpa"
@@ -140,6 +141,9 @@ class RolloutConfig:
     """transformers' `generate`, its continuous batching, or the faster of the two in a trial before
     the first step (engine.json in the run folder). Their samples differ only by rounding; but with
     "auto" a seed no longer reproduces a new run, although a resumed run still continues exactly."""
+    offload: bool = False
+    """Keep the optimizer's state in the host's memory. A step reads it from there, a part at a
+    time: slower, and 8 bytes less on the card for each trained parameter."""
     trial_tokens: int = 256
     """Longest completion in the trial of "auto", at most `max_completion_tokens`."""
 
@@ -189,8 +193,8 @@ class GRPOConfig:
     """Weight of the k3 estimate of KL(policy || initial policy)."""
     tis_cap: float | Literal["auto"] | None = "auto"
     """Cap of each token's truncated importance weight min(policy / sampler, cap), in this loss and
-    in the alignment's; "none" for no such weight. "auto": 2 for rollouts by continuous batching,
-    none for `generate`, which runs the same forward as the update."""
+    in the alignment's; "none" for no such weight. "auto": 2 for rollouts by continuous batching or
+    from the copy in bfloat16, none for `generate` in float32, which runs the update's forward."""
     minibatches: int = 1
     """Optimizer steps per rollout batch."""
     internal_layer: int | None = None
@@ -216,10 +220,10 @@ class GRPOConfig:
         alone = "0 with grpo.internal_layer: the reference model has no such policy"
         require(layer is None or self.kl_coef == 0, "grpo.kl_coef", alone, self.kl_coef)
 
-    def importance_cap(self, engine: str) -> float | None:
-        """`tis_cap` for rollouts by that engine."""
+    def importance_cap(self, engine: str, copied: bool = False) -> float | None:
+        """`tis_cap` for rollouts by that engine; copied: from a copy of the model."""
         if self.tis_cap == "auto":
-            return AUTO_TIS_CAP if engine == "continuous" else None
+            return AUTO_TIS_CAP if copied or engine == "continuous" else None
         return self.tis_cap
 
 

@@ -89,7 +89,8 @@ class Objective:
 
     def sampled_by(self, engine: str) -> None:
         """Weight the tokens of that engine's rollouts as `grpo.tis_cap` says."""
-        self.grpo = replace(self.config.grpo, tis_cap=self.config.grpo.importance_cap(engine))
+        cap = self.config.grpo.importance_cap(engine, self.policy.is_copied)
+        self.grpo = replace(self.config.grpo, tis_cap=cap)
 
     def _forward(self, batch: Batch) -> None:
         with self.policy.autocast():
@@ -158,8 +159,7 @@ class Objective:
         self._forward(batch)
         head = self._head()
         final = self._policy_states(rows, step)
-        grpo = self.grpo
-        sampled = batch.rollout_logprobs
+        grpo, sampled = self.grpo, batch.rollout_logprobs
         if self._is_internal(step):  # which did not sample: the weight of its tokens would be ~0
             grpo, sampled = replace(grpo, tis_cap=None), None
         students = final.detach().new_empty(0, *final.shape)

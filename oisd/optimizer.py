@@ -1,4 +1,9 @@
-"""AdamW over the trained parameters: gradients summed over processes, checked, clipped, applied."""
+"""AdamW over the trained parameters: gradients summed over processes, checked, clipped, applied.
+
+With `rollout.offload` AdamW's two moments are in the host's memory. A step moves those of some
+parameters to the card, steps these parameters and moves them back; the numbers are the same to the
+bit, because AdamW treats each parameter on its own.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +19,10 @@ from oisd.config import TrainConfig
 from oisd.objective import NonFiniteError
 from oisd.run.processes import Processes
 
+# Bytes of the moments that are on the card at once, or those of one larger parameter.
+_MOMENTS_AT_ONCE = 1 << 29
+_HOST = torch.device("cpu")
+
 
 class Optimizer:
     """AdamW with its learning-rate schedule; all processes take the same steps."""
@@ -21,6 +30,7 @@ class Optimizer:
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes) -> None:
         self.processes = processes
         self.max_grad_norm = config.optimizer.max_grad_norm
+        self.offload = config.rollout.offload
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.names, self.parameters = list(trained), list(trained.values())
         self.adamw = torch.optim.AdamW(
@@ -44,6 +54,8 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self.adamw.load_state_dict(state["optimizer"])
+        if self.offload:
+            self._move(self.parameters, to_host=True)
         self.schedule.load_state_dict(state["schedule"])
 
     def sum_gradients(self) -> Tensor:
@@ -62,9 +74,36 @@ class Optimizer:
     def step(self, norm: Tensor) -> None:
         """Clip the gradients, whose norm this is, and take a step with them."""
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
-        self.adamw.step()
+        if self.offload:
+            self._step_in_parts()
+        else:
+            self.adamw.step()
         self.schedule.step()
         self.adamw.zero_grad()
+
+    def _step_in_parts(self) -> None:
+        """AdamW's step, with the moments of some parameters on the card at a time."""
+        gradients = [p.grad for p in self.parameters]
+        self.adamw.zero_grad()  # it steps the parameters that have a gradient
+        for part in parts_of(self.parameters, _MOMENTS_AT_ONCE):
+            own = [self.parameters[i] for i in part]
+            self._move(own, to_host=False)
+            for i, parameter in zip(part, own, strict=True):
+                parameter.grad, gradients[i] = gradients[i], None
+            self.adamw.step()
+            self.adamw.zero_grad()
+            self._move(own, to_host=True)
+
+    def _move(self, parameters: Sequence[Tensor], *, to_host: bool) -> None:
+        """Move the moments; into pinned memory, from which a card reads fastest, where there is."""
+        for parameter in parameters:
+            state = self.adamw.state.get(parameter, {})
+            device = _HOST if to_host else parameter.device
+            for name, moment in state.items():
+                if name != "step":  # a number, on the host in any case
+                    moved = moment.to(device)
+                    pin = to_host and parameter.device.type == "cuda" and not moved.is_pinned()
+                    state[name] = moved.pin_memory() if pin else moved
 
     def require_finite(
         self,
@@ -108,3 +147,18 @@ class Optimizer:
                 f"the gradient of {broken[0]} is not finite, though the losses here are", batch
             )
         raise NonFiniteError("a loss of another process is not finite", batch)
+
+
+def parts_of(parameters: Sequence[Tensor], most: int) -> list[list[int]]:
+    """Indices of parameters next to each other whose moments take at most `most` bytes, or one."""
+    parts: list[list[int]] = []
+    held = 0
+    for i, parameter in enumerate(parameters):
+        size = 2 * parameter.numel() * parameter.element_size()
+        if parts and held + size <= most:
+            parts[-1].append(i)
+            held += size
+        else:
+            parts.append([i])
+            held = size
+    return parts

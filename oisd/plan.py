@@ -16,10 +16,14 @@ model. The sharded figures are for a trainer that splits parameters, gradients a
     maps, eager   [H, T, T] float32 maps of N / T rows: 5, 4 for each further student layer, and 1
     maps, kernels gradients 4 (H+J) K S N and four statistics a row, 16 H S N; S here and above
                   counts the layers whose attention learns
-    cache         8 J K a layer and token, C rows of the longest length: keys and values in
-                  `generate`'s cache are float32, as the parameters are, even under autocast; 4 J K
-                  in continuous batching's, whose rows fill whole blocks (up to 512 tokens more)
+    sampling copy 2 P in bf16, adapters merged, while completions are sampled; none in float32
+    cache         4 J K a layer and token in bf16, 8 J K in float32, C rows of the longest length;
+                  continuous batching fills whole blocks (up to 512 tokens more a row)
     sampling      24 C V: an upper bound for scores, their copies in `generate`, and log-probs
+
+With `rollout.offload` AdamW's 8 P are in the host's memory. A step has a part of them on the card,
+when the activations are gone, which take more: at most 12 bytes for each number of the largest
+parameter, AdamW's own intermediate results included.
 
 With LoRA, A parameters in adapters: gradients 4 A, AdamW 8 A, copies 2 A (and 2 V D for a head tied
 to the embedding); parameters 4 (P + A), or, under bf16 autocast, 2 for each parameter of the frozen
@@ -243,6 +247,8 @@ class MemoryPlan:
     """In addition, while completions are sampled."""
     other_checkpointing: int
     """Activations with gradient checkpointing turned the other way."""
+    host: dict[str, int]
+    """In the host's memory instead."""
 
     @property
     def held(self) -> int:
@@ -261,7 +267,7 @@ class MemoryPlan:
 
     def sharded(self, shards: int) -> int:
         """Peak of the update: parameters, gradients, optimizer split, and two layers gathered."""
-        split = self.held + self.update["gradients"]
+        split = self.held + self.update["gradients"] + sum(self.host.values())
         gathered = (
             2 * 2 * self.shape.layer_parameters + 2 * self.shape.vocabulary * self.shape.width
         )
@@ -333,9 +339,9 @@ def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
         config.rollout.batch_size,
         config.rollout.prompts_per_step * config.rollout.completions_per_prompt,
     )
-    cache = 8 * shape.layers * shape.key_heads * shape.head_dim
     paged = config.rollout.engine == "continuous"
-    kept = at_once * (longest + 512 * paged) * cache // (2 if paged and half else 1)
+    adamw = {"AdamW": 8 * trained}
+    offload = config.rollout.offload
     return MemoryPlan(
         shape=shape,
         tokens=tokens,
@@ -343,16 +349,26 @@ def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
         at_once=at_once,
         checkpointing=on,
         trained=trained,
-        resident={"parameters": 4 * p - 2 * rounded + 4 * adapters, "AdamW": 8 * trained},
+        resident={
+            "parameters": 4 * p - 2 * rounded + 4 * adapters,
+            **({} if offload else adamw),
+        },
         update=update,
         eager=eager,
-        rollout={
-            "bf16 copies": copies if half else 0,
-            "key-value cache": kept,
-            "sampling": 24 * at_once * shape.vocabulary,
-        },
+        rollout=rollout_parts(shape, half, at_once, at_once * (longest + 512 * paged)),
         other_checkpointing=full if on else checkpointed,
+        host=adamw if offload else {},
     )
+
+
+def rollout_parts(shape: Shape, half: bool, at_once: int, tokens: int) -> dict[str, int]:
+    """Bytes that sampling takes: of so many completions, with so many tokens in the cache."""
+    cache = (4 if half else 8) * shape.layers * shape.key_heads * shape.head_dim
+    return {
+        "sampling copy": 2 * shape.parameters if half else 0,
+        "key-value cache": tokens * cache,
+        "sampling": 24 * at_once * shape.vocabulary,
+    }
 
 
 def lora_targets(config: TrainConfig, shape: Shape) -> dict[str, tuple[int, int]]:
@@ -392,6 +408,8 @@ def rich_tables(plan: MemoryPlan) -> Iterator[Table | Text]:
     table.add_column("eager PyTorch", justify="right")
     for name, size in plan.resident.items():
         table.add_row(name, "always", _gib(size), _gib(size))
+    for name, size in plan.host.items():
+        table.add_row(name, "always, on the host", f"({_gib(size)})", f"({_gib(size)})")
     for name, size in plan.update.items():
         table.add_row(name, "update", _gib(size), _gib(plan.eager.get(name, size)))
     for name, size in plan.rollout.items():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from oisd import adapters
 from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
-from oisd.config import ConfigError, ModelConfig
+from oisd.config import ConfigError, ModelConfig, RolloutConfig
 from oisd.data import check_vocabulary
 from oisd.models.dropout import set_dropout
 from oisd.models.layout import learned_positions, unwrap
@@ -24,6 +25,7 @@ from oisd.models.loading import (
     require_savable,
 )
 from oisd.rollout import Completions, sample
+from oisd.rollout.model_copy import ModelCopy
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Policy:
     """float32, or bfloat16 for mixed precision over float32 parameters (or frozen ones in bf16)."""
     dropout_replaced: dict[str, float] = field(default_factory=dict)
     """The rates that the model came with, by name, where `model.dropout` replaced them."""
+    is_cast: bool = False
+    """Whether the parameters themselves are in `dtype`, so that a forward needs no autocast."""
 
     def warn_of_dropout(self, config: ModelConfig) -> None:
         """Say which rates of the model `config.dropout` has replaced, if any."""
@@ -68,9 +72,28 @@ class Policy:
 
     def autocast(self) -> torch.autocast:
         """The context of each forward pass."""
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
-        )
+        mixed = self.dtype == torch.bfloat16 and not self.is_cast
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed)
+
+    def cast(self, device: torch.device | str) -> Policy:
+        """A policy whose parameters are in `dtype`, adapters merged: this one for float32.
+
+        It is on `device`, and computes what rollouts in a run with this `model.dtype` do.
+        """
+        if not self.is_copied:
+            self.model.to(device)
+            return self
+        copied = ModelCopy(unwrap(self.model), self.dtype, device)
+        return replace(self, model=copied.fill(), is_cast=True)
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether rollouts come from a copy of the model in `dtype`.
+
+        Not in float32, nor from weights that are quantised, which are small already.
+        """
+        quantised = getattr(unwrap(self.model).config, "quantization_config", None) is not None
+        return self.dtype != torch.float32 and not quantised
 
     def sample(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[int], **settings: Any
@@ -86,6 +109,24 @@ class Policy:
                 eos_token_ids=self.eos_token_ids,
                 **settings,
             )
+
+    def roll_out(
+        self,
+        prompts: Sequence[Sequence[int]],
+        rows: Sequence[int],
+        config: RolloutConfig,
+        **settings: Any,
+    ) -> Completions:
+        """`sample` as a recipe says."""
+        return self.sample(
+            prompts,
+            rows,
+            max_completion_tokens=config.max_completion_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            batch_size=config.batch_size,
+            **settings,
+        )
 
     def require_positions(
         self,
@@ -118,6 +159,26 @@ class Policy:
         ids = [row[:n] for row, n in zip(completions.ids.tolist(), lengths, strict=True)]
         # Without rows the tokenizer would return one empty text.
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
+
+
+class Sampler:
+    """What a run samples from: its policy, or in half precision a copy, filled for each use.
+
+    All processes use it at the same time.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._copy = ModelCopy(unwrap(policy.model), policy.dtype) if policy.is_copied else None
+
+    @contextmanager
+    def ready(self) -> Iterator[Policy]:
+        """Context with a policy of today's weights, which must not change within it."""
+        if self._copy is None:
+            yield self._policy
+            return
+        with self._copy.filled() as model:
+            yield replace(self._policy, model=model, is_cast=True)
 
 
 def load_policy(

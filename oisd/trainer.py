@@ -32,7 +32,7 @@ from oisd.losses import Mean, Metrics, add_metrics, frac_zero_std
 from oisd.losses.advantages import completion_advantages
 from oisd.objective import NonFiniteError, Objective, Totals
 from oisd.optimizer import Optimizer
-from oisd.policy import load_for_training, load_policy
+from oisd.policy import Sampler, load_for_training, load_policy
 from oisd.rewards import load_reward
 from oisd.run.alarms import RunAlarms
 from oisd.run.engine_choice import EngineChoice, choose_engine
@@ -92,6 +92,7 @@ class Trainer:
         taps = self.objective.taps
         compared = taps.attention_layers, taps.attention_words
         self.processes.on_first(partial(self.folder.record_attention, *compared))
+        self.sampler = Sampler(self.policy)
         self.optimizer = Optimizer(self.policy.model, config, self.processes)
         self.step, self.engine = 0, "generate"
         self.resumed = checkpoint is not None
@@ -182,7 +183,8 @@ class Trainer:
             progress.phase("timing engines")
             prompts = [self.prompts[i] for i in self._share_of(step=0)[0]]
             logprobs = self.objective.logprobs
-            choice = choose_engine(self.policy, logprobs, prompts, rollout, self.processes)
+            with self.sampler.ready() as policy:
+                choice = choose_engine(policy, logprobs, prompts, rollout, self.processes)
             if self.processes.is_first:
                 choice.write(file)
             progress.say(f"rollouts by {choice.engine}: {choice.reason}")
@@ -226,18 +228,9 @@ class Trainer:
         index, rows = self._share_of(self.step)
         prompts = [self.prompts[i] for i in index]
         answers = [self.examples[i].answer for i in index]
-        with clock("rollout"):
-            completions = self.policy.sample(
-                prompts,
-                rows,
-                max_completion_tokens=rollout.max_completion_tokens,
-                temperature=rollout.temperature,
-                top_p=rollout.top_p,
-                seed=config.run.seed,
-                step=self.step,
-                batch_size=rollout.batch_size,
-                engine=self.engine,
-            )
+        draw = {"seed": config.run.seed, "step": self.step}
+        with clock("rollout"), self.sampler.ready() as policy:
+            completions = policy.roll_out(prompts, rows, rollout, engine=self.engine, **draw)
         with clock("reward"):
             earlier = self.reward.timeouts
             texts = self.policy.decode(completions)
@@ -299,7 +292,7 @@ class Trainer:
             own = batch.select(((part == m) & live).nonzero().flatten().to(device))
             if self.reference is not None:
                 own = replace(own, ref_logprobs=self._reference_logprobs(self.reference, own))
-            # The first minibatch's policy is the one that sampled: its ratios are 1 by definition.
+            # The first minibatch's policy is the one before the update: its ratios are 1.
             if m > 0:
                 own = replace(own, old_logprobs=self.objective.logprobs(own, self.step))
             minibatches.append((own, Totals(sequences, num_tokens)))
@@ -343,22 +336,23 @@ class Trainer:
             return {}
         settings, rollout = self.config.eval, self.config.rollout
         progress.phase("evaluating")
-        mine = evaluate(
-            self.policy,
-            self.eval_examples,
-            self.eval_prompts,
-            self.reward,
-            samples=settings.samples,
-            max_completion_tokens=rollout.max_completion_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            # Another stream than the rollouts', and the same at every step.
-            seed=self.config.run.seed + 2,
-            batch_size=rollout.batch_size,
-            engine=self.engine,
-            rank=self.processes.rank,
-            world_size=self.processes.size,
-        )
+        with self.sampler.ready() as policy:
+            mine = evaluate(
+                policy,
+                self.eval_examples,
+                self.eval_prompts,
+                self.reward,
+                samples=settings.samples,
+                max_completion_tokens=rollout.max_completion_tokens,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                # Another stream than the rollouts', and the same at every step.
+                seed=self.config.run.seed + 2,
+                batch_size=rollout.batch_size,
+                engine=self.engine,
+                rank=self.processes.rank,
+                world_size=self.processes.size,
+            )
         result = in_order(self.processes.gather(mine), self.eval_examples)
         if self.processes.is_first:
             result.write(self.folder.evaluations, f"step-{self.step}")

@@ -12,7 +12,7 @@ from oisd.check.findings import Finding
 from oisd.config import AlignmentConfig, TrainConfig
 from oisd.data import Example
 from oisd.objective import Objective
-from oisd.policy import Policy
+from oisd.policy import Policy, Sampler
 from oisd.rewards import RewardFunction
 from oisd.rollout import ENGINES, Completions
 from oisd.run.engine_choice import TOLERANCE
@@ -50,16 +50,17 @@ def sampling_rows(
     objective = Objective(policy, off)
     for engine in engines:
         try:
-            made = policy.sample(
-                repeated,
-                rows,
-                max_completion_tokens=most,
-                temperature=config.rollout.temperature,
-                top_p=config.rollout.top_p,
-                seed=config.run.seed,
-                batch_size=config.rollout.batch_size,
-                engine=engine,
-            )
+            with Sampler(policy).ready() as ready:
+                made = ready.sample(
+                    repeated,
+                    rows,
+                    max_completion_tokens=most,
+                    temperature=config.rollout.temperature,
+                    top_p=config.rollout.top_p,
+                    seed=config.run.seed,
+                    batch_size=config.rollout.batch_size,
+                    engine=engine,
+                )
         except (ValueError, RuntimeError) as error:
             asked = config.rollout.engine == engine
             reason = " ".join(str(error).split())

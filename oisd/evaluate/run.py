@@ -76,7 +76,7 @@ def run(model: str, config: EvalRun) -> list[dict[str, Any]]:
             processes.barrier()  # or this could read a dump while another process writes to it
             mine = []
             if any(example.id not in done for example in problems):
-                policy = policy or load_for_command(model, config, processes.device)
+                policy = policy or load_for_command(model, config, "cpu").cast(processes.device)
                 # The commit of a Hub model may be known, and may have moved on, only now.
                 processes.on_first(partial(_require_same, model, config, job, problems, bool(done)))
                 mine = _evaluate(policy, problems, config, job, graders, set(done), processes)

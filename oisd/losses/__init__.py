@@ -29,7 +29,7 @@ from torch import Tensor
 from oisd.config import AUTO_TIS_CAP, AlignmentConfig, GRPOConfig
 from oisd.losses.advantages import clip_advantages, frac_zero_std, group_advantages
 from oisd.losses.attention import attention_loss, sampled_keys, sampled_steps
-from oisd.losses.metrics import Mean, Metrics, add_metrics, means_by_sign
+from oisd.losses.metrics import Largest, Mean, Metrics, add_metrics, means_by_sign
 from oisd_kernels import LensStats, PolicyTerms, logit_lens_divergence, policy_head
 from oisd_kernels.lens.policy_loss import PolicyLoss, policy_loss
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = [
-    "JointLosses", "Mean", "Metrics", "add_metrics", "attention_loss", "clip_advantages",
+    "JointLosses", "Largest", "Mean", "Metrics", "add_metrics", "attention_loss", "clip_advantages",
     "frac_zero_std", "group_advantages", "grpo_and_think_loss", "grpo_loss", "policy_terms",
     "sampled_keys", "sampled_steps", "think_loss", "token_weights",
 ]  # fmt: skip
@@ -111,7 +111,9 @@ def grpo_loss(
         max_tokens: for aggregation "dr-grpo" without `token_weight`.
 
     Returns the loss (scalar) and the metrics clip_frac/low, clip_frac/high, clip_frac/dual,
-    kl/old, and kl/ref, tis/weight and tis/truncated where they apply.
+    kl/old, and kl/ref, tis/weight and tis/truncated where they apply; with `rollout_logprobs` also
+    kl/sampler and kl/sampler_max, the mean and the largest of exp(d) - 1 - d with d = old - rollout
+    over the tokens, whose expectation is KL(sampler || policy).
     Raises ValueError for shapes that do not fit and for log-probs that the configuration needs.
     """
     config = config or GRPOConfig()
@@ -140,7 +142,11 @@ def grpo_loss(
         ref_logprobs=masked(ref_logprobs),
     )
     found = policy_loss(torch.where(mask, logprobs, 0.0), terms)
-    return found.loss.sum(), _policy_metrics(found, terms, mask)
+    metrics = _policy_metrics(found, terms, mask)
+    if rollout_logprobs is not None:
+        old = logprobs if old_logprobs is None else old_logprobs
+        metrics |= _sampler_metrics(old, rollout_logprobs, mask)
+    return found.loss.sum(), metrics
 
 
 def _require_shape(loss: str, name: str, like: Tensor, given: Mapping[str, Tensor | None]) -> None:
@@ -202,6 +208,13 @@ def _policy_metrics(found: PolicyLoss, terms: PolicyTerms, mask: Tensor) -> Metr
     if found.k3 is not None:
         metrics["kl/ref"] = Mean.over(found.k3, mask)
     return metrics
+
+
+def _sampler_metrics(old: Tensor, rollout: Tensor, mask: Tensor) -> Metrics:
+    """How far the sampler is from the policy: KL(sampler || policy) by the k3 estimate."""
+    gap = old.detach() - rollout
+    k3 = (gap.expm1() - gap).clamp(min=0)  # which rounding alone takes below 0
+    return {"kl/sampler": Mean.over(k3, mask), "kl/sampler_max": Largest.over(k3, mask)}
 
 
 def think_loss(
@@ -337,6 +350,11 @@ def grpo_and_think_loss(
     )
     found = policy_loss(head.logprob.detach(), terms)
     metrics = _policy_metrics(found, terms, torch.ones_like(labels, dtype=torch.bool))
+    if rollout_logprobs is not None:
+        old = head.logprob if old_logprobs is None else old_logprobs
+        metrics |= _sampler_metrics(
+            old, rollout_logprobs, torch.ones_like(labels, dtype=torch.bool)
+        )
     metrics["entropy/policy"] = Mean.over(head.entropy)
     if rollout_logprobs is not None:
         before = head.logprob.detach() if old_logprobs is None else old_logprobs

@@ -34,6 +34,26 @@ class Mean:
         return self.total.item() / count if count else math.nan
 
 
+class Largest(Mean):
+    """The largest value instead of the mean; `total` holds it."""
+
+    @classmethod
+    def over(cls, values: Tensor, where: Tensor | None = None) -> Largest:
+        """The largest of `values`, or of those at which `where` (same shape) is true."""
+        values = values.detach().float().flatten()
+        where = torch.ones_like(values, dtype=torch.bool) if where is None else where.flatten()
+        # Of no values torch has no maximum: one of -inf stands beside them.
+        inside = torch.where(where, values, -torch.inf)
+        return cls(torch.cat([inside, inside.new_tensor([-torch.inf])]).max(), where.sum().float())
+
+    def __add__(self, other: Mean) -> Largest:
+        return Largest(torch.maximum(self.total, other.total), self.count + other.count)
+
+    def item(self) -> float:
+        """The largest value; NaN if there are none."""
+        return self.total.item() if self.count.item() else math.nan
+
+
 Metrics = dict[str, Mean]
 
 

@@ -42,7 +42,7 @@ def read_model(source: str | Path, named: str, **options: Any) -> Any:
     if problem := folder_problem(source):
         raise ConfigError(f"{named} cannot be loaded: {problem}")
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=torch.float32,
@@ -144,18 +144,22 @@ def _starts_with(file: Path, start: bytes) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' report of keys, which `_require_all_weights` replaces, and its bar."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level, shown = logger.level, bars.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
+    logger, shown = logging.getLogger("transformers.modeling_utils"), bars.is_progress_bar_enabled()
+    # Not by its level: at a high one transformers looks for layers that nobody asked to shard.
+    logger.addFilter(_is_error)
     bars.disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_error)
         if shown:
             bars.enable_progress_bar()
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _require_all_weights(model: nn.Module, found: dict[str, Any], named: str) -> None:

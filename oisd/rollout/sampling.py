@@ -20,7 +20,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-_NOISE_AT_ONCE = 1 << 22
+# Numbers of noise drawn at once: enough to fill a GPU; on a CPU, what stays in its cache.
+_NOISE_AT_ONCE = {"cpu": 1 << 17}
+_NOISE_ELSEWHERE = 1 << 22
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 
@@ -47,7 +49,8 @@ class TokenSampler:
         keys, positions: [B] int64, `row_keys` of the completions and how many tokens they have.
         """
         # In slices: the noise of many rows over a large vocabulary is gigabytes.
-        rows = max(1, _NOISE_AT_ONCE // scores.shape[-1])
+        at_once = _NOISE_AT_ONCE.get(scores.device.type, _NOISE_ELSEWHERE)
+        rows = max(1, at_once // scores.shape[-1])
         parts = zip(scores.split(rows), keys.split(rows), positions.split(rows), strict=True)
         chosen = [self._choose(*part) for part in parts]
         tokens, logprobs = zip(*chosen, strict=True)
@@ -60,7 +63,7 @@ class TokenSampler:
         choice = logprobs
         if not self.greedy:
             noise = uniform(keys, positions, scores.shape[-1])
-            choice = logprobs.double() - (-noise.log()).log()
+            choice = logprobs.double().sub_(noise.log_().neg_().log_())
         token = choice.argmax(dim=-1)
         return token, logprobs.gather(1, token[:, None]).squeeze(1)
 
@@ -79,11 +82,11 @@ def uniform(keys: Tensor, position: int | Tensor, count: int) -> Tensor:
     position: one for all rows, or [B] int64.
     """
     golden = _signed(_GOLDEN)
-    at_position = _mix(keys + (torch.as_tensor(position, device=keys.device) + 1) * golden)
+    at_position = _mix_(keys + (torch.as_tensor(position, device=keys.device) + 1) * golden)
     columns = torch.arange(1, count + 1, device=keys.device) * golden
-    bits = _mix(at_position[:, None] + columns)
+    bits = _mix_(at_position[:, None] + columns)
     # 52 bits and a half: with 53 the largest would round to 1, whose noise is infinite.
-    return (_shift(bits, 12).double() + 0.5) * 2.0**-52
+    return _shift(bits, 12).double().add_(0.5).mul_(2.0**-52)
 
 
 def _mix_int(x: int) -> int:
@@ -94,16 +97,16 @@ def _mix_int(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """The same on int64 tensors, whose products wrap as unsigned ones do."""
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift(x, 31)
+def _mix_(x: Tensor) -> Tensor:
+    """The same on int64 tensors, in place, whose products wrap as unsigned ones do."""
+    x.bitwise_xor_(_shift(x, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    x.bitwise_xor_(_shift(x, 27)).mul_(_signed(0x94D049BB133111EB))
+    return x.bitwise_xor_(_shift(x, 31))
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical right shift; that of int64 would copy the sign bit."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _signed(x: int) -> int:

@@ -42,7 +42,8 @@ from oisd.run.jsonl import read_rows
 # Settings that may change between a run and its continuation: they say how long and how often, not
 # what is computed.
 _MAY_CHANGE = re.compile(
-    r"run\.(steps|save_every|keep_checkpoints|completions_every|restart|output_dir|device)\b"
+    r"(run\.(steps|save_every|keep_checkpoints|completions_every|restart|output_dir|device)"
+    r"|rollout\.offload)\b"
 )
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from oisd.losses.metrics import Mean, Metrics, add_metrics
+from oisd.losses.metrics import Metrics, add_metrics
 
 T = TypeVar("T")
 
@@ -86,10 +86,10 @@ class Processes:
     def reduce(self, metrics: Metrics) -> Metrics:
         """The metrics over all processes; a process may lack some of the names."""
         flat = [torch.stack([m.total.cpu(), m.count.cpu()]) for m in metrics.values()]
-        ours = dict(zip(metrics, torch.stack(flat).tolist(), strict=True))
+        pairs = zip(map(type, metrics.values()), torch.stack(flat).tolist(), strict=True)
         total: Metrics = {}
-        for theirs in self.gather(ours):
-            found = {name: Mean(*torch.tensor(pair)) for name, pair in theirs.items()}
+        for theirs in self.gather(dict(zip(metrics, pairs, strict=True))):
+            found = {name: kind(*torch.tensor(pair)) for name, (kind, pair) in theirs.items()}
             total = add_metrics(total, found)
         return total
 

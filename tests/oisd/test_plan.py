@@ -12,6 +12,7 @@ from oisd import plan as planning
 from oisd.cli import main, recipe_path
 from oisd.config import ConfigError, load_recipe
 from oisd.plan import GIB, SHAPES, Shape, layer_activations, memory_plan, model_shape, shape_of
+from oisd.rollout.model_copy import ModelCopy
 from tests import ROOT
 from tests.tiny_models import TINY, tiny_model
 
@@ -120,19 +121,24 @@ def test_activations_of_a_layer(name, half):
 
 
 @pytest.mark.parametrize("half", [True, False], ids=["bf16", "float32"])
-def test_cache_of_keys_and_values(half):
-    model, tokens = tiny_model("qwen3"), 40
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_cache_of_keys_and_values_and_the_copy_that_samples(half, tied):
+    model, tokens = tiny_model("qwen3", tie_word_embeddings=tied), 40
     cache = DynamicCache(config=model.config)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        model(torch.randint(3, 100, (2, tokens)), past_key_values=cache)
+    samples = ModelCopy(model, torch.bfloat16).fill() if half else model
+    with torch.no_grad():
+        samples(torch.randint(3, 100, (2, tokens)), past_key_values=cache)
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    copied = sum({p.data_ptr(): p.nbytes for p in samples.parameters()}.values()) * half
     config = load_recipe(recipe_path("arithmetic"))
     dtype = "bfloat16" if half else "float32"
     model_config = type(config.model)(path="arithmetic", dtype=dtype)
     data = type(config.data)(max_prompt_tokens=tokens - 6)
     rollout = type(config.rollout)(batch_size=2, max_completion_tokens=6)
     config = type(config)(model=model_config, data=data, rollout=rollout)
-    assert memory_plan(config, shape_of(model.config)).rollout["key-value cache"] == size
+    plan = memory_plan(config, shape_of(model.config))
+    assert plan.rollout["key-value cache"] == size
+    assert plan.rollout["sampling copy"] == copied and (copied > 0) == half
 
 
 def eager_jsd(students: list[torch.Tensor], teacher: torch.Tensor) -> torch.Tensor:
@@ -177,12 +183,38 @@ def test_qwen3_4b_by_hand():
     # 9.3 GiB for a map of logits, 10.1 GiB for one of attention: what the kernels avoid.
     assert plan.eager["head"] == 7 * 4 * 16384 * 151936
     assert plan.eager["attention maps"] == 6 * 4 * 32 * 9216**2
-    assert plan.rollout["key-value cache"] == 24 * 9216 * 36 * 8 * 128 * 8
-    assert plan.peak / GIB == pytest.approx(113.3, abs=0.1)  # the rollout's, by its cache
+    assert plan.rollout["key-value cache"] == 24 * 9216 * 36 * 8 * 128 * 4
+    assert plan.rollout["sampling copy"] == 2 * p
+    assert plan.peak / GIB == pytest.approx(82.9, abs=0.1)  # the rollout's, by its cache
     assert plan.sharded(4) < plan.sharded(2) < plan.peak
 
 
-def test_continuous_batching_keeps_its_cache_in_the_dtype_of_the_forward():
+def test_offload_takes_the_moments_off_the_card():
+    config = load_recipe(recipe_path("qwen3-4b"))
+    shape = SHAPES["Qwen/Qwen3-4B"]
+    plain = memory_plan(config, shape)
+    config = replace(config, rollout=replace(config.rollout, offload=True))
+    plan = memory_plan(config, shape)
+    assert plan.host == {"AdamW": 8 * shape.parameters} and not plain.host
+    assert plain.peak - plan.peak == 8 * shape.parameters
+    assert plan.peak / GIB == pytest.approx(52.9, abs=0.1)
+    # What the sampling copy in bf16 and `offload` are for: before them the recipe took 113.3 GiB.
+    assert plain.peak <= 0.75 * 113.3 * GIB and plan.peak <= 0.5 * 113.3 * GIB
+    # In a step: parameters, gradients, and 12 bytes for each number of the largest parameter.
+    step = plan.held + plan.update["gradients"] + 12 * shape.vocabulary * shape.width
+    assert step < plan.peak
+    assert plan.sharded(4) == plain.sharded(4)
+
+
+def test_float32_has_no_copy_and_a_cache_in_float32():
+    config = load_recipe(recipe_path("qwen3-4b"))
+    config = replace(config, model=replace(config.model, dtype="float32"))
+    plan = memory_plan(config, SHAPES["Qwen/Qwen3-4B"])
+    assert plan.rollout["sampling copy"] == 0
+    assert plan.rollout["key-value cache"] == 24 * 9216 * 36 * 8 * 128 * 8
+
+
+def test_continuous_batching_fills_whole_blocks():
     config = load_recipe(recipe_path("qwen3-4b"))
     config = replace(config, rollout=replace(config.rollout, engine="continuous"))
     plan = memory_plan(config, SHAPES["Qwen/Qwen3-4B"])

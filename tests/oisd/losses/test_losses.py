@@ -219,6 +219,7 @@ def grpo_by_hand(tokens, weights, config, on_policy=False):
     total = 0.0
     gradient = np.zeros(tuple(tokens.mask.shape))
     low = high = dual = kl_old = kl_ref = tis = truncated = 0.0
+    sampler = []
     cap = 2.0 if config.tis_cap == "auto" and not on_policy else config.tis_cap
     for b, t in tokens.mask.nonzero().tolist():
         a = tokens.advantages[b].item()
@@ -248,6 +249,8 @@ def grpo_by_hand(tokens, weights, config, on_policy=False):
             slope += config.kl_coef * (1 - math.exp(gap))
             kl_ref += math.exp(gap) - 1 - gap
         kl_old += ratio - 1 - (new - old)
+        gap = old - tokens.rollout[b, t].item()
+        sampler.append(math.exp(gap) - 1 - gap)
         total += weights[b, t].item() * value
         gradient[b, t] = weights[b, t].item() * slope
     count = int(tokens.mask.sum())
@@ -258,7 +261,9 @@ def grpo_by_hand(tokens, weights, config, on_policy=False):
         metrics |= {"tis/weight": tis, "tis/truncated": truncated}
     if config.kl_coef:
         metrics["kl/ref"] = kl_ref
-    return total, torch.from_numpy(gradient), {k: v / count for k, v in metrics.items()}
+    means = {k: v / count for k, v in metrics.items()}
+    means |= {"kl/sampler": sum(sampler) / count, "kl/sampler_max": max(sampler)}
+    return total, torch.from_numpy(gradient), means
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
