@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Windows shorter than the texts are refused where transformers fills them wrongly.
-WINDOWED = ["mistral", "gemma3", "phi3"]
+WINDOWED = ["mistral", "gemma3", "phi3", "gpt_oss"]
 full_windows = [
     pytest.param(
         name,
@@ -87,9 +87,13 @@ def test_the_same_noise_gives_the_same_completions(model, settings):
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "oisd"])
 @pytest.mark.parametrize("name", [*PLAIN, *full_windows])
 def test_architectures(name, attention):
-    model = tiny_model(name, attn_implementation=attention)
     # The prompts are read in parts, more than fit wait, and prompts share blocks of 32.
     prompts = texts(4, 30) + [text for text in texts(2, 90, seed=1) for _ in range(3)]
+    if name == "gpt_oss" and attention != "eager":  # SDPA, which "oisd" pages by, has no sinks
+        with pytest.raises(ValueError, match="does not support"):
+            list(both(tiny_model(name, attn_implementation=attention), prompts, batch_size=4))
+        return
+    model = tiny_model(name, attn_implementation=attention)
     theirs, ours = both(model, prompts, batch_size=4)
     assert_alike(ours, theirs)
     assert model.config._attn_implementation == attention
