@@ -30,6 +30,8 @@ _WEIGHTS = re.compile(r"(adapter_)?model.*\.safetensors")
 _OTHER_WEIGHTS = {".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt"}
 # Constants that older checkpoints hold as buffers: rotary frequencies and causal masks.
 _CONSTANTS = re.compile(r"inv_freq$|\.attn(ention)?(\.attention)?\.(masked_)?bias$")
+# How transformers begins to say that a model has no SDPA, FlexAttention or FlashAttention.
+_NO_ATTENTION = re.compile(r"(\w+) does not support (an attention implementation|Flash ?Attention)")
 
 
 def read_model(source: str | Path, named: str, **options: Any) -> Any:
@@ -52,6 +54,12 @@ def read_model(source: str | Path, named: str, **options: Any) -> Any:
                 **options,
             )
     except Exception as error:  # a config of nonsense may raise anything
+        if refused := _NO_ATTENTION.match(str(error)):
+            raise ConfigError(
+                f"{named} cannot be loaded: attn_implementation must be one that {refused[1]} has "
+                f"in this version of transformers, got {options.get('attn_implementation')!r}; set "
+                f'attn_implementation="eager"'
+            ) from error
         here = "" if Path(source).exists() else "there is no such folder here, and from the Hub: "
         raise ConfigError(f"{named} cannot be loaded: {here}{in_short(error)}") from error
     model, found = loaded

@@ -104,6 +104,15 @@ def test_a_config_of_another_model_is_refused(changes, words, tmp_path):
     assert all(word in text for word in words), text
 
 
+def test_an_attention_that_the_model_lacks_is_named_with_the_remedy(tmp_path):
+    """gpt-oss has no SDPA, which is the default."""
+    text = refusal(save(tmp_path, "gpt_oss"))
+    words = ["attn_implementation must be one that GptOssForCausalLM has", "got 'sdpa'"]
+    assert all(word in text for word in words), text
+    assert text.endswith('set attn_implementation="eager"') and len(text) < 400
+    assert load(tmp_path, attn_implementation="eager").model.config.num_local_experts == 3
+
+
 def test_what_ties_and_classes_make_good_is_loaded(tmp_path):
     tied = save(tmp_path / "tied", "qwen2")
     assert "lm_head.weight" not in load_file(tied / "model.safetensors")
