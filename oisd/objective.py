@@ -17,6 +17,7 @@ from oisd.losses import Metrics
 from oisd.models import Taps, Unembedding, UnsupportedModelError, last_logits_only
 from oisd.policy import Policy
 from oisd.rollout.sampling import row_keys, uniform
+from oisd.run.model_guards import as_settings
 from oisd_kernels import linear_logprob
 
 
@@ -52,18 +53,21 @@ class Objective:
         self.sampled_by("generate")
         align, internal = config.oisd, config.grpo.internal_layer
         students = list(align.student_layers) if align.active else []
-        with policy.autocast():  # frozen layers beside adapters run in it alone
-            self.taps = Taps(
-                policy.model,
-                student_layers=students if internal is None else [internal],
-                attention=align.attention_weight > 0,
-                lens_norm=align.lens_norm if internal is None else "none",
-                attention_kernel=self._attention_kernel(),
-                divergence=align.divergence,
-                beta=align.beta,
-                attention_student=align.attention_student,
-                attention_teacher=align.attention_teacher,
-            )
+        try:
+            with policy.autocast():  # frozen layers beside adapters run in it alone
+                self.taps = Taps(
+                    policy.model,
+                    student_layers=students if internal is None else [internal],
+                    attention=align.attention_weight > 0,
+                    lens_norm=align.lens_norm if internal is None else "none",
+                    attention_kernel=self._attention_kernel(),
+                    divergence=align.divergence,
+                    beta=align.beta,
+                    attention_student=align.attention_student,
+                    attention_teacher=align.attention_teacher,
+                )
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(as_settings(str(error))) from error
         if align.attention_weight and align.attention_kernel == "fused":
             self._require_fused()
         self.coefficients = {"grpo": 1.0}

@@ -15,7 +15,7 @@ from oisd.models import guards as cheap
 from oisd.models import thorough_guards as thorough
 from oisd.models.layout import find_layout, unwrap
 from oisd.policy import Policy
-from oisd.run.model_guards import clearest
+from oisd.run.model_guards import as_settings, clearest
 
 _PART = "model"
 
@@ -81,7 +81,8 @@ def _taps(model: Any, config: TrainConfig, layers: Sequence[int]) -> tuple[Taps,
     try:
         return Taps(model, layers, attention=True, **given), ""
     except (UnsupportedModelError, ValueError) as error:
-        return Taps(model, layers, attention=False), str(error)
+        reason = as_settings(str(error)).removesuffix("; set oisd.attention_weight = 0")  # a remedy
+        return Taps(model, layers, attention=False), reason
 
 
 def _named(layers: Sequence[int]) -> str:

@@ -323,8 +323,10 @@ def _texts(policy: Policy, config: LookRun) -> list[list[int]]:
 
 def _as_options(error: UnsupportedModelError) -> str:
     """The message with its remedy as a command-line option; that of Taps is a call."""
-    call = 'call model.set_attn_implementation("eager"), or use attention=False'
-    return str(error).replace(call, "pass --attn-implementation eager")
+    call = 'call model.set_attn_implementation("eager")'
+    text = str(error).replace(call, "pass --attn-implementation eager")
+    # Not an option here: `oisd lens` goes on without, `oisd attention` has nothing else to show.
+    return text.replace(", or use attention=False", "").replace("; use attention=False", "")
 
 
 def _check_layer(layer: int | None, depth: int) -> None:

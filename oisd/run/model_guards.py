@@ -29,6 +29,16 @@ def clearest(policy: Policy) -> AbstractContextManager[Any]:
     return nullcontext() if whole and not flash else policy.autocast()
 
 
+def as_settings(reason: str) -> str:
+    """A reason of `Taps` with its remedies as settings of a run; there they are arguments."""
+    for call, setting in (
+        ('call model.set_attn_implementation("eager")', 'set model.attn_implementation = "eager"'),
+        ("use attention=False", "set oisd.attention_weight = 0"),
+    ):
+        reason = reason.replace(call, setting)
+    return reason
+
+
 def guard_model(policy: Policy, config: TrainConfig, folder: Path | None) -> None:
     """Run the cheap guards on the model of a run; write check.json; warn of what does not hold, and
     of dropout that was replaced.

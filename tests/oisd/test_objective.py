@@ -20,6 +20,7 @@ from oisd.policy import Policy
 from oisd.rollout import Completions
 from oisd.run.processes import Processes
 from oisd.trainer import learn
+from tests.tiny_models import tiny_model
 
 PAD, ROWS, MAX_TOKENS = 12, 11, 8
 AGGREGATIONS = ["token-mean", "sequence-mean", "dr-grpo"]
@@ -55,6 +56,18 @@ def config_of(*, tokens=10**6, aggregation="token-mean", run=None, **oisd):
         optimizer=OptimizerConfig(learning_rate=1e-2, max_grad_norm=1e9),
         run=RunConfig(tokens_per_microbatch=tokens, steps=100, **(run or {})),
     )
+
+
+def test_attention_that_cannot_be_compared_is_refused_with_the_settings_of_a_run():
+    """`Taps` speaks of its own arguments, which a recipe does not have."""
+    model = tiny_model("gemma2", attn_implementation="sdpa")
+    policy = Policy(model, arithmetic_tokenizer(), torch.float32)
+    with pytest.raises(UnsupportedModelError) as refused:
+        Objective(policy, config_of(student_layers=(2,)))
+    text = str(refused.value)
+    assert 'set model.attn_implementation = "eager", or set oisd.attention_weight = 0' in text
+    assert "attention=False" not in text and "call " not in text
+    Objective(policy, config_of(student_layers=(2,), attention_weight=0.0))
 
 
 def test_fused_attention_that_the_update_cannot_run_is_refused_when_the_run_is_made():
