@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oisd import losses
 from oisd.batch import Batch
-from oisd.config import TrainConfig
+from oisd.config import ConfigError, TrainConfig
 from oisd.losses import Metrics
 from oisd.models import Taps, Unembedding, UnsupportedModelError, last_logits_only
 from oisd.policy import Policy
@@ -68,6 +68,10 @@ class Objective:
                 )
         except UnsupportedModelError as error:
             raise UnsupportedModelError(as_settings(str(error))) from error
+        except ValueError as error:  # names the argument of Taps, which is called as the setting is
+            setting = f"oisd.{str(error).removeprefix('Taps: ')}"
+            setting = setting if internal is None else f"grpo.internal_layer: {error}"
+            raise ConfigError(setting) from error
         if align.attention_weight and align.attention_kernel == "fused":
             self._require_fused()
         self.coefficients = {"grpo": 1.0}

@@ -86,9 +86,7 @@ class Trainer:
             "rollout.max_completion_tokens",
         )
         guard_model(self.policy, config, self.folder.path if self.processes.is_first else None)
-        internal = config.grpo.internal_layer is not None
-        with naming("grpo.internal_layer" if internal else "oisd.student_layers"):
-            self.objective = Objective(self.policy, config)
+        self.objective = Objective(self.policy, config)
         taps = self.objective.taps
         compared = taps.attention_layers, taps.attention_words
         self.processes.on_first(partial(self.folder.record_attention, *compared))

@@ -10,7 +10,14 @@ import torch
 
 from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.batch import Batch, assemble
-from oisd.config import AlignmentConfig, GRPOConfig, OptimizerConfig, RunConfig, TrainConfig
+from oisd.config import (
+    AlignmentConfig,
+    ConfigError,
+    GRPOConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 from oisd.losses import Metrics
 from oisd.models import UnsupportedModelError
 from oisd.models.dropout import set_dropout
@@ -68,6 +75,26 @@ def test_attention_that_cannot_be_compared_is_refused_with_the_settings_of_a_run
     assert 'set model.attn_implementation = "eager", or set oisd.attention_weight = 0' in text
     assert "attention=False" not in text and "call " not in text
     Objective(policy, config_of(student_layers=(2,), attention_weight=0.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(student_layers=(4,)), r"^oisd\.student_layers must lie in 1\.\.3 .*, got 4$"),
+        (
+            dict(student_layers=(2,), attention_student=(4,)),
+            r"^oisd\.attention_student must lie in 1\.\.3, below the teacher's layer 4, got 4$",
+        ),
+        (
+            dict(student_layers=(2,), attention_teacher=9),
+            r"^oisd\.attention_teacher must lie in 2\.\.4, got 9$",
+        ),
+    ],
+    ids=["student", "attention student", "attention teacher"],
+)
+def test_a_layer_that_the_model_lacks_is_named_as_its_setting(policy, options, message):
+    with pytest.raises(ConfigError, match=message):
+        Objective(policy, config_of(**options))
 
 
 def test_fused_attention_that_the_update_cannot_run_is_refused_when_the_run_is_made():
