@@ -89,7 +89,8 @@ def _golds(columns: Mapping[str, Any], column: str | None) -> Sequence[Any]:
                     f"{type(golds).__name__}"
                 )
             return golds
-    given = [name for name, values in columns.items() if isinstance(values, list)]
+    of_trl = "completion_ids"
+    given = [n for n, values in columns.items() if isinstance(values, list) and n != of_trl]
     wanted = " or ".join(map(repr, names))
     raise ValueError(
         f"math_reward: the data must have a column {wanted} of gold answers, got {sorted(given)}; "

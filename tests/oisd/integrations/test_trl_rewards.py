@@ -83,7 +83,7 @@ def test_columns():
     assert math_reward([HALF], answer=["1/3"], solution=["1/2"]) == [1.0]
     assert other([HALF], final_answer=["1/2"], solution=["1/3"]) == [1.0]
     with pytest.raises(ValueError, match=r"column 'solution' or 'answer'.*got \['topic'\]"):
-        math_reward([HALF], topic=["halves"], trainer_state=object())
+        math_reward([HALF], topic=["halves"], completion_ids=[[1]], trainer_state=object())
     with pytest.raises(ValueError, match="column 'final_answer' of gold answers"):
         other([HALF], solution=["1/2"])
 
