@@ -52,7 +52,12 @@ def run(
     at_once: int | None = None,
 ) -> int:
     """Run the queue in a folder until `end` of `time.monotonic`, and print its table."""
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"benchmarks gpu: --out must be a folder that can be made, got {out}: {error.strerror}"
+        ) from None
     Results(out).begin(made_of(rehearse), str(out))
     watch = Watch(str(out), rehearse, probe, end=end)
     cores = os.cpu_count() or 2

@@ -82,13 +82,19 @@ class Results:
 
         Raises ValueError where its rows are of something else.
         """
+        content = self.path.read_bytes() if self.path.exists() else b""
+        if b"\n" in content and not self.rows("queue"):
+            raise ValueError(
+                f"benchmarks gpu: --out must be a new folder or one of this command, got {asked} "
+                f"with a {NAME} of something else; use another --out"
+            )
         self.repair()
         for row in self.rows("queue")[:1]:
             for key, what in (("sources", "sources"), ("device", "device"), ("mode", "mode")):
-                if row[key] != made_of[key]:
+                if row.get(key) != made_of[key]:
                     raise ValueError(
                         f"benchmarks gpu: --out must be a folder of the same {what} "
-                        f"({made_of[key]}), got {asked} with {row[key]}; use another --out"
+                        f"({made_of[key]}), got {asked} with {row.get(key)}; use another --out"
                     )
         self.append({"kind": "queue", **made_of})
 

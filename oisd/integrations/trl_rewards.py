@@ -5,6 +5,7 @@ Imports nothing of TRL, so that a worker that is sent the function starts fast.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -26,7 +27,7 @@ def math_reward(
     r"""`oisd.rewards.math_reward` as a reward function of TRL: `reward_funcs=math_reward`.
 
     1.0 where the last `\boxed{}` of a completion equals the gold answer, 0.0 where it does not, and
-    None, by which TRL leaves a completion out, where the gold answer is None or cannot be read.
+    None, by which TRL leaves a completion out, where the gold answer is None, NaN or unreadable.
 
     completions: texts, or lists of messages, of which the assistant's last one is graded.
     prompts: not used.
@@ -40,8 +41,11 @@ def math_reward(
     is missing, lists of different lengths, and anything that is neither text nor messages.
     """
     golds = _golds(columns, column)
-    if isinstance(completions, str) or len(completions) != len(golds):
-        got = "a string" if isinstance(completions, str) else f"{len(completions)} of them"
+    if isinstance(completions, str) or not isinstance(completions, Sequence):
+        got = "a string" if isinstance(completions, str) else type(completions).__name__
+    else:
+        got = f"{len(completions)} of them"
+    if got != f"{len(golds)} of them":
         raise ValueError(
             f"math_reward: completions must be a list as long as that of gold answers, "
             f"{len(golds)}, got {got}"
@@ -85,7 +89,8 @@ def _golds(columns: Mapping[str, Any], column: str | None) -> Sequence[Any]:
                     f"{type(golds).__name__}"
                 )
             return golds
-    given = [name for name, values in columns.items() if isinstance(values, list)]
+    of_trl = "completion_ids"
+    given = [n for n, values in columns.items() if isinstance(values, list) and n != of_trl]
     wanted = " or ".join(map(repr, names))
     raise ValueError(
         f"math_reward: the data must have a column {wanted} of gold answers, got {sorted(given)}; "
@@ -106,12 +111,18 @@ def _text(completion: Any, index: int) -> str:
         ) from None
     content = said[-1] if said else ""
     if isinstance(content, list):  # of parts, as multimodal templates have them
-        return "".join(part.get("text") or "" for part in content)
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        if wrong := [part for part in parts if not isinstance(part, str | None)]:
+            raise ValueError(
+                f"math_reward: completions[{index}] must have parts with a text, got "
+                f"{type(wrong[0]).__name__}"
+            )
+        return "".join(part or "" for part in parts)
     return content or ""  # a message that only calls tools has none
 
 
 def _answer(gold: Any, index: int) -> str | None:
-    if gold is None:
+    if gold is None or (isinstance(gold, float) and math.isnan(gold)):  # pandas' None
         return None
     if isinstance(gold, bool) or not isinstance(gold, str | int | float):
         raise ValueError(

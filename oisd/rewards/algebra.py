@@ -6,6 +6,7 @@ agree in six decimals, decides nothing here.
 """
 
 import logging
+import re
 import signal
 import sys
 from functools import lru_cache
@@ -14,6 +15,7 @@ from typing import Any
 from oisd.rewards.reading.spelling import tidy
 from oisd.rewards.verdicts import is_readable, verdict
 
+_SIDE_BY_SIDE = re.compile(r"\d\s+[\d.]")
 WORKER_BYTES = 4 << 30  # address space of a worker, which idles at 0.1 GiB
 
 
@@ -37,6 +39,8 @@ def start_worker() -> None:
 def _parsed(answer: str) -> Any:
     from math_verify import LatexExtractionConfig, parse
 
+    if "\\" not in tidy(answer) and _SIDE_BY_SIDE.search(tidy(answer)):
+        return None  # math-verify would take 1 2 for the mixed number 1 + 2
     # Only the box: without one, math-verify would take any fraction it finds in the text.
     config = LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
     boxed = "\\boxed{" + tidy(answer) + "}"

@@ -110,10 +110,10 @@ def of_reward(name: str) -> str:
         found = importlib.util.find_spec(module if function else "oisd.rewards")
     finally:
         sys.path[:] = path
-    if found is None or found.origin is None:
+    if found is None or not found.has_location or found.origin is None:  # built into Python
         return name
     source = Path(found.origin)
-    files = [source] if function else sorted(source.parent.glob("*.py"))
+    files = [source] if function else sorted(source.parent.rglob("*.py"))
     digest = hashlib.sha256(name.encode())
     for file in files:
         digest.update(file.read_bytes())

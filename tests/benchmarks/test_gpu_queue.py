@@ -220,6 +220,21 @@ def test_results_of_something_else_are_refused_by_name(tmp_path):
             Results(tmp_path).begin(made_of | {key: value}, "DIR")
 
 
+@pytest.mark.parametrize("content", ["not json\n", '{"a": 1}\n', '{"step": "machine"}\n'])
+def test_a_file_of_another_program_is_left_alone(content, tmp_path):
+    (tmp_path / results.NAME).write_text(content)
+    with pytest.raises(ValueError, match="--out must be a new folder or one .* got DIR with a res"):
+        Results(tmp_path).begin({"sources": "a", "device": "CPU", "mode": "rehearsal"}, "DIR")
+    assert (tmp_path / results.NAME).read_text() == content
+
+
+def test_a_file_for_the_folder_is_refused(tmp_path):
+    file = tmp_path / "taken"
+    file.write_text("")
+    with pytest.raises(ValueError, match="--out must be a folder that can be made, got .*taken"):
+        command.run([], file, end=0.0, rehearse=True)
+
+
 # The queue itself
 
 

@@ -88,10 +88,10 @@ def is_prose(phrase: str) -> bool:
 
 
 _MONTHS = "january february march april may june july august september october november december"
-_MONTH = "|".join(_MONTHS.split())
+_MONTH = "|".join(rf"{month[:3]}(?:{month[3:]})?" for month in _MONTHS.split()) + "|sept"
 _DATE = re.compile(
-    rf"(?:(?P<day>\d{{1,2}})\s*(?:of )?(?P<month>{_MONTH})"
-    rf"|(?P<month_>{_MONTH}) (?P<day_>\d{{1,2}}))"
+    rf"(?:(?P<day>\d{{1,2}})\s*(?:of )?(?P<month>{_MONTH})\.?"
+    rf"|(?P<month_>{_MONTH})\.? (?P<day_>\d{{1,2}}))"
     r"(?:,? (?P<year>\d{4}))?"
 )
 
@@ -102,7 +102,7 @@ def _date(phrase: str) -> Tree | None:
     if not found:
         return None
     day, month = int(found["day"] or found["day_"]), found["month"] or found["month_"]
-    return ("date", found["year"], month, day) if 1 <= day <= 31 else None
+    return ("date", found["year"], month[:3], day) if 1 <= day <= 31 else None
 
 
 def whole_phrase(text: str) -> Tree | None:

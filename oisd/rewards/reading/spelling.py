@@ -27,6 +27,7 @@ _NAMED_SIGNS = {
     "∪": "cup", "∩": "cap", "∅": "emptyset", "∈": "in", "≈": "approx", "≡": "equiv", "√": "sqrt",
     "⟨": "langle", "⟩": "rangle", "…": "ldots", "→": "to", "∖": "setminus", "‰": "permille",
     "∠": "angle", "θ": "theta", "α": "alpha", "β": "beta", "γ": "gamma", "λ": "lambda", "φ": "phi",
+    "✓": "checkmark", "✔": "checkmark", "✅": "checkmark", "□": "square", "■": "blacksquare",
 }  # fmt: skip
 _TRANSLATED = (
     dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff\xad"))
@@ -110,8 +111,10 @@ _REWRITTEN: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], 
         (r"[,;]?\s*\(\s*([a-zA-Z])\s*\\in\s*\\setZ\s*\)", r", \1\\in\\setZ "),
         (r"\{?\}?\s*[_^]\s*\{?(\d+)\}?\s*(?:C|\\(?:text|mathrm)\{C\})\s*_\s*\{?(\d+)\}?",
          r"\\binom{\1}{\2}"),
-        (r"(?<=[\dA-F])\s*\(?\s*(?:\\text\s*\{)?\s*\(?(?:in )?base[- ](\w+)\s*\)?\s*\}?\s*\)?",
-         r"_{\1}"),
+        (r"(?<=[\dA-F])\s*\(?\s*(?:\\text\s*\{)?\s*\(?(?:in )?base(?:[- ]|\s*\})\s*(\w+)\s*\)?"
+         r"\s*\}?\s*\)?", r"_{\1}"),
+        (r"(?<![.\w])(\d[\dA-F]*)\s*\(?\s*(?:\\text\s*\{)?\s*\(?(?:in )?"
+         r"(binary|octal|decimal|hexadecimal)\s*\)?\s*\}?\s*\)?\s*$", r"\1_{\2}"),
         (r"_\{\((\d+)\)\}", r"_{\1}"),
         (r"\\\\\[[^][]*\]", r"\\\\"),
         (r"\\+\s*$", ""),
@@ -126,7 +129,7 @@ _STARRED = re.compile(r"\s*(\*\*|__|`+|\*)(?=\S)(.*?)(?<=\S)\1\s*([.,;:]?)\s*", 
 @lru_cache(maxsize=8192)
 def tidy(text: str) -> str:
     """The answer with one spelling for signs, thousands and spaces, without colours and stars."""
-    if _SIMPLE.fullmatch(text):
+    if _SIMPLE.fullmatch(text) and not text.endswith(("binary", "octal", "decimal")):
         return text.strip()
     text = text.translate(_TRANSLATED)
     if not text.isascii():

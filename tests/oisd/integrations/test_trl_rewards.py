@@ -36,13 +36,14 @@ HALF = r"So it is $\boxed{\frac12}$."
         (HALF, 1.0),
         ([said(HALF)], 1.0),
         ([said([{"type": "text", "text": HALF}])], 1.0),
+        ([said([HALF])], 1.0),
         ([said(HALF), said(r"\boxed{9}", role="tool")], 1.0),
         ([said(HALF), said(r"\boxed{9}")], 0.0),
         ([said(None)], 0.0),
         ([], 0.0),
         ("1/2", 0.0),  # no box
     ],
-    ids=["plain", "message", "parts", "tool", "last", "empty", "none", "no-box"],
+    ids=["plain", "message", "parts", "strings", "tool", "last", "empty", "none", "no-box"],
 )
 def test_the_last_words_of_the_assistant_are_graded(completion, reward):
     assert math_reward(prompts=["?"], completions=[completion], solution=["0.5"]) == [reward]
@@ -56,6 +57,7 @@ def test_the_last_words_of_the_assistant_are_graded(completion, reward):
         (0.5, 1.0),
         (2, 0.0),
         (None, None),
+        (float("nan"), None),
         ("", None),
     ],
     ids=str,
@@ -81,7 +83,7 @@ def test_columns():
     assert math_reward([HALF], answer=["1/3"], solution=["1/2"]) == [1.0]
     assert other([HALF], final_answer=["1/2"], solution=["1/3"]) == [1.0]
     with pytest.raises(ValueError, match=r"column 'solution' or 'answer'.*got \['topic'\]"):
-        math_reward([HALF], topic=["halves"], trainer_state=object())
+        math_reward([HALF], topic=["halves"], completion_ids=[[1]], trainer_state=object())
     with pytest.raises(ValueError, match="column 'final_answer' of gold answers"):
         other([HALF], solution=["1/2"])
 
@@ -94,9 +96,11 @@ def test_columns():
         ([HALF], "1/2", "column 'solution' must be a list of gold answers, got str"),
         ([3], ["1/2"], r"completions\[0\] must be a string or a list of messages .*, got int"),
         ([[{"text": HALF}]], ["1/2"], r"completions\[0\] must be"),
+        ([[said([{"text": 3}])]], ["1/2"], r"completions\[0\] must have parts .* text, got int"),
+        (iter([HALF]), ["1/2"], "completions must be a list .*, got list_iterator"),
         ([HALF], [["1/2"]], "gold answer 0 must be a string, a number or None, got list"),
     ],
-    ids=["lengths", "one-string", "one-gold", "number", "no-content", "list"],
+    ids=["lengths", "one-string", "one-gold", "number", "no-content", "parts", "iterator", "list"],
 )
 def test_errors_name_the_argument(completions, solution, says):
     with pytest.raises(ValueError, match="math_reward: .*" + says):

@@ -3,6 +3,7 @@
 import pytest
 
 from oisd.rewards import math_reward
+from oisd.rewards.algebra import closed_form
 from oisd.rewards.verdicts import verdict
 
 # What is written, forms equal to it, and forms that are not.
@@ -20,8 +21,9 @@ FORMS = {
     ),
     "2 hours 5 minutes 9 seconds": (["2:05:09", "7509 seconds"], ["2:05:90", "2:05", "2:09:05"]),
     "75": (
-        ["Rs. 75", "Rs 75", r"\text{Rs. }75", r"75 \checkmark", r"75\ \blacksquare", r"\fbox{75}"],
-        ["Rs. 76", r"76\checkmark", r"\checkmark", r"\square"],
+        ["Rs. 75", "Rs 75", r"\text{Rs. }75", r"75 \checkmark", r"75\ \blacksquare", r"\fbox{75}",
+         "75 ✓", "75 ✅"],
+        ["Rs. 76", "76 ✓", "75 ✗", r"76\checkmark", r"\checkmark", r"\square"],
     ),
     "56": ([r"8 \choose 3", r"{8\choose 3}", r"8\choose{3}"], [r"8 \choose 2", r"3 \choose 8"]),
     r"\mathbb{R} \setminus \{3\}": (
@@ -39,8 +41,9 @@ FORMS = {
         [r"3^n + 1 \text{ for all } n", r"3^n - 1 \text{ for all } n > 4"],
     ),
     "14 July 1789": (
-        ["July 14, 1789", r"\text{July 14, 1789}", "the 14th of July, 1789", "14 JULY 1789"],
-        ["July 4, 1789", "July 14, 1798", "June 14, 1789", "July 14"],
+        ["July 14, 1789", r"\text{July 14, 1789}", "the 14th of July, 1789", "14 JULY 1789",
+         "14 Jul 1789", "Jul. 14, 1789"],
+        ["14 Jun 1789", "July 4, 1789", "July 14, 1798", "June 14, 1789", "July 14"],
     ),
     "2400000": (["2.4M", "2.4 million"], ["2.4", "2.4k", "2.5M"]),
     "6.5k": (["6500", "6.5 thousand"], ["6.5", "6.5M"]),
@@ -50,7 +53,15 @@ FORMS = {
     "#### 1,250": (["1250", "1,250"], ["125", "1,251"]),
     "1001": ([], ["1001_2", "1001_{8}", r"1001_{\text{two}}"]),
     "9": (["1001_2", r"11_{8}"], ["9_{12}0"]),
-    "1001_2": (["1001", "1001_{2}"], ["1001_3", "9_{10}"]),
+    "1001_2": (
+        ["1001", "1001_{2}", r"1001\text{ base }2", r"1001\text{ in binary}"],
+        ["1001_3", "9_{10}", r"1001\text{ base }3", r"1001\text{ in base }{8}",
+         r"1001\text{ octal}", "1001 (hexadecimal)"],
+    ),
+    "63_9": (
+        [r"63\text{ base }9"],
+        [r"63\text{ octal}", r"63\text{ decimal}", "63 decimal", "63 octal"],
+    ),
 }  # fmt: skip
 RIGHT = [(gold, form) for gold, (equal, _) in FORMS.items() for form in equal]
 WRONG = [(gold, form) for gold, (_, other) in FORMS.items() for form in other]
@@ -64,6 +75,12 @@ def test_equal(gold, answer):
 @pytest.mark.parametrize("gold, answer", WRONG)
 def test_other(gold, answer):
     assert verdict(answer, gold) is False
+
+
+@pytest.mark.parametrize("gold", ["1 2", r"1\quad 2", "1 2 3"])
+def test_numbers_side_by_side_are_not_added(gold):
+    assert closed_form(gold) is None
+    assert closed_form(r"\int_0^1 2\,dx") == "2"
 
 
 def test_a_whole_solution_of_gsm8k_as_gold():

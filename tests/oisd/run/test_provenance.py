@@ -118,6 +118,15 @@ def test_a_reward_is_known_by_its_source(tmp_path, monkeypatch):
     assert provenance.of_reward("math") != provenance.of_reward("boxed_string")
 
 
+def test_our_graders_rules_count_and_what_is_built_into_python_has_no_source(monkeypatch):
+    read: list[Path] = []
+    whole = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.append(path) or whole(path))
+    assert len(provenance.of_reward("math")) == 64
+    assert {"compare.py", "spelling.py", "grading.py"} <= {path.name for path in read}
+    assert provenance.of_reward("sys:exit") == "sys:exit"
+
+
 def test_versions_are_those_installed():
     found = provenance.versions()
     assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
