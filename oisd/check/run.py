@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,8 +24,9 @@ from oisd.options import CheckRun
 from oisd.plan import GIB, USABLE, memory_plan, shape_of
 from oisd.policy import Policy, load_for_training
 from oisd.rewards import RewardFunction, load_reward
+from oisd.run.folder import command_folder
 from oisd.run.model_guards import clearest
-from oisd.schema import ConfigError, naming
+from oisd.schema import naming
 
 # What the lens reads: enough for the rule, little enough for a vocabulary of 150,000 on a CPU.
 _LENS_TEXTS, _LENS_TOKENS = 2, 32
@@ -38,7 +38,7 @@ def run_check(path: str, given: CheckRun) -> dict[str, Any]:
     Raises ConfigError for settings that cannot be, and what loading the model raises.
     """
     config = settings_of(path, given)
-    folder = _folder(path, given)
+    folder = command_folder("check", path, given.output_dir)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     device = config.run.device
@@ -66,18 +66,6 @@ def run_check(path: str, given: CheckRun) -> dict[str, Any]:
     file = folder / "check.json"
     file.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return {**report, "rows": findings, "file": str(file)}
-
-
-def _folder(path: str, given: CheckRun) -> Path:
-    name = Path(path).resolve().name if Path(path).exists() else path.replace("/", "--")
-    folder = Path(given.output_dir or f"runs/check/{name}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir {str(folder)!r} cannot be written: {error.strerror or error}"
-        ) from error
-    return folder
 
 
 def _all_rows(

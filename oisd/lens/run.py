@@ -24,6 +24,7 @@ from oisd.models import UnsupportedModelError
 from oisd.options import LookRun
 from oisd.policy import Policy, load_for_command
 from oisd.run import provenance
+from oisd.run.folder import command_folder
 from oisd.schema import option, require, require_device
 
 
@@ -232,14 +233,7 @@ def _folder(model: str, config: LookRun, command: str) -> Path:
         value = getattr(config, name)
         require(value >= 0, option(name), "at least 0", value)
     require_device("--device", config.device)
-    name = Path(model).resolve().name if Path(model).exists() else model.replace("/", "--")
-    folder = Path(config.output_dir or f"runs/{command}/{name}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir {str(folder)!r} cannot be written: {error.strerror or error}"
-        ) from error
+    folder = command_folder(command, model, config.output_dir)
     drawn = _read_made_of(folder, command)
     if drawn and next(iter(drawn)) != _place(model):
         raise ConfigError(

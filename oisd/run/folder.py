@@ -34,7 +34,7 @@ import tomli_w
 import torch
 
 from oisd import adapters
-from oisd.config import TrainConfig, differences, load_recipe, to_tables
+from oisd.config import ConfigError, TrainConfig, differences, load_recipe, to_tables
 from oisd.data import Example
 from oisd.run import provenance
 from oisd.run.jsonl import read_rows
@@ -53,6 +53,22 @@ class RunFolderError(RuntimeError):
 
 class OtherRunError(RunFolderError):
     """The folder holds another run than the one that was asked for: refused before any work."""
+
+
+def command_folder(command: str, model: str, output_dir: str | None) -> Path:
+    """The folder of a command about one model, made; by default runs/COMMAND/NAME.
+
+    Raises ConfigError where it cannot be written.
+    """
+    name = Path(model).resolve().name if Path(model).exists() else model.replace("/", "--")
+    folder = Path(output_dir or f"runs/{command}/{name}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {str(folder)!r} cannot be written: {error.strerror or error}"
+        ) from error
+    return folder
 
 
 class RunFolder:

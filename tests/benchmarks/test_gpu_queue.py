@@ -101,7 +101,7 @@ def test_the_table_is_short_and_says_what_is_wrong(failures):
         assert wanted in text
     assert not any(len(line) > table.WIDTH for line in text.splitlines())
     assert (folder / "log.txt").read_text().count("[loud_fault]") >= 1
-    # What comes back from a lent machine is few files.
+    # The folder is copied from another machine, so it has few files.
     assert len(list(folder.iterdir())) <= 4
 
 
