@@ -65,6 +65,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "top_p": 0.95,
         "batch_size": 3,
         "engine": "auto",
+        "offload": True,
         "trial_tokens": 16,
     },
     "reward": {"function": "exact", "timeout": 0.5},
