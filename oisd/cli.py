@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from oisd.config import ConfigError, TrainConfig, from_tables, load_recipe, to_tables
-from oisd.schema import nearest, recipe_path, require, require_device, with_none_spelled
+from oisd.schema import nearest, one_line, recipe_path, require, require_device, with_none_spelled
 
 _USAGE = """\
 usage: oisd train [RECIPE] [--show] [--table.key value ...]
@@ -115,7 +115,7 @@ def _discard_output() -> None:
 
 def _from_outside(error: Exception) -> str:
     """What a machine or an installation lacks, in one line; "" for another error."""
-    reason = _one_line(error)
+    reason = _shortened(error)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return (
             f"out of memory: {reason}; take a smaller batch size or number of tokens, or see "
@@ -135,13 +135,13 @@ def _of_defect(error: Exception) -> str:
     ) as file:
         traceback.print_exception(error, file=file)
     return (
-        f"unexpected {type(error).__name__}: {_one_line(error)}; its traceback is in {file.name} "
+        f"unexpected {type(error).__name__}: {_shortened(error)}; its traceback is in {file.name} "
         f"(--debug shows it at once)"
     )
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+def _shortened(error: Exception) -> str:
+    text = one_line(error)
     return text if len(text) <= 300 else text[:299] + "\u2026"
 
 
@@ -299,13 +299,13 @@ def _compare(arguments: Sequence[str]) -> int:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                f"{folder} holds a summary.json that is not an evaluation's: {_one_line(error)}"
+                f"{folder} holds a summary.json that is not an evaluation's: {_shortened(error)}"
             ) from error
     try:
         _print_benchmarks(runs, out)
     except (KeyError, TypeError, IndexError) as error:
         raise ConfigError(
-            f"{' '.join(options)}: a summary.json there lacks or has changed {_one_line(error)}; "
+            f"{' '.join(options)}: a summary.json there lacks or has changed {_shortened(error)}; "
             f"run that evaluation again"
         ) from error
     return 0

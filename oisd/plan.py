@@ -47,6 +47,7 @@ from rich.table import Table
 from rich.text import Text
 
 from oisd.config import ConfigError, TrainConfig
+from oisd.schema import one_line
 from oisd_kernels.lens.chunked.chunks import DEFAULT_BYTES
 
 GIB = 1 << 30
@@ -150,7 +151,8 @@ def model_shape(path: str) -> Shape:
             return SHAPES[path]
         if (Path(path) / "config.json").exists():
             raise ConfigError(
-                f"model.path {path!r}: its config.json cannot be read: {_reason(error)}"
+                f"model.path {path!r}: its config.json cannot be read: "
+                f"{one_line(error, named=True)}"
             ) from error
         raise ConfigError(
             f"model.path {path!r} is neither a folder with a config.json, nor in the Hub's cache "
@@ -175,7 +177,7 @@ def shape_of(config: Any, source: str = "its configuration") -> Shape:
     except Exception as error:  # as above
         raise ConfigError(
             f"model.path: wanted a causal language model, got a {config.model_type}: "
-            f"{_reason(error)}"
+            f"{one_line(error, named=True)}"
         ) from error
     further = sum(p.numel() for p in model.parameters()) - shape.parameters
     if abs(further) > 0.01 * shape.parameters:
@@ -185,10 +187,6 @@ def shape_of(config: Any, source: str = "its configuration") -> Shape:
             f"decoder of its sizes has {shape.parameters:,}"
         )
     return replace(shape, further=further)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads",

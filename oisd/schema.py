@@ -31,6 +31,11 @@ def require(ok: bool, key: str, wanted: str, got: object) -> None:
         raise ConfigError(f"{key} must be {wanted}, got {got!r}")
 
 
+def one_line(error: BaseException, named: bool = False) -> str:
+    """What an error says, without line breaks; named: after the name of its type."""
+    return " ".join((f"{type(error).__name__}: {error}" if named else str(error)).split())
+
+
 def at_least(least: int, config: Any, *keys: str) -> None:
     """Raise ConfigError for a field of `config` below `least`; keys: "table.field"; None passes."""
     for key in keys:

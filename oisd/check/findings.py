@@ -10,7 +10,7 @@ from typing import Any, Literal
 from oisd.data import DataError
 from oisd.models import UnsupportedModelError
 from oisd.models.guards import Guard
-from oisd.schema import ConfigError
+from oisd.schema import ConfigError, one_line
 
 Status = Literal["pass", "warn", "fail", "not checked"]
 
@@ -64,7 +64,7 @@ def attempted(
     try:
         found.extend(look())  # so that rows before an error stay
     except Exception as error:  # a table with a hole says more than a traceback
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error) or type(error).__name__
         given = isinstance(error, ConfigError | DataError | UnsupportedModelError)
         if not isinstance(error, ValueError | OSError | RuntimeError):
             reason = f"{type(error).__name__}: {reason}"

@@ -13,6 +13,7 @@ from oisd.config import TrainConfig
 from oisd.models import Taps, UnsupportedModelError
 from oisd.models import guards as cheap
 from oisd.models import thorough_guards as thorough
+from oisd.models.head import softcapped
 from oisd.models.layout import find_layout, unwrap
 from oisd.policy import Policy
 from oisd.run.model_guards import as_settings, clearest
@@ -24,12 +25,10 @@ def layout_rows(policy: Policy) -> Iterator[Finding]:
     """What the model is made of, as the taps find it."""
     model: Any = unwrap(policy.model)
     with clearest(policy):
-        layout: Any = find_layout(model)
+        layout = find_layout(model)
     head = model.get_output_embeddings()
     tied = head.weight is model.get_input_embeddings().weight
-    norm = getattr(layout, "norm", None)
-    tail = getattr(getattr(layout, "tail", None), "modules", [norm] if norm is not None else [])
-    between = ", ".join(type(module).__name__ for module in tail) or "nothing"
+    between = ", ".join(type(module).__name__ for module in layout.tail.modules) or "nothing"
     parts = [
         f"{type(model).__name__}, {len(layout.layers)} layers",
         f"{between} before the head",
@@ -67,19 +66,16 @@ def taps_rows(policy: Policy, config: TrainConfig, layers: Sequence[int]) -> Ite
         f"{pairs[0].k.shape[2]} of keys",
         f"windows {sorted(windows)}" if windows else "",
         f"softcap {pairs[0].softcap:g}" if pairs[0].softcap else "",
-        getattr(taps, "attention_words", ""),
+        taps.attention_words,
     ]
     yield Finding(_PART, "attention", "pass", "; ".join(filter(None, words)))
 
 
 def _taps(model: Any, config: TrainConfig, layers: Sequence[int]) -> tuple[Taps, str]:
     """Taps with attention, or without it and the reason."""
-    # Which layers attend for the students', where the settings choose them.
-    names = ("attention_student", "attention_teacher")
-    chosen = {name: getattr(config.oisd, name, None) for name in names}
-    given: Any = {name: value for name, value in chosen.items() if value is not None}
+    own, teacher = config.oisd.attention_student, config.oisd.attention_teacher
     try:
-        return Taps(model, layers, attention=True, **given), ""
+        return Taps(model, layers, attention_student=own, attention_teacher=teacher), ""
     except (UnsupportedModelError, ValueError) as error:
         reason = as_settings(str(error)).removesuffix("; set oisd.attention_weight = 0")  # a remedy
         return Taps(model, layers, attention=False), reason
@@ -98,10 +94,7 @@ def _lens_row(policy: Policy, taps: Taps) -> Finding:
         head = taps.unembedding
         final, students = taps.final_hidden()[0], taps.student_hidden()[:, 0]
         own = torch.nn.functional.linear(final.to(head.weight.dtype), head.weight, head.bias)
-    own = own.float()
-    if head.logit_softcap is not None:
-        own = head.logit_softcap * torch.tanh(own / head.logit_softcap)
-    value = cheap.difference(own, logits, run=1)
+    value = cheap.difference(softcapped(own.float(), head.logit_softcap), logits, run=1)
     bound = cheap.default_tolerance(cheap.arithmetic(policy.model))
     finite = bool(students.isfinite().all())
     names = _named(taps.student_layers)

@@ -15,11 +15,11 @@ from oisd.objective import Objective
 from oisd.policy import Policy, Sampler
 from oisd.rewards import RewardFunction
 from oisd.rollout import ENGINES, Completions
+from oisd.run.alarms import GAP
 from oisd.run.engine_choice import TOLERANCE
+from oisd.schema import one_line
 
 _PART = "rollout"
-# Nats a token by which importance weights are no longer near 1 on average.
-_APART = 0.05
 
 
 @dataclass(frozen=True)
@@ -48,22 +48,14 @@ def sampling_rows(
     rows = range(len(repeated))
     off = replace(config, oisd=AlignmentConfig(think_weight=0.0, attention_weight=0.0))
     objective = Objective(policy, off)
+    short = replace(config.rollout, max_completion_tokens=most)
     for engine in engines:
         try:
             with Sampler(policy).ready() as ready:
-                made = ready.sample(
-                    repeated,
-                    rows,
-                    max_completion_tokens=most,
-                    temperature=config.rollout.temperature,
-                    top_p=config.rollout.top_p,
-                    seed=config.run.seed,
-                    batch_size=config.rollout.batch_size,
-                    engine=engine,
-                )
+                made = ready.roll_out(repeated, rows, short, seed=config.run.seed, engine=engine)
         except (ValueError, RuntimeError) as error:
             asked = config.rollout.engine == engine
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             remedy = 'set rollout.engine = "generate"' if asked else ""
             status = "fail" if asked else "warn"
             yield Finding(_PART, f"sampler {engine}", status, reason, remedy=remedy)
@@ -78,7 +70,7 @@ def sampling_rows(
 def _apart_row(policy: Policy, config: TrainConfig, engine: str, apart: torch.Tensor) -> Finding:
     name = f"sampler {engine}"
     mean, most = apart.mean().item(), apart.max().item()
-    bound = TOLERANCE.get(policy.dtype, _APART)
+    bound = TOLERANCE.get(policy.dtype, GAP)
     words = f"log-probs of {len(apart)} tokens: {mean:.2g} nats from the update's on average"
     found = f"{words}, {most:.2g} at most, in {config.model.dtype}"
     if config.rollout.top_p < 1:
@@ -86,7 +78,7 @@ def _apart_row(policy: Policy, config: TrainConfig, engine: str, apart: torch.Te
         return Finding(_PART, name, "warn", found, mean, bound, "set rollout.top_p = 1")
     if mean <= bound:
         return Finding(_PART, name, "pass", found, mean, bound)
-    status = "fail" if mean > _APART or mean != mean else "warn"
+    status = "fail" if mean > GAP or mean != mean else "warn"
     remedy = "run in float32, with another engine (rollout.engine), or with grpo.tis_cap"
     return Finding(_PART, name, status, found, mean, bound, remedy)
 

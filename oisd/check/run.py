@@ -26,6 +26,7 @@ from oisd.policy import Policy, load_for_training
 from oisd.rewards import RewardFunction, load_reward
 from oisd.run.folder import command_folder
 from oisd.run.model_guards import clearest
+from oisd.run.processes import device_named
 from oisd.schema import naming
 
 # What the lens reads: enough for the rule, little enough for a vocabulary of 150,000 on a CPU.
@@ -41,9 +42,7 @@ def run_check(path: str, given: CheckRun) -> dict[str, Any]:
     folder = command_folder("check", path, given.output_dir)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    device = config.run.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_named(config.run.device)
     with naming("--reward"):
         reward = load_reward(config.reward.function, config.reward.timeout)
     loading = replace(config.model, gradient_checkpointing=False)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from oisd.data.examples import DataError, Example, Message
+from oisd.schema import one_line
 
 
 class EncodedPrompts(NamedTuple):
@@ -51,7 +52,7 @@ def render_prompt(
         )
     except Exception as error:
         roles = ", ".join(message.role for message in messages)
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if not (continued and isinstance(error, ValueError) or _is_refusal(error)):
             raise DataError(
                 f"the chat template of {tokenizer.name_or_path or 'the tokenizer'} is broken: "

@@ -27,6 +27,7 @@ from oisd.plots import plot_pass_at_k
 from oisd.policy import Policy, load_for_command
 from oisd.rewards import RewardFunction, load_reward
 from oisd.run import provenance
+from oisd.run.folder import name_of_model
 from oisd.run.processes import Processes
 from oisd.schema import option, require, require_device
 
@@ -124,7 +125,7 @@ def plan_jobs(model: str, config: EvalRun) -> list[Job]:
 
     Raises ConfigError for a name that is no benchmark, or for one given twice.
     """
-    name = Path(model).resolve().name if Path(model).exists() else model.replace("/", "--")
+    name = name_of_model(model)
     if not config.benchmark:
         source = catalogue.resolve(config.data)
         data = Path(config.data).stem if Path(config.data).exists() else config.data

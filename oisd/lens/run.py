@@ -25,6 +25,7 @@ from oisd.options import LookRun
 from oisd.policy import Policy, load_for_command
 from oisd.run import provenance
 from oisd.run.folder import command_folder
+from oisd.run.processes import device_named
 from oisd.schema import option, require, require_device
 
 
@@ -274,9 +275,7 @@ def _made_of(models: Sequence[str], folder: Path, command: str) -> dict[str, Any
 def _load(path: str, config: LookRun) -> Policy:
     if config.threads:
         torch.set_num_threads(config.threads)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_named(config.device)
     # Outside autocast, as where it measures, the lens reads float32 parameters.
     policy = load_for_command(path, config, device, round_frozen=False)
     policy.model.eval()

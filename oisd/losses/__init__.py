@@ -349,16 +349,13 @@ def grpo_and_think_loss(
         tp_group=tp_group,
     )
     found = policy_loss(head.logprob.detach(), terms)
-    metrics = _policy_metrics(found, terms, torch.ones_like(labels, dtype=torch.bool))
-    if rollout_logprobs is not None:
-        old = head.logprob if old_logprobs is None else old_logprobs
-        metrics |= _sampler_metrics(
-            old, rollout_logprobs, torch.ones_like(labels, dtype=torch.bool)
-        )
+    everywhere = torch.ones_like(labels, dtype=torch.bool)
+    metrics = _policy_metrics(found, terms, everywhere)
     metrics["entropy/policy"] = Mean.over(head.entropy)
     if rollout_logprobs is not None:
-        before = head.logprob.detach() if old_logprobs is None else old_logprobs
-        metrics["sampler_gap"] = Mean.over((before - rollout_logprobs).abs())
+        old = head.logprob.detach() if old_logprobs is None else old_logprobs
+        metrics |= _sampler_metrics(old, rollout_logprobs, everywhere)
+        metrics["sampler_gap"] = Mean.over((old - rollout_logprobs).abs())
     if len(student_hidden) > 0:
         metrics |= _think_metrics(head.stats, signed)
     rows = head.divergence

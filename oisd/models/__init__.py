@@ -96,7 +96,7 @@ class Taps:
             model(input_ids=ids, attention_mask=mask, use_cache=False, **options)
             student, final = taps.student_hidden(), taps.final_hidden()
 
-    Make it once (that costs two forwards of four tokens), enter it as often as you like; several
+    Make it once (that costs a few short forwards), enter it as often as you like; several
     may be open, on one model or on many. A forward replaces the captures of the one before it;
     leaving the context drops them. `enabled = False` pauses capturing, for generation say. The
     backward may run inside the context or after it.

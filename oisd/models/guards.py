@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 from oisd.models.dropout import dropout_rates
 from oisd.models.layout import learned_positions, unwrap
+from oisd.models.probe import in_mode
+from oisd.schema import one_line
 
 _RUN = 8
 # Prefixes of 96 tokens; blocks of 64 are what linear attention and some kernels compute at once.
@@ -136,26 +138,11 @@ def guard_tokens(model: nn.Module, count: int = TOKENS) -> Tensor:
 
 @contextmanager
 def undisturbed(model: nn.Module, training: bool = False) -> Iterator[None]:
-    """A mode for every module, and afterwards all as it was, random and autocast's state too.
-
-    bitsandbytes' layers stay as they are: in eval mode some rearrange their codes.
-    """
-    modes = {module: module.training for module in model.modules()}
+    """A mode for every module, and afterwards all as it was, random and autocast's state too."""
     device = next(model.parameters()).device
-    cached = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        try:
-            model.train(training)
-            for module, mode in modes.items():
-                if type(module).__module__.startswith("bitsandbytes."):
-                    module.training = mode
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(cached)
-            for module, mode in modes.items():
-                module.training = mode
+    with torch.random.fork_rng(devices), in_mode(model, training):
+        yield
 
 
 def logits(model: Any, ids: Tensor, **given: Any) -> Tensor:
@@ -396,6 +383,6 @@ def attempted(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model may raise whatever it stumbles over
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = one_line(error, named=True)[:160]
         name = getattr(guard, "func", guard).__name__.replace("_", " ")
         return Guard(name, math.nan, default_tolerance(dtype), reason)

@@ -48,6 +48,7 @@ from oisd.models.probe import (
     run_probe,
 )
 from oisd.models.tail import Replay, Step, Tail, find_steps
+from oisd.schema import one_line
 
 _POSITIONS = re.compile("wpe|embed_positions|positions_embed|position_embeddings?|pos_emb.*")
 
@@ -147,9 +148,9 @@ def find_layout(model: Any) -> Layout:
     except (UnsupportedModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model wants that is no plain text
-        reason = " ".join(str(error).split())
+        kind = type(error).__name__
         raise refuse(
-            f"its forward of four tokens ends in {type(error).__name__}: {reason[:200]}"
+            f"its forward of four tokens ends in {kind}: {one_line(error)[:200]}"
         ) from error
     found = {} if probe is None else probe.layers
     ran = [each for each in lists if decoders[each] is first and any(m in found for m in each)]

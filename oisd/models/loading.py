@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as bars
 
 from oisd.config import ConfigError
+from oisd.schema import one_line
 
 _LFS = b"version https://git-lfs"
 _FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
@@ -101,7 +102,7 @@ def read_tokenizer(source: str | Path, named: str, *, trust_remote_code: bool) -
 
 def in_short(error: Exception) -> str:
     """An error of another library on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error) or type(error).__name__
     text = text if len(text) <= 300 else f"{text[:300]} ..."
     explained = isinstance(error, (OSError, ValueError, ImportError))
     return text if explained else f"{type(error).__name__}: {text}"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +21,14 @@ def first_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
+def eval_mode(model: nn.Module) -> AbstractContextManager[None]:
+    """Eval mode, in which a probe changes neither results nor the random state: `in_mode`."""
+    return in_mode(model, training=False)
+
+
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode without side effects: a probe must change neither results nor the random state.
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Training or eval mode for every module, and afterwards its own again.
 
     Autocast must not cache the weights that a probe casts: they have no graph, and the caller's own
     forward would use them.
@@ -31,10 +36,10 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     bitsandbytes' layers stay in training mode (they have no dropout): on some CPUs they rearrange
     their codes in the first forward in eval mode, and pass on no gradient from then on.
     """
-    training = {module: module.training for module in model.modules()}
+    before = {module: module.training for module in model.modules()}
     cached = torch.is_autocast_cache_enabled()
-    model.eval()
-    for module in training:
+    model.train(training)
+    for module in before:
         if type(module).__module__.startswith("bitsandbytes."):
             module.training = True
     torch.set_autocast_cache_enabled(False)
@@ -42,7 +47,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(cached)
-        for module, mode in training.items():
+        for module, mode in before.items():
             module.training = mode
 
 

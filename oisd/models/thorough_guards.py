@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from oisd.models.guards import Guard, default_tolerance, difference, judged, logits, undisturbed
 from oisd.models.layout import unwrap
+from oisd.schema import one_line
 
 _NO_CKPT = "leave model.gradient_checkpointing off, and lower run.tokens_per_microbatch instead"
 
@@ -142,8 +143,8 @@ def checkpointed_gradients(
                 )
                 checkpointed = gradients()
             except Exception as error:
-                reason = " ".join(str(error).split())[:120]
-                return Guard("checkpointing", math.inf, bound, f"refused: {reason}", _NO_CKPT)
+                reason = f"refused: {one_line(error)[:120]}"
+                return Guard("checkpointing", math.inf, bound, reason, _NO_CKPT)
         finally:
             if was:
                 inner.gradient_checkpointing_enable(

@@ -18,6 +18,7 @@ from pebble import ProcessExpired
 
 from oisd.rewards.function import RewardError, RewardFunction, check_batch
 from oisd.rewards.workers import Workers, WorkersError
+from oisd.schema import one_line
 
 IMPORT_TIMEOUT_S = 60.0  # for the user's module, which may well import torch
 
@@ -41,7 +42,7 @@ def _in_a_line(error: BaseException, module_name: str) -> str:
     name = getattr(error, "name", None)
     if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{name}."):
         return f"there is none of that name in {os.getcwd()} or among the installed packages"
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = one_line(error, named=True)
     frames = traceback.extract_tb(error.__traceback__)
     places = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
     return f"{text} ({places[-1].filename}, line {places[-1].lineno})" if places else text

@@ -55,13 +55,17 @@ class OtherRunError(RunFolderError):
     """The folder holds another run than the one that was asked for: refused before any work."""
 
 
+def name_of_model(model: str) -> str:
+    """What a folder about a model is called: like the model's own, or its Hub id in one word."""
+    return Path(model).resolve().name if Path(model).exists() else model.replace("/", "--")
+
+
 def command_folder(command: str, model: str, output_dir: str | None) -> Path:
     """The folder of a command about one model, made; by default runs/COMMAND/NAME.
 
     Raises ConfigError where it cannot be written.
     """
-    name = Path(model).resolve().name if Path(model).exists() else model.replace("/", "--")
-    folder = Path(output_dir or f"runs/{command}/{name}")
+    folder = Path(output_dir or f"runs/{command}/{name_of_model(model)}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

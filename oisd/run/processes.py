@@ -16,6 +16,11 @@ from oisd.losses.metrics import Metrics, add_metrics
 T = TypeVar("T")
 
 
+def device_named(name: str) -> str:
+    """The device of a setting: "auto" is a GPU where there is one, else the CPU."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
 class Processes:
     """The processes that share a run. One process alone needs no launcher and no communication.
 
@@ -29,8 +34,7 @@ class Processes:
         self.size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        self.device = torch.device(kind)
+        self.device = torch.device(device_named(device))
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", local_rank)
             torch.cuda.set_device(self.device)
