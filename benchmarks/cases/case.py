@@ -165,6 +165,17 @@ def formula(
     ]  # fmt: skip
 
 
+def leaves_of(
+    given: Mapping[str, Any], names: Sequence[str], dtype: torch.dtype | None
+) -> dict[str, Any]:
+    """A copy in float64 (or as it is) whose `names` receive gradient; weights stay float32."""
+    out = {
+        name: x if dtype is None or not x.is_floating_point() else x.to(dtype)
+        for name, x in given.items()
+    }
+    return out | {name: out[name].detach().clone().requires_grad_() for name in names}
+
+
 def seeded(seed: int, device: str) -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 

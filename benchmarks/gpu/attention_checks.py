@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases.case import EXACT, Bound, Result, seeded, token_weights
+from benchmarks.cases.case import EXACT, Bound, Result, leaves_of, seeded, token_weights
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.worker import Check, Outcome, Work
 from oisd_kernels import AttentionAlignment, attention_divergence, flash_attention, reference
+from oisd_kernels.checks import DIVERGENCES
 
 # What attention returns is rounded to the inputs' dtype.
 FLASH = {torch.float32: EXACT[torch.float32], torch.bfloat16: Bound(5e-3, 5e-3)}
 LEAVES = ("q", "k", "v")
-DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 
 
 def tensors(
@@ -48,17 +48,6 @@ def tensors(
     weight = 30 * token_weights(tokens, place.device, 0, dropped=0.25)
     rounded = {name: x.to(dtype) for name, x in floats.items()}
     return rounded | {"offsets": offsets, "weight": weight}
-
-
-def leaves_of(
-    given: dict[str, Any], names: tuple[str, ...], dtype: torch.dtype | None
-) -> dict[str, Any]:
-    """A copy in float64 (or as it is) whose `names` receive gradient; weights stay float32."""
-    out = {
-        name: x if dtype is None or not x.is_floating_point() else x.to(dtype)
-        for name, x in given.items()
-    }
-    return out | {name: out[name].detach().clone().requires_grad_() for name in names}
 
 
 def flash(

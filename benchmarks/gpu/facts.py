@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.cases.case import Bound, seeded
+from benchmarks.cases.case import Bound, leaves_of, seeded
 from benchmarks.gpu import attention_checks, lens_checks
 from benchmarks.gpu.attention_checks import divergence, flash, other_width
 from benchmarks.gpu.lens_checks import lens, logprob
@@ -159,7 +159,7 @@ def attention_waits(place: Place, kind: str) -> str:
     layers = 2 if kind == "several" else 1
     dim = place.attention.dim
     given = attention_checks.tensors(place, place.dtype, dim, dim, layers)
-    own = attention_checks.leaves_of(given, ("q", "k", "v"), None)
+    own = leaves_of(given, ("q", "k", "v"), None)
     shared = {"cu_seqlens": own["offsets"]}
     index = attention_checks.sample(place) if kind == "sampled" else None
 
@@ -200,7 +200,7 @@ def repeats(place: Place, impl: str) -> str:
 def attention_repeats(place: Place) -> str:
     dim = place.attention.dim
     given = attention_checks.tensors(place, place.dtype, dim, dim, 1)
-    own = attention_checks.leaves_of(given, ("q", "k", "v"), None)
+    own = leaves_of(given, ("q", "k", "v"), None)
 
     def run() -> Tensor:
         alignment = AttentionAlignment()

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases.case import EXACT, Bound, Result, hidden_states, seeded, token_weights
+from benchmarks.cases.case import (
+    EXACT,
+    Bound,
+    Result,
+    hidden_states,
+    leaves_of,
+    seeded,
+    token_weights,
+)
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.worker import Check, Outcome, Work
 from oisd_kernels import (
@@ -22,12 +30,11 @@ from oisd_kernels import (
     logit_lens_divergence,
     policy_head,
 )
+from oisd_kernels.checks import DIVERGENCES
 
 # float16's own rounding is finer than bfloat16's, and its gradients are scaled.
 BOUNDS = EXACT | {torch.float16: EXACT[torch.bfloat16]}
 SCORES = {"temperature": 0.7, "logit_softcap": 20.0}
-# In float64, rows times V of one layer. A part of the head would not be the true shape.
-DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 
 
 def tensors(place: Place, layers: int, regime: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -62,11 +69,7 @@ def compared(
     """
 
     def run(impl: str, dtype: torch.dtype | None) -> Result:
-        own = {
-            name: x if dtype is None or not x.is_floating_point() else x.to(dtype)
-            for name, x in given.items()
-        }
-        own |= {name: own[name].detach().clone().requires_grad_() for name in leaves}
+        own = leaves_of(given, leaves, dtype)
         found = dict(forward(**own, impl=impl))
         total = sum((x.sum() for x in found.values() if x.requires_grad), torch.zeros(()))
         gradients = torch.autograd.grad(total, [own[name] for name in leaves])

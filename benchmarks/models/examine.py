@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from oisd.models import Taps, UnsupportedModelError, last_logits_only
+from oisd.models.probe import first_tensor
+from oisd.schema import one_line
 
 LENGTH, SHORT = 12, 9
 BOUND = 1e-3  # float32, at weights ten times as wide as usual
@@ -45,10 +47,6 @@ def texts(model: Any) -> Tensor:
     return torch.randint(3, min(most, 100), (2, LENGTH), generator=generator)
 
 
-def first(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
-
-
 @contextmanager
 def watched(layer: nn.Module, keep: Callable[[Any], Any]) -> Iterator[None]:
     handle = layer.register_forward_hook(lambda _, __, out: keep(out))
@@ -72,7 +70,7 @@ def layer_states(model: Any, layer: nn.Module, ids: Tensor) -> tuple[Tensor, flo
     have more of them.
     """
     seen: list[Any] = []
-    with torch.no_grad(), watched(layer, lambda out: seen.append(first(out)) or None):
+    with torch.no_grad(), watched(layer, lambda out: seen.append(first_tensor(out)) or None):
         out = model(input_ids=ids, use_cache=False, output_hidden_states=True)
     own = [x for x in getattr(out, "hidden_states", None) or () if x.shape == seen[-1].shape]
     return seen[-1], min((error(x, seen[-1]) for x in own), default=None)
@@ -180,8 +178,8 @@ def examine_attention(model: Any, taps: Taps, row: Row) -> None:
     if not maps:
         row["attention"] = None
         return
-    own = distribution(pair, pair.q, pair.k, pair.scale, "")
-    last = distribution(pair, pair.q_teacher, pair.k_teacher, pair.scale_teacher, "_teacher")
+    own = distribution(pair, pair.q, pair.k, pair.scale, pair.sink)
+    last = distribution(pair, pair.q_teacher, pair.k_teacher, pair.scale_teacher, pair.sink_teacher)
     students, teachers = (min(map_error(mine, a, pair) for a in maps) for mine in (own, last))
     row["attention"] = max(students, teachers)
 
@@ -199,22 +197,15 @@ def seen_by(pair: Any) -> Tensor:
     return (distance >= 0) & (distance < (pair.window or LENGTH))
 
 
-def distribution(pair: Any, q: Tensor, k: Tensor, scale: float, whose: str) -> Tensor:
+def distribution(pair: Any, q: Tensor, k: Tensor, scale: float, sink: Tensor | None) -> Tensor:
     """[B, H, T, T] over the keys that both layers see; the sink, where there is one, left out."""
     q, k = q.transpose(1, 2), k.transpose(1, 2)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     scores = scale * q @ k.mT
     if pair.softcap is not None:
         scores = pair.softcap * torch.tanh(scores / pair.softcap)
-    bias = getattr(pair, f"bias{whose}", None)
-    if isinstance(bias, Tensor):
-        scores = scores + bias
-    slopes = getattr(pair, f"slopes{whose}", None)
-    if isinstance(slopes, Tensor):  # ALiBi
-        scores = scores + slopes[:, None, None] * torch.arange(LENGTH)
     scores = scores.masked_fill(~seen_by(pair), -torch.inf)
-    sink = getattr(pair, f"sink{whose}", None)
-    if isinstance(sink, Tensor):
+    if sink is not None:
         scores = torch.cat([scores, sink[:, None, None].expand(*scores.shape[:3], 1)], -1)
         return scores.softmax(-1)[..., :-1]
     return scores.softmax(-1)
@@ -227,10 +218,6 @@ def of(eager: Tensor, pair: Any) -> Tensor:
     return kept / (kept.sum(-1, keepdim=True) + sink.where(sink > 1e-5, 0))  # less is rounding
 
 
-def one_line(exception: BaseException) -> str:
-    return " ".join(str(exception).split())[:300]
-
-
 def examine(model: Any, row: Row) -> None:
     """Adds to the row: `lens` and `attention` "works", "refused", "wrong" or "broken", with why."""
     depth = 0
@@ -238,7 +225,7 @@ def examine(model: Any, row: Row) -> None:
         with torch.no_grad():
             model(input_ids=texts(model), use_cache=False)
     except Exception as exception:
-        row["not_run"] = f"{type(exception).__name__}: {one_line(exception)}"
+        row["not_run"] = f"{type(exception).__name__}: {one_line(exception)[:300]}"
     for part, attention in (("lens", False), ("attention", True)):
         row[part + "_errors"] = errors = {}
         try:
@@ -253,11 +240,11 @@ def examine(model: Any, row: Row) -> None:
             row[part] = "wrong" if wrong else "works"
             row[part + "_why"] = wrong
         except UnsupportedModelError as refusal:
-            row[part], row[part + "_why"] = "refused", one_line(refusal)
+            row[part], row[part + "_why"] = "refused", one_line(refusal)[:300]
         except Exception as exception:
             row[part], row[part + "_why"] = (
                 "broken",
-                f"{type(exception).__name__}: {one_line(exception)}",
+                f"{type(exception).__name__}: {one_line(exception)[:300]}",
             )
             row[part + "_trace"] = traceback.format_exc()[-1500:]
     row["layers"] = depth
@@ -266,15 +253,9 @@ def examine(model: Any, row: Row) -> None:
 def faults(errors: Row) -> str:
     """What is wrong of Taps' own doing; padding and packing are the model's."""
     names = (
-        "changed",
-        "logits",
-        "last_logits_only",
-        "logits_to_keep",
-        "lens",
-        "packed_logits",
-        "hidden_states",
-    )
-    names += ("attention", "attention_changed")
+        "changed", "logits", "last_logits_only", "logits_to_keep", "lens", "packed_logits",
+        "hidden_states", "attention", "attention_changed",
+    )  # fmt: skip
     found = [f"{n} {errors[n]:.1e}" for n in names if (errors.get(n) or 0) > BOUND]
     if errors.get("far", 1) < BOUND:
         found.append(f"lens equals the last layer's to {errors['far']:.1e}")

@@ -163,36 +163,20 @@ EVAL = {
 CHECK_BASE = ["--data", "rows.jsonl", "--limit", "4", "--reward", "exact", "--prompts", "2",
               "--completions", "2", "--completion-tokens", "4", "--max-completion-tokens", "4",
               "--layer", "3"]  # fmt: skip
-CHECK = {
+AS_EVAL = ("data", "subset", "prompt_field", "answer_field", "limit", "system_prompt",
+           "chat_template", "max_prompt_tokens", "reward", "timeout", "temperature", "top_p",
+           "engine", "dtype", "attn_implementation", "trust_remote_code", "device", "threads",
+           "seed", "output_dir")  # fmt: skip
+CHECK = {name: EVAL[name] for name in AS_EVAL} | {
     "recipe": ["--recipe", "arithmetic"],
-    "data": ["--data", "few.jsonl"],
     "split": ["--split", "train[:2]"],
-    "subset": ["--subset", "main"],
-    "prompt_field": ["--prompt-field", "ask"],
-    "answer_field": ["--answer-field", "solution"],
     "answer_pattern": ["--answer-pattern", "(1)"],
-    "limit": ["--limit", "3"],
     "eval_data": ["--eval-data", "few.jsonl"],
-    "system_prompt": ["--system-prompt", "7"],
-    "chat_template": ["--chat-template", "True"],
-    "max_prompt_tokens": ["--max-prompt-tokens", "2"],
     "max_completion_tokens": ["--max-completion-tokens", "3"],
-    "reward": ["--reward", "boxed_string"],
-    "timeout": ["--reward", "sleepy:slow", "--timeout", "0.2"],
     "prompts": ["--prompts", "3"],
     "completions": ["--completions", "3"],
     "completion_tokens": ["--completion-tokens", "3"],
-    "temperature": ["--temperature", "0.3"],
-    "top_p": ["--top-p", "0.5"],
-    "engine": ["--engine", "continuous"],
     "layer": ["--layer", "2"],
-    "dtype": ["--dtype", "bfloat16"],
-    "attn_implementation": ["--attn-implementation", "eager"],
-    "trust_remote_code": ["--trust-remote-code", "True"],
-    "device": ["--device", "cuda:77"],
-    "threads": ["--threads", "1"],
-    "seed": ["--seed", "5"],
-    "output_dir": ["--output-dir", "elsewhere"],
 }
 
 
