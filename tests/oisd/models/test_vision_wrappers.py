@@ -108,7 +108,11 @@ def test_lens_is_what_the_model_would_say(model_type, image):
     given = prompt_with_image(model_type, model) if image else {"input_ids": text()}
     taps = Taps(model, [STUDENT], attention=False)
     layers, seen = taps._layout.layers, []
-    with taps, torch.no_grad(), watched(layers[STUDENT - 1], lambda out: seen.append(first_tensor(out))):
+    with (
+        taps,
+        torch.no_grad(),
+        watched(layers[STUDENT - 1], lambda out: seen.append(first_tensor(out))),
+    ):
         plain = model(**given, use_cache=False).logits
         mine, final = logits_of(taps.student_hidden()[0], taps), taps.final_hidden()
         assert error(logits_of(final, taps), plain) < 1e-5
