@@ -360,6 +360,9 @@ class RunConfig:
     grad_norm_every: int = 0
     """Measure the gradient norm of each loss on its own every n steps; 0 for never."""
     device: str = "auto"
+    sharding: Literal["none", "fsdp2"] = "none"
+    """"none" keeps the whole model on each process of torchrun; "fsdp2" splits parameters,
+    gradients and AdamW's state over them (PyTorch's FSDP2). May change when a run is resumed."""
     threads: int | None = None
     """CPU threads of torch; by default torch's own choice."""
     restart: bool = False

@@ -42,7 +42,7 @@ from oisd.run.jsonl import read_rows
 # Settings that may change between a run and its continuation: they say how long and how often, not
 # what is computed.
 _MAY_CHANGE = re.compile(
-    r"(run\.(steps|save_every|keep_checkpoints|completions_every|restart|output_dir|device)"
+    r"(run\.(steps|save_every|keep_checkpoints|completions_every|restart|output_dir|device|sharding)"
     r"|rollout\.offload)\b"
 )
 

@@ -130,6 +130,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "completions_every": 0,
         "grad_norm_every": 2,
         "device": "cpu",
+        "sharding": "fsdp2",
         "threads": 3,
         "restart": True,
     },
