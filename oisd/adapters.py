@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from oisd.config import ConfigError, ModelConfig, TrainConfig
+from oisd.models.sharding import whole
 
 CONFIG = "adapter_config.json"
 
@@ -49,12 +50,12 @@ class Weight(NamedTuple):
     """The adapted layer whose weight it is."""
 
     def read(self) -> Tensor:
-        """The stored tensor, or W + lora_alpha / r * B A in float32."""
+        """The stored tensor, or W + lora_alpha / r * B A in float32; whole, if it is in shards."""
+        stored = whole(self.stored)
         if self.layer is None:
-            return self.stored
-        active = self.layer.active_adapters
-        merged = self.stored.float()
-        return sum((self.layer.get_delta_weight(adapter) for adapter in active), merged)
+            return stored
+        deltas = (whole(self.layer.get_delta_weight(name)) for name in self.layer.active_adapters)
+        return sum(deltas, stored.float())
 
 
 def plain_weights(model: nn.Module) -> Iterator[Weight]:
@@ -142,10 +143,14 @@ def load(model: Any, folder: Path, *, trainable: bool) -> Any:
     return loaded
 
 
-def save(model: Any, folder: Path) -> None:
-    """Write only the adapters, as safetensors in PEFT's format."""
+def save(model: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write only the adapters, as safetensors in PEFT's format.
+
+    weights: the adapters', by the model's names, if they are not the model's own tensors.
+    """
     # Otherwise PEFT asks the Hub at each checkpoint for the size of the base model's vocabulary.
-    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    options = {"safe_serialization": True, "save_embedding_layers": False}
+    model.save_pretrained(folder, state_dict=weights, **options)
 
 
 def round_frozen(model: Any, dtype: torch.dtype) -> None:

@@ -63,6 +63,16 @@ class Batch:
                 cut[f.name] = value[:, :longest] if value.dim() == 2 else value
         return replace(self, **cut)
 
+    def idle(self) -> Batch:
+        """A row that predicts nothing: a model runs on it as on others, and its losses are 0."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        blank = {
+            name: value.new_zeros((1, 2)[: value.dim()])
+            for name, value in given.items()
+            if value is not None
+        }
+        return replace(self, **blank | {"attention_mask": self.attention_mask.new_ones(1, 2)})
+
     def micro_batches(self, tokens: int) -> list[Tensor]:
         """Row indices of parts that hold at most `tokens` padded tokens, or a single row.
 

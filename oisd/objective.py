@@ -5,6 +5,7 @@ L = L_GRPO + think_weight * L_think + attention_weight * L_attn                 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from oisd.batch import Batch
 from oisd.config import ConfigError, TrainConfig
 from oisd.losses import Metrics
 from oisd.models import Taps, Unembedding, UnsupportedModelError, last_logits_only
+from oisd.models.sharding import release, rounds
 from oisd.policy import Policy
 from oisd.rollout.sampling import row_keys, uniform
 from oisd.run.model_guards import as_settings
@@ -138,8 +140,7 @@ class Objective:
         """
         result = torch.zeros_like(batch.rollout_logprobs)
         with self.taps:
-            for index in batch.micro_batches(self.config.run.tokens_per_microbatch):
-                micro = batch.select(index)
+            for index, micro in self.micro_batches(batch):
                 rows = micro.predicting_rows()
                 self._forward(micro)
                 head = self._head()
@@ -153,7 +154,20 @@ class Objective:
                 )
                 columns = micro.predicts.shape[1]
                 result[index[rows // columns], rows % columns] = found.to(result.dtype)
+        release(self.policy.model)
         return result
+
+    def micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Batch]]:
+        """The parts of a batch that are run at once, each with the indices of its rows.
+
+        Where processes share one model, those with fewer parts run an idle one, without indices.
+        """
+        parts = batch.micro_batches(self.config.run.tokens_per_microbatch)
+        idle = rounds(self.policy.model, len(parts)) - len(parts)
+        for index in parts:
+            yield index, batch.select(index)
+        for _ in range(idle):
+            yield batch.rows.new_empty(0), batch.idle()
 
     def __call__(
         self, batch: Batch, totals: Totals, step: int

@@ -3,11 +3,14 @@
 With `rollout.offload` AdamW's two moments are in the host's memory. A step moves those of some
 parameters to the card, steps these parameters and moves them back; the numbers are the same to the
 bit, because AdamW treats each parameter on its own.
+
+Where processes share one model (`oisd.models.sharding`), each steps its part of every parameter
+with its part of the moments, and gradients arrive summed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,19 +19,30 @@ from transformers import get_scheduler
 
 from oisd.batch import Batch
 from oisd.config import TrainConfig
+from oisd.models.sharding import (
+    as_part,
+    blank_part,
+    in_shards,
+    is_sharded,
+    on_host,
+    own_part,
+    whole,
+)
 from oisd.objective import NonFiniteError
 from oisd.run.processes import Processes
 
 # Bytes of the moments that are on the card at once, or those of one larger parameter.
 _MOMENTS_AT_ONCE = 1 << 29
 _HOST = torch.device("cpu")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_STATE = ("step", *_MOMENTS)
 
 
 class Optimizer:
     """AdamW with its learning-rate schedule; all processes take the same steps."""
 
     def __init__(self, model: nn.Module, config: TrainConfig, processes: Processes) -> None:
-        self.processes = processes
+        self.processes, self._sharded = processes, is_sharded(model)
         self.max_grad_norm = config.optimizer.max_grad_norm
         self.offload = config.rollout.offload
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -48,15 +62,47 @@ class Optimizer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
-        return {"optimizer": self.adamw.state_dict(), "schedule": self.schedule.state_dict()}
+        """What a checkpoint needs; of a model in shards, what `parts` does not have."""
+        optimizer = self.adamw.state_dict()
+        if self._sharded:
+            optimizer = {**optimizer, "state": {}}
+        return {"optimizer": optimizer, "schedule": self.schedule.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.adamw.load_state_dict(state["optimizer"])
+    def load_state_dict(
+        self, state: dict[str, Any], parts: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Continue from a checkpoint of one process or of several, on any number of them.
+
+        parts: the moments, if the state has none.
+        """
+        saved = state["optimizer"]
+        for group, theirs in zip(self.adamw.param_groups, saved["param_groups"], strict=True):
+            group |= {name: value for name, value in theirs.items() if name != "params"}
+        for i, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
+            if parts is None:
+                found = saved["state"].get(i, {})
+            else:
+                found = {kind: parts[f"{name}/{kind}"] for kind in _STATE}
+            if found and found["step"] > 0:
+                own = {kind: in_shards(found[kind], parameter) for kind in _MOMENTS}
+                self.adamw.state[parameter] = {"step": found["step"], **own}
         if self.offload:
             self._move(self.parameters, to_host=True)
         self.schedule.load_state_dict(state["schedule"])
+
+    def parts(self) -> dict[str, Tensor]:
+        """AdamW's state by NAME/KIND, on the host: this process's parts of it."""
+        parts = self.blank_parts()
+        for name, parameter in zip(self.names, self.parameters, strict=True):
+            for kind, value in self.adamw.state.get(parameter, {}).items():
+                parts[f"{name}/{kind}"] = on_host(value, parameter)
+        return parts
+
+    def blank_parts(self) -> dict[str, Tensor]:
+        """What `parts` returns before the first step: where the parts of a checkpoint are read."""
+        named = list(zip(self.names, self.parameters, strict=True))
+        moments = {f"{n}/{kind}": blank_part(p) for n, p in named for kind in _MOMENTS}
+        return moments | {f"{name}/step": torch.zeros(()) for name in self.names}
 
     def sum_gradients(self) -> Tensor:
         """Sum the parameters' gradients over the processes; returns the norm of the sum."""
@@ -67,9 +113,10 @@ class Optimizer:
         return self.sum_over_processes([p.grad for p in self.parameters if p.grad is not None])
 
     def sum_over_processes(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Sum in place; returns the norm of the sum."""
-        self.processes.sum_(gradients)
-        return torch.nn.utils.get_total_norm(gradients)
+        """Sum in place, unless they are parts of sums already; returns the norm of the sum."""
+        if not self._sharded:
+            self.processes.sum_(gradients)
+        return whole(torch.nn.utils.get_total_norm(gradients))
 
     def step(self, norm: Tensor) -> None:
         """Clip the gradients, whose norm this is, and take a step with them."""
@@ -101,9 +148,10 @@ class Optimizer:
             device = _HOST if to_host else parameter.device
             for name, moment in state.items():
                 if name != "step":  # a number, on the host in any case
-                    moved = moment.to(device)
+                    moved = own_part(moment).to(device)
                     pin = to_host and parameter.device.type == "cuda" and not moved.is_pinned()
-                    state[name] = moved.pin_memory() if pin else moved
+                    moved = moved.pin_memory() if pin else moved
+                    state[name] = moved if to_host else as_part(moved, parameter)
 
     def require_finite(
         self,
@@ -130,7 +178,7 @@ class Optimizer:
         broken = [
             name
             for name, p in zip(self.names, self.parameters, strict=True)
-            if p.grad is not None and not p.grad.isfinite().all()
+            if p.grad is not None and not own_part(p.grad).isfinite().all()
         ]
         self.adamw.zero_grad()
         for number, (index, found) in enumerate(zip(parts, losses, strict=True)):

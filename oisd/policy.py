@@ -164,12 +164,15 @@ class Policy:
 class Sampler:
     """What a run samples from: its policy, or in half precision a copy, filled for each use.
 
-    All processes use it at the same time.
+    All processes use it at the same time. Make it before the processes share one model.
+
+    copied: sample from a copy in any case, since the policy's own parameters will be in shards.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, *, copied: bool = False) -> None:
         self._policy = policy
-        self._copy = ModelCopy(unwrap(policy.model), policy.dtype) if policy.is_copied else None
+        copied = copied or policy.is_copied
+        self._copy = ModelCopy(unwrap(policy.model), policy.dtype) if copied else None
 
     @contextmanager
     def ready(self) -> Iterator[Policy]:

@@ -6,8 +6,8 @@ checkpoint when the same command is run again, and ends with the same numbers, b
 Rows whose advantage is 0 have no gradient and are left out of the update, unless a KL term needs
 them; the denominators of the losses still count them.
 
-Left out on purpose: sharding and inference engines. For models that outgrow one device there are
-adapters to trainers that have them.
+With `run.sharding = "fsdp2"` processes share one model. Left out on purpose: several machines and
+inference engines. There are adapters to trainers that have them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from oisd.data.problems import encode_problems, load_problems, warn_of_answers
 from oisd.evaluate import evaluate, in_order
 from oisd.losses import Mean, Metrics, add_metrics, frac_zero_std
 from oisd.losses.advantages import completion_advantages
+from oisd.models.sharding import gradients, same_batch, shard
 from oisd.objective import NonFiniteError, Objective, Totals
 from oisd.optimizer import Optimizer
 from oisd.policy import Sampler, load_for_training, load_policy
 from oisd.rewards import load_reward
 from oisd.run.alarms import RunAlarms
+from oisd.run.checkpoints import load_optimizer, save_model
 from oisd.run.engine_choice import EngineChoice, choose_engine
 from oisd.run.folder import RunFolder
 from oisd.run.model_guards import guard_model
@@ -90,15 +92,24 @@ class Trainer:
         taps = self.objective.taps
         compared = taps.attention_layers, taps.attention_words
         self.processes.on_first(partial(self.folder.record_attention, *compared))
-        self.sampler = Sampler(self.policy)
+        self.sampler = Sampler(self.policy, copied=self._is_sharded)
+        self._split(self.objective)
         self.optimizer = Optimizer(self.policy.model, config, self.processes)
         self.step, self.engine = 0, "generate"
         self.resumed = checkpoint is not None
         if checkpoint is not None:
-            state = self.folder.state(checkpoint)
-            self.step = state["step"]
-            self.optimizer.load_state_dict(state["learner"])  # as version 0.1 names it
+            self.step = load_optimizer(checkpoint, self.optimizer)
         self.reference = self._load_reference() if config.grpo.kl_coef and self.resumed else None
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.config.run.sharding == "fsdp2" and self.processes.size > 1
+
+    def _split(self, objective: Objective) -> None:
+        """Split a model over the processes, if they share one."""
+        if self._is_sharded:
+            policy = objective.policy
+            shard(policy.model, objective.taps.layers, policy.dtype)
 
     def _prepare_folder(self) -> None:
         self.folder.prepare(self.config)
@@ -139,8 +150,8 @@ class Trainer:
                         row |= alarms.new(row)
                         self.folder.log(row)
                         progress.log(row)
-                        if last or (run.save_every and self.step % run.save_every == 0):
-                            self._save()
+                    if last or (run.save_every and self.step % run.save_every == 0):
+                        self._save()
                     self.processes.barrier()
             return summarize(self.folder, self.step) if self.processes.is_first else {}
         finally:
@@ -152,14 +163,15 @@ class Trainer:
         config = self.config
         if config.warmup.steps:
             seed, show = config.run.seed, progress.warmup
-            warm_up(self.policy, self.examples, config.warmup, seed=seed, on_step=show)
-        # Weights frozen beside adapters are equal already: each process read the same files.
-        self.processes.broadcast(p.detach() for p in self.optimizer.parameters)
+            with same_batch(self.policy.model):
+                warm_up(self.policy, self.examples, config.warmup, seed=seed, on_step=show)
+        if not self._is_sharded:
+            # Weights frozen beside adapters are equal already: each process read the same files.
+            self.processes.broadcast(p.detach() for p in self.optimizer.parameters)
         if config.grpo.kl_coef:
-            if self.processes.is_first and not config.model.lora_rank:
-                self.policy.model.save_pretrained(self.folder.reference)
-                self.policy.tokenizer.save_pretrained(self.folder.reference)
-            self.processes.barrier()
+            if not config.model.lora_rank:
+                reference = self.folder.reference
+                save_model(self.policy.model, self.policy.tokenizer, reference, self.processes)
             self.reference = self._load_reference()
         self._settle_engine(progress)
         row = {"step": 0, **self._evaluate(progress)}
@@ -167,8 +179,8 @@ class Trainer:
             if len(row) > 1:
                 self.folder.log(row)
                 progress.log(row)
-            if config.warmup.steps:
-                self._save()
+        if config.warmup.steps:
+            self._save()
         self.processes.barrier()
 
     def _settle_engine(self, progress: Progress) -> None:
@@ -308,7 +320,9 @@ class Trainer:
         )
         policy.model.requires_grad_(False).eval()
         off = AlignmentConfig(think_weight=0.0, attention_weight=0.0)
-        return Objective(policy, replace(self.config, oisd=off))
+        objective = Objective(policy, replace(self.config, oisd=off))
+        self._split(objective)
+        return objective
 
     def _reference_logprobs(self, reference: Objective, batch: Batch) -> Tensor:
         is_policy = reference is self.objective
@@ -364,7 +378,8 @@ class Trainer:
             self.step,
             self.policy.model,
             self.policy.tokenizer,
-            {"learner": self.optimizer.state_dict()},
+            self.optimizer,
+            self.processes,
             keep=self.config.run.keep_checkpoints,
         )
 
@@ -402,13 +417,15 @@ def learn(
     for batch, totals in minibatches:
         # The gradient of each loss alone, if asked for.
         alone = {n: [torch.zeros_like(p) for p in parameters] for n in sums} if separately else {}
-        parts = batch.micro_batches(run.tokens_per_microbatch)
-        found = []
+        parts, found = [], []
         with objective.taps:  # in the backward too: checkpointing runs layers again
-            for index in parts:
-                losses, more = objective(batch.select(index), totals, step)
-                found.append(_backward(losses, objective.coefficients, parameters, alone))
-                metrics = add_metrics(metrics, more)
+            for index, micro in objective.micro_batches(batch):
+                losses, more = objective(micro, totals, step)
+                values = _backward(objective, losses, parameters, alone)
+                if len(index):  # else it is idle
+                    parts.append(index)
+                    found.append(values)
+                    metrics = add_metrics(metrics, more)
                 del losses  # and with them the graph, before the next forward
         norm = optimizer.sum_gradients()
         optimizer.require_finite(batch, parts, found, norm)
@@ -426,8 +443,8 @@ def learn(
 
 
 def _backward(
+    objective: Objective,
     losses: dict[str, Tensor],
-    coefficients: dict[str, float],
     parameters: Sequence[Tensor],
     alone: dict[str, list[Tensor]],
 ) -> dict[str, Tensor]:
@@ -438,10 +455,10 @@ def _backward(
     for name, total in alone.items():
         if not losses[name].requires_grad:  # no adapter lies beneath what it looks at
             continue
-        found = torch.autograd.grad(losses[name], parameters, retain_graph=True, allow_unused=True)
+        found = gradients(objective.policy.model, losses[name], losses["grpo"], parameters)
         for own, gradient in zip(total, found, strict=True):
             if gradient is not None:
                 own += gradient
-    weighted = [coefficients[name] * loss for name, loss in losses.items()]
+    weighted = [objective.coefficients[name] * loss for name, loss in losses.items()]
     torch.stack(weighted).sum().backward()
     return {name: loss.detach().float() for name, loss in losses.items()}

@@ -341,6 +341,11 @@ class Taps:
         return scaled(hidden, self._layout.scale)
 
     @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The decoder's layers."""
+        return self._layout.layers
+
+    @property
     def unembedding(self) -> Unembedding:
         """The head, with its gradient: maps the hidden states given here to the model's logits.
 

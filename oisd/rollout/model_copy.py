@@ -26,8 +26,9 @@ from oisd.models.loading import quiet
 class ModelCopy:
     """A copy of a transformers model, which may have adapters, in a dtype of its own.
 
-    model: the one that is copied, of which the copy shares no memory.
-    dtype: bfloat16 or float16.
+    model: the one that is copied, of which the copy shares no memory. It may be split over
+        processes later; all of them then fill their copies at the same time.
+    dtype: of the copy.
     device: where the copy is; by default that of `model`.
     Raises ValueError where the model has weights that a saved one would not have.
     """
@@ -39,18 +40,18 @@ class ModelCopy:
         self.device = torch.device(device or next(model.parameters()).device)
         self.model = _unfilled(model, dtype)
         targets = self.model.state_dict(keep_vars=True)
-        weights = {weight.name: weight for weight in adapters.plain_weights(model)}
-        if weights.keys() != targets.keys():
-            names = sorted(weights.keys() ^ targets.keys())
+        names = {weight.name for weight in adapters.plain_weights(model)}
+        if names != targets.keys():
+            names = sorted(names ^ targets.keys())
             raise ValueError(
                 f"model.dtype: a copy of {type(model).__name__} in {dtype} has other weights than "
                 f"the model itself ({', '.join(names[:3])}); use float32"
             )
         # Tied weights are one tensor under several names.
-        own = {id(target): (target, weights[name]) for name, target in targets.items()}
-        self._pairs = list(own.values())
+        own = {id(target): (name, target) for name, target in targets.items()}
+        self._targets = list(own.values())
         self._sizes = []
-        for target, _ in self._pairs:
+        for _, target in self._targets:
             target.data = torch.empty(target.shape, dtype=target.dtype, device=self.device)
             self._sizes.append(target.untyped_storage().nbytes())
             target.untyped_storage().resize_(0)
@@ -67,14 +68,15 @@ class ModelCopy:
     @torch.no_grad()
     def fill(self) -> Any:
         """Read the weights of the model; returns the copy."""
-        for (target, weight), size in zip(self._pairs, self._sizes, strict=True):
+        weights = {weight.name: weight for weight in adapters.plain_weights(self.source)}
+        for (name, target), size in zip(self._targets, self._sizes, strict=True):
             target.untyped_storage().resize_(size)
-            target.copy_(weight.read())
+            target.copy_(weights[name].read())
         return self.model
 
     def release(self) -> None:
         """Give the memory back."""
-        for target, _ in self._pairs:
+        for _, target in self._targets:
             target.untyped_storage().resize_(0)
 
 

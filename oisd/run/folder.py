@@ -5,11 +5,8 @@
     the layers (student, teacher) of the attention term, and why; engine.json, where continuous
     batching was tried
 
-A checkpoint is written beside its final place, its files' digests last, flushed to disk and then
-renamed: a folder named step-N is complete. If its digests do not match, the one before is taken,
-with a warning. Weights are safetensors in Hugging Face's format, or adapters alone in PEFT's; the
-state of optimizer and schedule is read with `weights_only=True`, so that a checkpoint cannot run
-code.
+A checkpoint is complete when it has its name (`oisd.run.checkpoints`). If the digests of its files
+do not match, the one before is taken, with a warning.
 
 A run's random numbers and its position in the data are functions of (seed, step): of these a
 checkpoint holds the step number alone.
@@ -17,8 +14,6 @@ checkpoint holds the step number alone.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import json
 import math
 import os
@@ -31,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-import torch
 
-from oisd import adapters
 from oisd.config import ConfigError, TrainConfig, differences, load_recipe, to_tables
 from oisd.data import Example
-from oisd.run import provenance
+from oisd.optimizer import Optimizer
+from oisd.run import checkpoints, provenance
 from oisd.run.jsonl import read_rows
+from oisd.run.processes import Processes
 
 # Settings that may change between a run and its continuation: they say how long and how often, not
 # what is computed.
@@ -199,54 +194,41 @@ class RunFolder:
                 "run.keep_checkpoints"
             )
 
-    def save(self, step: int, model: Any, tokenizer: Any, state: dict[str, Any], keep: int) -> None:
-        """Write checkpoints/step-`step` and delete all but the newest `keep`.
+    def save(
+        self,
+        step: int,
+        model: Any,
+        tokenizer: Any,
+        optimizer: Optimizer,
+        processes: Processes,
+        keep: int,
+    ) -> None:
+        """Write checkpoints/step-`step` and delete all but the newest `keep`; on all processes.
 
         Raises RunFolderError when the disk is full; earlier checkpoints are untouched then.
         """
         final = self.checkpoints / f"step-{step}"
-        writing = self.checkpoints / f".writing-step-{step}"
         try:
-            shutil.rmtree(writing, ignore_errors=True)
-            writing.mkdir()
-            if adapters.is_adapted(model):
-                adapters.save(model, writing)
-            else:
-                model.save_pretrained(writing, safe_serialization=True)
-            tokenizer.save_pretrained(writing)
-            torch.save({**state, "step": step}, writing / "trainer_state.pt")
-            digests = {file.name: _digest(file) for file in sorted(writing.iterdir())}
-            (writing / "digests.json").write_text(json.dumps(digests, indent=1), encoding="utf-8")
-            for file in writing.iterdir():
-                _flush_to_disk(file)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(writing, final)
-            _flush_to_disk(self.checkpoints)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            shutil.rmtree(writing, ignore_errors=True)
-            full = isinstance(error, RuntimeError) or error.errno == errno.ENOSPC
+            checkpoints.write(final, step, model, tokenizer, optimizer, processes)
+        except (OSError, RuntimeError) as error:
             raise RunFolderError(
                 f"checkpoint step-{step} could not be written to {self.checkpoints}"
-                f"{' (is the disk full?)' if full else ''}: {error}; earlier checkpoints are "
-                "intact: free some space and run the same command again"
+                f"{' (is the disk full?)' if checkpoints.is_full(error) else ''}: {error}; earlier "
+                "checkpoints are intact: free some space and run the same command again"
             ) from error
-        for old in self._steps()[:-keep]:
-            shutil.rmtree(self.checkpoints / f"step-{old}", ignore_errors=True)
+        if processes.is_first:
+            for old in self._steps()[:-keep]:
+                shutil.rmtree(self.checkpoints / f"step-{old}", ignore_errors=True)
 
     def latest(self) -> Path | None:
         """The newest intact checkpoint; warns of each damaged one."""
         for step in reversed(self._steps()):
             folder = self.checkpoints / f"step-{step}"
-            damage = _damage(folder)
+            damage = checkpoints.damage(folder)
             if damage is None:
                 return folder
             warnings.warn(f"checkpoint {folder} is damaged ({damage}): passed over", stacklevel=2)
         return None
-
-    @staticmethod
-    def state(checkpoint: Path) -> dict[str, Any]:
-        """The trainer's state in a checkpoint, on the CPU."""
-        return torch.load(checkpoint / "trainer_state.pt", map_location="cpu", weights_only=True)
 
     def _steps(self) -> list[int]:
         found = (re.fullmatch(r"step-(\d+)", p.name) for p in self.checkpoints.glob("step-*"))
@@ -284,28 +266,6 @@ class RunFolder:
         report = {"step": step, "found": found, "completions": rows}
         file.write_text(json.dumps(report, indent=1), encoding="utf-8")
         return file
-
-
-def _damage(folder: Path) -> str | None:
-    try:
-        digests = json.loads((folder / "digests.json").read_text(encoding="utf-8"))
-        wrong = [name for name, digest in digests.items() if _digest(folder / name) != digest]
-    except (OSError, ValueError) as error:
-        return str(error)
-    return f"{wrong[0]} is not what was written" if wrong else None
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _flush_to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -40,7 +40,8 @@ class Processes:
             torch.cuda.set_device(self.device)
         self._owns_group = self.size > 1 and not dist.is_initialized()
         if self._owns_group:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            # Checkpoints of sharded models are written from the host's memory.
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timeout)
 
     @property
@@ -86,6 +87,19 @@ class Processes:
         if error is not None:
             raise error
         return result
+
+    def on_each(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returns on each process, on all of them; what it raises on one, all raise."""
+        found: tuple[Any, Exception | None] = None, None
+        try:
+            found = work(), None
+        except Exception as error:
+            found = None, error
+        everything = self.gather(found)
+        for _, error in everything:
+            if error is not None:
+                raise error
+        return [result for result, _ in everything]
 
     def reduce(self, metrics: Metrics) -> Metrics:
         """The metrics over all processes; a process may lack some of the names."""
