@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from oisd.config import ConfigError, ModelConfig, TrainConfig
-from oisd.models.sharding import whole
+from oisd.sharding import whole
 
 CONFIG = "adapter_config.json"
 

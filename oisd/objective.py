@@ -16,10 +16,10 @@ from oisd.batch import Batch
 from oisd.config import ConfigError, TrainConfig
 from oisd.losses import Metrics
 from oisd.models import Taps, Unembedding, UnsupportedModelError, last_logits_only
-from oisd.models.sharding import release, rounds
 from oisd.policy import Policy
 from oisd.rollout.sampling import row_keys, uniform
 from oisd.run.model_guards import as_settings
+from oisd.sharding import release, rounds, shard
 from oisd_kernels import linear_logprob
 
 
@@ -96,6 +96,10 @@ class Objective:
         except UnsupportedModelError as error:
             remedy = " or set model.dropout to 0" if "dropout" in str(error) else ""
             raise UnsupportedModelError(f"oisd.attention_kernel: {error}{remedy}") from error
+
+    def split(self) -> None:
+        """Split the model over all processes, which then run each forward together."""
+        shard(self.policy.model, self.taps.layers, self.policy.dtype)
 
     def sampled_by(self, engine: str) -> None:
         """Weight the tokens of that engine's rollouts as `grpo.tis_cap` says."""

@@ -4,7 +4,7 @@ With `rollout.offload` AdamW's two moments are in the host's memory. A step move
 parameters to the card, steps these parameters and moves them back; the numbers are the same to the
 bit, because AdamW treats each parameter on its own.
 
-Where processes share one model (`oisd.models.sharding`), each steps its part of every parameter
+Where processes share one model (`oisd.sharding`), each steps its part of every parameter
 with its part of the moments, and gradients arrive summed.
 """
 
@@ -19,7 +19,9 @@ from transformers import get_scheduler
 
 from oisd.batch import Batch
 from oisd.config import TrainConfig
-from oisd.models.sharding import (
+from oisd.objective import NonFiniteError
+from oisd.run.processes import Processes
+from oisd.sharding import (
     as_part,
     blank_part,
     in_shards,
@@ -28,8 +30,6 @@ from oisd.models.sharding import (
     own_part,
     whole,
 )
-from oisd.objective import NonFiniteError
-from oisd.run.processes import Processes
 
 # Bytes of the moments that are on the card at once, or those of one larger parameter.
 _MOMENTS_AT_ONCE = 1 << 29

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,16 +23,16 @@ from torch import Tensor
 
 from oisd import adapters
 from oisd.batch import Batch, assemble
-from oisd.config import AlignmentConfig, TrainConfig
+from oisd.config import TrainConfig
 from oisd.data import prompt_indices
 from oisd.data.problems import encode_problems, load_problems, warn_of_answers
 from oisd.evaluate import evaluate, in_order
 from oisd.losses import Mean, Metrics, add_metrics, frac_zero_std
 from oisd.losses.advantages import completion_advantages
-from oisd.models.sharding import gradients, same_batch, shard
 from oisd.objective import NonFiniteError, Objective, Totals
 from oisd.optimizer import Optimizer
-from oisd.policy import Sampler, load_for_training, load_policy
+from oisd.policy import Sampler, load_for_training
+from oisd.reference_policy import ReferencePolicy
 from oisd.rewards import load_reward
 from oisd.run.alarms import RunAlarms
 from oisd.run.checkpoints import load_optimizer, save_model
@@ -44,6 +43,7 @@ from oisd.run.processes import Processes
 from oisd.run.progress import Progress, Stopwatch
 from oisd.run.summary import summarize
 from oisd.schema import naming
+from oisd.sharding import gradients, same_batch
 from oisd.warmup import warm_up
 
 
@@ -92,24 +92,22 @@ class Trainer:
         taps = self.objective.taps
         compared = taps.attention_layers, taps.attention_words
         self.processes.on_first(partial(self.folder.record_attention, *compared))
+        self._is_sharded = self.processes.share_model(run.sharding)
         self.sampler = Sampler(self.policy, copied=self._is_sharded)
-        self._split(self.objective)
+        if self._is_sharded:
+            with naming("run.sharding"):
+                self.objective.split()
         self.optimizer = Optimizer(self.policy.model, config, self.processes)
         self.step, self.engine = 0, "generate"
         self.resumed = checkpoint is not None
         if checkpoint is not None:
             self.step = load_optimizer(checkpoint, self.optimizer)
-        self.reference = self._load_reference() if config.grpo.kl_coef and self.resumed else None
+        self.reference = self._load_reference() if self.resumed else None
 
-    @property
-    def _is_sharded(self) -> bool:
-        return self.config.run.sharding == "fsdp2" and self.processes.size > 1
-
-    def _split(self, objective: Objective) -> None:
-        """Split a model over the processes, if they share one."""
-        if self._is_sharded:
-            policy = objective.policy
-            shard(policy.model, objective.taps.layers, policy.dtype)
+    def _load_reference(self) -> ReferencePolicy | None:
+        if not self.config.grpo.kl_coef:
+            return None
+        return ReferencePolicy(self.objective, self.folder.reference, split=self._is_sharded)
 
     def _prepare_folder(self) -> None:
         self.folder.prepare(self.config)
@@ -301,33 +299,12 @@ class Trainer:
         for m, (sequences, num_tokens) in enumerate(totals.tolist()):
             own = batch.select(((part == m) & live).nonzero().flatten().to(device))
             if self.reference is not None:
-                own = replace(own, ref_logprobs=self._reference_logprobs(self.reference, own))
+                own = replace(own, ref_logprobs=self.reference.logprobs(own))
             # The first minibatch's policy is the one before the update: its ratios are 1.
             if m > 0:
                 own = replace(own, old_logprobs=self.objective.logprobs(own, self.step))
             minibatches.append((own, Totals(sequences, num_tokens)))
         return minibatches
-
-    def _load_reference(self) -> Objective:
-        """The initial policy, frozen, for the KL term: a copy, or this one without its adapters."""
-        if self.config.model.lora_rank:
-            return self.objective
-        policy = load_policy(
-            replace(self.config.model, gradient_checkpointing=False),
-            seed=self.config.run.seed,
-            device=self.processes.device,
-            checkpoint=self.folder.reference,
-        )
-        policy.model.requires_grad_(False).eval()
-        off = AlignmentConfig(think_weight=0.0, attention_weight=0.0)
-        objective = Objective(policy, replace(self.config, oisd=off))
-        self._split(objective)
-        return objective
-
-    def _reference_logprobs(self, reference: Objective, batch: Batch) -> Tensor:
-        is_policy = reference is self.objective
-        with adapters.disabled(self.policy.model) if is_policy else nullcontext():
-            return reference.logprobs(batch)
 
     def _report(self, error: NonFiniteError) -> NonFiniteError:
         """The error with its step, where its batch was written, and what to continue from."""

@@ -341,9 +341,9 @@ class Taps:
         return scaled(hidden, self._layout.scale)
 
     @property
-    def layers(self) -> Sequence[nn.Module]:
+    def layers(self) -> list[nn.Module]:
         """The decoder's layers."""
-        return self._layout.layers
+        return [*self._layout.layers]
 
     @property
     def unembedding(self) -> Unembedding:

@@ -17,24 +17,41 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from oisd import adapters
-from oisd.models.sharding import is_sharded, release, whole
-from oisd.optimizer import Optimizer
 from oisd.run.processes import Processes
+from oisd.sharding import is_sharded, release, whole
+
+
+class Resumable(Protocol):
+    """`oisd.optimizer.Optimizer`, of which this is what checkpoints need."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(
+        self, state: dict[str, Any], parts: Mapping[str, Tensor] | None = None
+    ) -> None: ...
+
+    def parts(self) -> dict[str, Tensor]: ...
+
+    def blank_parts(self) -> dict[str, Tensor]: ...
+
 
 _STATE, _PARTS, _DIGESTS = "trainer_state.pt", "optimizer", "digests.json"
 
 
 def write(
-    final: Path, step: int, model: Any, tokenizer: Any, optimizer: Optimizer, processes: Processes
+    final: Path, step: int, model: Any, tokenizer: Any, optimizer: Resumable, processes: Processes
 ) -> None:
     """Write a checkpoint; all processes call it.
 
@@ -68,24 +85,24 @@ def save_model(model: Any, tokenizer: Any, folder: Path, processes: Processes) -
     adapted = adapters.is_adapted(model)
     weights = _gathered(model, adapted, processes.is_first) if is_sharded(model) else None
 
-    def save() -> None:
+    def write_model() -> None:
         if adapted:
             adapters.save(model, folder, weights)
         else:
             model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
         tokenizer.save_pretrained(folder)
 
-    processes.on_first(save)
+    processes.on_first(write_model)
 
 
-def load_optimizer(checkpoint: Path, optimizer: Optimizer) -> int:
+def load_optimizer(checkpoint: Path, optimizer: Resumable) -> int:
     """Continue the optimizer from a checkpoint; returns its step. All processes call it."""
     state = torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
     parts = None
     if (checkpoint / _PARTS).is_dir():
         parts = optimizer.blank_parts()
         # Each process reads what it needs by itself.
-        dcp.load(parts, checkpoint_id=checkpoint / _PARTS)
+        load(parts, checkpoint_id=checkpoint / _PARTS, no_dist=not dist.is_initialized())
     optimizer.load_state_dict(state["learner"], parts)
     return state["step"]
 
@@ -137,7 +154,7 @@ def _empty(folder: Path) -> None:
 
 def _write_parts(parts: dict[str, Tensor], folder: Path) -> None:
     try:
-        dcp.save(dict(parts), checkpoint_id=folder)
+        save(dict(parts), checkpoint_id=folder)
     except CheckpointException as error:  # no Exception; it holds those of all processes
         causes = error.failures.values()
         first = next(iter(causes), error)

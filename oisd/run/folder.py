@@ -29,7 +29,6 @@ import tomli_w
 
 from oisd.config import ConfigError, TrainConfig, differences, load_recipe, to_tables
 from oisd.data import Example
-from oisd.optimizer import Optimizer
 from oisd.run import checkpoints, provenance
 from oisd.run.jsonl import read_rows
 from oisd.run.processes import Processes
@@ -199,7 +198,7 @@ class RunFolder:
         step: int,
         model: Any,
         tokenizer: Any,
-        optimizer: Optimizer,
+        optimizer: checkpoints.Resumable,
         processes: Processes,
         keep: int,
     ) -> None:

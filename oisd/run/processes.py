@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -48,6 +49,16 @@ class Processes:
     def is_first(self) -> bool:
         """Whether this process writes the run's files and talks to the terminal."""
         return self.rank == 0
+
+    def share_model(self, sharding: str) -> bool:
+        """Whether they split one model, as `run.sharding` says; warns where there is only one."""
+        if sharding == "fsdp2" and self.size == 1:
+            warnings.warn(
+                f'run.sharding = "{sharding}" splits the model over processes, and this is one '
+                "process, which holds the whole; torchrun --nproc-per-node=N starts more",
+                stacklevel=3,
+            )
+        return sharding == "fsdp2" and self.size > 1
 
     def share(self, items: Sequence[T]) -> list[T]:
         """This process's part of `items`: every `size`-th, starting at its rank."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.functional import layer_norm
 
 
 def shard(model: Any, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
@@ -32,7 +33,14 @@ def shard(model: Any, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
     model: a transformers model or PEFT's wrapper, the one that forwards call.
     layers: of its decoder. One whose parameters another module has too is not split by itself.
     dtype: of the forward; parameters keep theirs.
+    Raises ValueError for quantised weights.
     """
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            raise ValueError(
+                f'"fsdp2" wants parameters that are floating-point numbers, got {name} of '
+                f'{parameter.dtype}; use "none" with quantised weights'
+            )
     device = next(model.parameters()).device.type
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     half = None if dtype == torch.float32 else dtype
@@ -48,6 +56,10 @@ def shard(model: Any, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
     if half is not None:
         # The residual stream is float32, as under autocast without shards.
         model.get_input_embeddings().register_forward_hook(_in_float32)
+    if half is not None and device == "cpu":
+        for norm in model.modules():
+            if isinstance(norm, nn.LayerNorm):
+                norm.forward = partial(_layer_norm, norm)
 
 
 def _shares(layer: nn.Module, model: nn.Module) -> bool:
@@ -63,6 +75,13 @@ def _shares(layer: nn.Module, model: nn.Module) -> bool:
 
 def _in_float32(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output.float()
+
+
+def _layer_norm(norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
+    """In float32, as CUDA's autocast does; that of a CPU leaves weights that are gathered in half
+    precision as they are."""
+    weight, bias = (None if x is None else x.float() for x in (norm.weight, norm.bias))
+    return layer_norm(hidden.float(), norm.normalized_shape, weight, bias, norm.eps)
 
 
 def is_sharded(model: nn.Module) -> bool:

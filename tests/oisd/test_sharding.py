@@ -1,0 +1,222 @@
+"""Processes that share one model by FSDP2: their gradients, their runs, their checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from oisd.config import from_tables
+from oisd.trainer import Trainer
+from tests import ROOT
+from tests.oisd.sharded_gradients import CASES
+from tests.oisd.test_trainer import REWARD, assert_same_run, launch, metrics, tables, weights
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+# Two optimizer steps for each rollout, and a reference model that is split as well.
+SHARED = {
+    "grpo": {"kl_coef": 0.1, "minibatches": 2},
+    "run": {"sharding": "fsdp2"},
+    "eval": {"source": "none"},
+}
+FULL = """
+import torch.distributed.checkpoint.filesystem as filesystem
+write = filesystem.FileSystemWriter.write_data
+def write_or_fail(self, plan, planner):
+    if os.environ["RANK"] == "1" and "step-4" in str(self.path):
+        raise OSError(28, "No space left on device")
+    return write(self, plan, planner)
+filesystem.FileSystemWriter.write_data = write_or_fail
+"""
+
+
+@pytest.fixture(autouse=True)
+def reward_module(tmp_path, monkeypatch):
+    (tmp_path / "tests_reward.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+
+
+# ---------------------------------------------------------------- gradients
+
+
+def gradients(processes: int, folder: Path) -> dict:
+    out = folder / "gradients.json"
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN[:-1], f"--nproc-per-node={processes}",
+         "-m", "tests.oisd.sharded_gradients", str(out), *CASES],
+        capture_output=True, text=True, timeout=280, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict:
+    return gradients(2, tmp_path_factory.mktemp("two"))
+
+
+def check(case: dict) -> None:
+    """Against the gradient of a whole model in float32, which must be far from 0."""
+    assert case["norm"] > 1 and case["sharded"] == 1
+    if case["error of the whole"] == 0:  # itself in float32
+        assert case["error"] < 1e-5
+        assert case["logprobs"] < 2e-5
+        bound = 1e-4
+    else:
+        assert 1e-4 < case["error of the whole"] < 0.2
+        assert case["error"] < 1.5 * case["error of the whole"]
+        assert case["logprobs"] < 0.2
+        bound = 0.1
+    for ours, theirs in (case["norms"], case["metrics"]):
+        assert ours.keys() == theirs.keys() and ours
+        assert ours == pytest.approx(theirs, rel=bound, abs=bound / 100)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_have_the_gradient_of_one(found, name):
+    check(found[name])
+
+
+@pytest.mark.slow
+def test_four_processes_have_the_gradient_of_one(tmp_path):
+    for case in gradients(4, tmp_path).values():
+        check(case)
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def shared_run(tmp_path_factory) -> Path:
+    """A run of two processes that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "tests_reward.py").write_text(REWARD)
+    done = launch(folder / "run", launcher=TORCHRUN, **SHARED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder / "run"
+
+
+def assert_nearly_the_same(ours: Path, theirs: Path) -> None:
+    for a, b in zip(metrics(ours), metrics(theirs), strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), (a["step"], name)
+    start, one, two = weights(theirs, 2), weights(theirs, 4), weights(ours, 4)
+    assert one.keys() == two.keys()
+    for name in one:
+        moved = (one[name] - start[name]).norm()
+        assert moved > 1e-3
+        # Sums in another order, and AdamW divides by small second moments: a hundredth of the way.
+        assert (one[name] - two[name]).norm() < 1e-2 * moved, name
+
+
+def test_a_shared_model_trains_as_a_whole_one(shared_run, tmp_path):
+    whole = SHARED | {"run": {"sharding": "none"}}
+    Trainer(from_tables(tables(tmp_path / "whole", **whole))).train()
+    assert_nearly_the_same(shared_run, tmp_path / "whole")
+    # The folder is one that a user reads: it differs in nothing but the optimizer's state.
+    ours, theirs = (f / "checkpoints" / "step-4" for f in (shared_run, tmp_path / "whole"))
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        assert (ours / name).read_text() == (theirs / name).read_text()
+    assert {p.name for p in ours.iterdir()} - {p.name for p in theirs.iterdir()} == {"optimizer"}
+    # One process goes on from what two have written, and needs no other setting.
+    (ours / "digests.json").rename(ours / "digests.lost")
+    with pytest.warns(UserWarning, match="step-4 is damaged"):
+        alone = Trainer(from_tables(tables(shared_run, **SHARED)))
+    (ours / "digests.lost").rename(ours / "digests.json")
+    assert alone.step == 2
+    state = alone.optimizer.adamw.state
+    assert all(state[p]["step"] == 4 and state[p]["exp_avg"].norm() > 0 for p in state)
+    assert len(state) == len(alone.optimizer.parameters)
+
+
+def test_a_part_that_cannot_be_written_leaves_the_checkpoint_before(shared_run, tmp_path):
+    run = tmp_path / "run"
+    done = launch(run, FULL, launcher=TORCHRUN, **SHARED)
+    assert done.returncode != 0
+    wanted = "checkpoint step-4 could not be written to"
+    assert done.stderr.count(f"RunFolderError: {wanted}") == 2, done.stderr[-3000:]
+    assert "(is the disk full?)" in done.stderr and "No space left on device" in done.stderr
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-2"]
+    done = launch(run, launcher=TORCHRUN, **SHARED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(run, shared_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kill",
+    [
+        "place = oisd.trainer.Trainer; name = '_roll_out'",
+        "import oisd.optimizer; place = oisd.optimizer.Optimizer; name = 'step'",
+        "import oisd.run.checkpoints; place = oisd.run.checkpoints; name = '_seal'",
+    ],
+    ids=["sampling", "update", "checkpoint"],
+)
+def test_killed_and_started_again_ends_the_same(shared_run, tmp_path, kill):
+    run, calls = tmp_path / "run", 8
+    # A rollout and two updates a step, a checkpoint after the warm-up, step 2 and step 4.
+    calls = {"_roll_out": 4, "step": 6, "_seal": 3}[kill.split("'")[1]]
+    before = [
+        kill,
+        "real, calls = getattr(place, name), []",
+        "def counted(*args, **kwargs):",
+        "    calls.append(1)",
+        f"    if len(calls) == {calls} and os.environ['RANK'] == '1': die()",
+        "    return real(*args, **kwargs)",
+        "setattr(place, name, counted)",
+    ]
+    done = launch(run, *before, launcher=TORCHRUN, **SHARED)
+    assert done.returncode != 0 and f"{-signal.SIGKILL}" in done.stderr
+    assert not (run / "checkpoints" / "step-4").exists()
+    done = launch(run, launcher=TORCHRUN, **SHARED)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(run, shared_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["none", "fsdp2"])
+def test_another_number_of_processes_goes_on(shared_run, tmp_path, first):
+    """From one process to four, and from two to one."""
+    run = tmp_path / "run"
+    start = {**SHARED, "run": {"steps": 2, "sharding": first}}
+    many = (*TORCHRUN[:-1], "--nproc-per-node=4")
+    for launcher, changes in ((TORCHRUN if first == "fsdp2" else (), start),
+                              (() if first == "fsdp2" else many, SHARED)):  # fmt: skip
+        done = launch(run, launcher=launcher, **changes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_nearly_the_same(run, shared_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rollout": {"offload": True}, "model": {"gradient_checkpointing": True}},
+        {"rollout": {"engine": "continuous"}},
+        {"rollout": {"prompts_per_step": 1}, "grpo": {"minibatches": 1}},
+    ],
+    ids=["offload", "continuous", "a process without prompts"],
+)
+def test_variants(tmp_path, changes):
+    runs = {}
+    for sharding, launcher in (("none", ()), ("fsdp2", TORCHRUN)):
+        runs[sharding] = tmp_path / sharding
+        tables = {**SHARED, **changes, "run": {"sharding": sharding}}
+        done = launch(runs[sharding], launcher=launcher, **tables)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_nearly_the_same(runs["fsdp2"], runs["none"])
+
+
+def test_one_process_alone_has_nothing_to_split(tmp_path):
+    with pytest.warns(UserWarning, match=r'run.sharding = "fsdp2" .* one process .* torchrun'):
+        trainer = Trainer(from_tables(tables(tmp_path / "run", **SHARED)))
+    assert not any(hasattr(p, "placements") for p in trainer.policy.model.parameters())
+    assert torch.is_tensor(trainer.optimizer.parameters[0])
