@@ -99,7 +99,7 @@ def measure(kind: str) -> dict[str, Any]:
             return sample(model, prompts, range(ROWS), max_completion_tokens=tokens, **settings)
 
     decode(model, 2)  # libraries get their own buffers
-    before = _memory("VmRSS")
+    before = memory("VmRSS")
     model = random_model(SHAPE)
     copied = None
     if kind == "copy":
@@ -114,7 +114,7 @@ def measure(kind: str) -> dict[str, Any]:
     if copied:
         copied.release()
     spent = time.process_time() - start
-    peak = _memory("VmHWM") - before
+    peak = memory("VmHWM") - before
     if copied:
         sampler = copied.fill()
     with torch.autocast("cpu", torch.bfloat16) if kind == "autocast" else nullcontext():
@@ -183,7 +183,7 @@ def summary(kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
             "dtypes": rows[0]["dtypes"]}  # fmt: skip
 
 
-def _memory(name: str) -> int:
+def memory(name: str) -> int:
     """Bytes, from the kernel's table of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{name}:"):
