@@ -30,6 +30,7 @@ USE_TRANSFORMERS = {
     "oisd/models/attention.py",
     "oisd/models/offsets.py",
     "oisd/rollout/__init__.py",
+    "oisd/rollout/generate.py",
     "oisd/rollout/sampling.py",
     "oisd/rollout/continuous.py",
     "oisd/arithmetic.py",
