@@ -32,8 +32,8 @@ from oisd.models.loading import quiet
 Draw = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _can_share: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
-# Tokens of the trial's two prompts, and of its completions.
-_PROMPTS, _COMPLETION = (40, 25), 5
+# Tokens of the trial's longer prompt and of its completions, where there are positions for them.
+_PROMPT, _COMPLETION = 40, 5
 
 
 def run(
@@ -207,13 +207,11 @@ def _scores_agree(model: Any) -> bool:
 
     Four rows of two prompts of unlike lengths, in an order that shows whose state a row has.
     """
-    text = guard_tokens(model, sum(_PROMPTS) + 4 * _COMPLETION)
-    first, second = (max(1, len(text) * part // 85) for part in _PROMPTS)
-    rest = text[first + second :]
-    count = len(rest) // 4
+    text = guard_tokens(model, _PROMPT + _COMPLETION)
+    count = min(_COMPLETION, len(text) // 4)
     if count < 2:
-        return False  # there are too few positions to tell
-    prompts = [text[:first].tolist(), text[first : first + second].tolist()]
+        return False  # too few positions to tell
+    prompts = [text[count:].tolist(), text[: len(text) // 2].tolist()]
     repeats = torch.tensor([1, 0, 0, 1], device=text.device)
     keys = torch.arange(4, device=text.device)
     vocabulary = model.config.get_text_config().vocab_size
@@ -224,7 +222,8 @@ def _scores_agree(model: Any) -> bool:
         pad_token_id=0,
         use_cache=True,
     )
-    alone, shared = (_Dictated(rest[: 4 * count].view(4, count)) for _ in range(2))
+    dictated = torch.stack([text[i : i + count] for i in range(4)])
+    alone, shared = _Dictated(dictated), _Dictated(dictated)
     inputs = left_pad([prompts[i] for i in repeats.tolist()], 0, text.device)
     with quiet():
         _decode(model, inputs, keys, alone, settings)
