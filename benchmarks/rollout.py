@@ -2,7 +2,8 @@
 
     python -m benchmarks.rollout [--case prefill] [--against CHECKOUT] [--rounds 1] [--out FOLDER]
 
-"copy", at Qwen3-0.6B's shape: from the copy, and beside it from float32 parameters. 8 rows of 24 tokens after prompts of 16, random weights, two CPU threads. Each measurement is a
+"copy", at Qwen3-0.6B's shape: decoding from the copy, and from float32 parameters under autocast.
+8 rows of 24 tokens after prompts of 16, random weights, two CPU threads. Each measurement is a
 process of its own, in turns. "autocast" rounds float32 parameters in each forward, as rollouts did
 before there was a copy; with --against it runs the sampler of another checkout. "copy" is what a
 run does: fill the copy from the float32 parameters, sample, give the memory back.

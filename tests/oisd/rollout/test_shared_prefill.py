@@ -23,7 +23,7 @@ def texts(*lengths: int) -> list[list[int]]:
     return [[draw.randrange(23, 100) for _ in range(length)] for length in lengths]
 
 
-# Of unlike lengths, two of one length, one of a single token; longer and shorter than a window of 5.
+# Longer and shorter than a window of 5, two of one length, one of a single token.
 PROMPTS = texts(11, 7, 30, 1, 11)
 # Completions of a prompt are neighbours, as in a rollout, but for the last five.
 REPEATED = [prompt for prompt in PROMPTS for _ in range(4)] + PROMPTS
