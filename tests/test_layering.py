@@ -37,7 +37,7 @@ USE_TRANSFORMERS = {
     "oisd/optimizer.py",
     "oisd/warmup.py",
     "oisd/cli.py",
-    "oisd/plan.py",
+    "oisd/plan/shapes.py",
 }
 
 
