@@ -123,12 +123,14 @@ def _decode_shared(
     Raises TypeError where the model returns no cache.
     """
     prefill = _Scores()
-    cache = model.generate(
+    made = model.generate(
         inputs[0],
         attention_mask=inputs[1],
         generation_config=_changed(settings, max_new_tokens=1, return_dict_in_generate=True),
         logits_processor=LogitsProcessorList([prefill]),
-    ).past_key_values
+    )
+    name = "cache" if "cache" in made else "past_key_values"  # its name in older versions
+    cache = made.get(name)
     if not isinstance(cache, Cache):
         raise TypeError(f"{type(model).__name__} returned no cache but {type(cache).__name__}")
     tokens, logprobs = sampler(prefill.scores[repeats], keys, torch.zeros_like(keys))
@@ -144,9 +146,8 @@ def _decode_shared(
     ids = torch.cat([inputs[0][rows], tokens[going]], dim=1)
     mask = torch.cat([inputs[1][rows], torch.ones_like(tokens[going])], dim=1)
     settings = _changed(settings, max_new_tokens=limit - 1)
-    rest = _decode(
-        model, (ids, mask), keys[going], sampler, settings, earlier=1, past_key_values=cache
-    )
+    kept = {name: cache}
+    rest = _decode(model, (ids, mask), keys[going], sampler, settings, earlier=1, **kept)
     found = []
     for first, part, fill in zip(
         (tokens, logprobs), rest, (settings.pad_token_id, 0.0), strict=True
