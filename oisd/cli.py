@@ -168,7 +168,8 @@ def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig
         prog=f"oisd {command} [RECIPE]",
         description="Train with GRPO and internal self-distillation. The recipe (by default "
         "arithmetic) gives the settings that the command line does not. --show prints all of them "
-        f"as TOML, to start your own recipe from, and does not {command}.",
+        f"as TOML, to start your own recipe from, and does not {command}."
+        + (" --processes N plans for one of N processes." if command == "plan" else ""),
         args=with_none_spelled(TrainConfig, options),
         default=load_recipe(recipe_path(name or "arithmetic")),
         config=(tyro.conf.FlagConversionOff,),
