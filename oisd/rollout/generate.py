@@ -141,7 +141,7 @@ def _decode_shared(
     going = torch.isin(tokens[:, 0], ends, invert=True).nonzero().flatten()
     if limit == 1 or len(going) == 0:
         return tokens, logprobs
-    rows = repeats[going]
+    rows: Any = repeats[going]
     cache.reorder_cache(rows)  # whatever a layer keeps; a row may be taken more than once
     ids = torch.cat([inputs[0][rows], tokens[going]], dim=1)
     mask = torch.cat([inputs[1][rows], torch.ones_like(tokens[going])], dim=1)
