@@ -1,7 +1,8 @@
-"""Decoding in bfloat16 at Qwen3-0.6B's shape: from the copy, and beside it from float32 parameters.
+"""Rollouts: decoding from a copy in bfloat16, and one prefill for the completions of a prompt.
 
-    python -m benchmarks.rollout [--against CHECKOUT] [--rounds 1] [--out benchmarks/results]
+    python -m benchmarks.rollout [--case prefill] [--against CHECKOUT] [--rounds 1] [--out FOLDER]
 
+"copy", at Qwen3-0.6B's shape: decoding from the copy, and from float32 parameters under autocast.
 8 rows of 24 tokens after prompts of 16, random weights, two CPU threads. Each measurement is a
 process of its own, in turns. "autocast" rounds float32 parameters in each forward, as rollouts did
 before there was a copy; with --against it runs the sampler of another checkout. "copy" is what a
@@ -11,6 +12,10 @@ The times are of the processor, all threads together, because a machine that oth
 the clock's times long. Peak memory is that of the process less what it had before the model, beside
 `oisd plan`. Both must sample like the float32 model: where they take the same token, its log-prob
 may differ by rounding alone.
+
+"prefill": 8 completions of 16 tokens for one prompt of 512, by a Qwen3 of 4 layers and width 256 in
+float32 on one thread, with a prefill for each row ("apart") and with one for all ("shared"). Counts
+the tokens of prompts that the model reads. Tokens must be the same, and log-probs within 1e-5.
 """
 
 from __future__ import annotations
@@ -35,6 +40,11 @@ SHAPE = dict(
     max_position_embeddings=40960, eos_token_id=151935, pad_token_id=0,
 )  # fmt: skip
 KINDS = ("autocast", "copy")
+SMALL = SHAPE | dict(
+    vocab_size=32000, hidden_size=256, intermediate_size=768, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=64, eos_token_id=31999,
+)  # fmt: skip
+LONG_PROMPT, FEW_TOKENS = 512, 16
 # A larger mean difference (nats) of the log-prob of the same token is no rounding.
 TOLERANCE = 0.05
 
@@ -42,6 +52,7 @@ TOLERANCE = 0.05
 def main() -> None:
     """Measure, print a table, append rows to a JSONL file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--case", choices=("copy", "prefill"), default="copy")
     parser.add_argument("--against", type=Path, help="a checkout whose sampler is measured too")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder for rollout.jsonl")
@@ -49,6 +60,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one)))
+        return
+    if arguments.case == "prefill":
+        prefill_case(arguments.rounds, arguments.out)
         return
     from benchmarks.measure.machine import ROOT, append, describe
 
@@ -71,6 +85,55 @@ def main() -> None:
     print(f"copy / autocast: time {ratio:.2f}, cache {cache:.2f}; {apart:.4f} nats apart")
     if arguments.out:
         append(arguments.out / "rollout.jsonl", rows, describe("cpu", THREADS))
+
+
+def prefill_case(rounds: int, out: Path | None) -> None:
+    """Measure in turns, after a round that is not counted; print a table and append rows."""
+    from oisd.rollout import generate, sample
+
+    torch.set_num_threads(1)
+    model: Any = random_model(SMALL)
+    prompts = [[(7 * i) % 1000 + 5 for i in range(LONG_PROMPT)]] * ROWS
+    settings: dict[str, Any] = {"pad_token_id": 0, "eos_token_ids": [SMALL["eos_token_id"]]}
+    read: list[int] = []
+
+    def count(module: Any, given: Any, named: dict[str, Any]) -> None:
+        ids = named["input_ids"]
+        read.append(ids.numel() if ids.shape[1] > 1 else 0)
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    may_share = generate.can_share
+    assert may_share(model)
+    spent: dict[str, list[float]] = {"apart": [], "shared": []}
+    tokens, made = dict.fromkeys(spent, 0), {}
+    for number in range(1 + rounds):
+        for kind, times in spent.items():
+            generate.can_share = may_share if kind == "shared" else lambda _: False
+            read.clear()
+            start = time.process_time()
+            made[kind] = sample(
+                model, prompts, range(ROWS), max_completion_tokens=FEW_TOKENS, **settings
+            )
+            if number > 0:
+                times.append(time.process_time() - start)
+            tokens[kind] = sum(read)
+    one, other = made["shared"], made["apart"]
+    apart = float((one.logprobs - other.logprobs).abs().max())
+    if not (torch.equal(one.ids, other.ids) and apart < 1e-5):
+        raise SystemExit(f"WRONG: other tokens, or log-probs that are {apart:.2g} nats apart")
+    rows = [
+        {"kind": kind, "cpu_s": statistics.median(times), "least_s": min(times),
+         "prefill_tokens": tokens[kind], "apart_nats": apart, "rounds": rounds}
+        for kind, times in spent.items()
+    ]  # fmt: skip
+    for row in rows:
+        print("{kind:6}  {cpu_s:6.3f} s of processor  {prefill_tokens} tokens read".format(**row))
+    ratios = [a / b for a, b in zip(spent["shared"], spent["apart"], strict=True)]
+    print(f"shared / apart: time {statistics.median(ratios):.2f}; {apart:.1e} nats apart")
+    if out:
+        from benchmarks.measure.machine import append, describe
+
+        append(out / "rollout.jsonl", rows, describe("cpu", 1))
 
 
 def _in_a_process(kind: str, code: Path) -> dict[str, Any]:

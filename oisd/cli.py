@@ -16,7 +16,7 @@ from oisd.schema import nearest, one_line, recipe_path, require, require_device,
 
 _USAGE = """\
 usage: oisd train [RECIPE] [--show] [--table.key value ...]
-       oisd plan [RECIPE] [--show] [--table.key value ...]
+       oisd plan [RECIPE] [--processes N] [--show] [--table.key value ...]
        oisd check MODEL [--recipe NAME] [--data SOURCE] [--option value ...]
        oisd eval MODEL [--benchmark NAME ...] [--option value ...]
        oisd compare FOLDER ... [--output-dir FOLDER]
@@ -168,7 +168,8 @@ def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig
         prog=f"oisd {command} [RECIPE]",
         description="Train with GRPO and internal self-distillation. The recipe (by default "
         "arithmetic) gives the settings that the command line does not. --show prints all of them "
-        f"as TOML, to start your own recipe from, and does not {command}.",
+        f"as TOML, to start your own recipe from, and does not {command}."
+        + (" --processes N plans for one of N processes." if command == "plan" else ""),
         args=with_none_spelled(TrainConfig, options),
         default=load_recipe(recipe_path(name or "arithmetic")),
         config=(tyro.conf.FlagConversionOff,),
@@ -209,18 +210,35 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _plan(arguments: Sequence[str]) -> int:
+    processes, arguments = _processes(arguments)
     config = _parse_shown(arguments, "plan")
     if config is None:
         return 0
     _quiet()
-    from oisd.plan import check_layers, memory_plan, model_shape, rich_tables
+    from oisd.plan import check_layers, model_shape, rich_tables
 
     shape = model_shape(config.model.path)
     check_layers(config, shape)
     console = _console()
-    for renderable in rich_tables(memory_plan(config, shape)):
+    for renderable in rich_tables(config, shape, processes):
         console.print(renderable)
     return 0
+
+
+def _processes(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
+    """The number that `--processes` gives, if it is there, and the other arguments."""
+    left = [part for a in arguments for part in (a.split("=", 1) if _is_count(a) else [a])]
+    if "--processes" not in left:
+        return None, left
+    at = left.index("--processes")
+    given = left[at + 1] if at + 1 < len(left) else ""
+    count = int(given) if given.isascii() and given.isdigit() else 0
+    require(count >= 1, "--processes", "a number of processes, at least 1", given)
+    return count, left[:at] + left[at + 2 :]
+
+
+def _is_count(argument: str) -> bool:
+    return argument.startswith("--processes=")
 
 
 def _parse_model(arguments: Sequence[str], command: str, kind: Any, text: str) -> tuple[str, Any]:

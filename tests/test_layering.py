@@ -31,13 +31,14 @@ USE_TRANSFORMERS = {
     "oisd/models/attention.py",
     "oisd/models/offsets.py",
     "oisd/rollout/__init__.py",
+    "oisd/rollout/generate.py",
     "oisd/rollout/sampling.py",
     "oisd/rollout/continuous.py",
     "oisd/arithmetic.py",
     "oisd/optimizer.py",
     "oisd/warmup.py",
     "oisd/cli.py",
-    "oisd/plan.py",
+    "oisd/plan/shapes.py",
 }
 
 

@@ -190,7 +190,8 @@ def _memory_rows(policy: Policy, config: TrainConfig) -> Iterator[Finding]:
     else:
         has, name = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
     peak, limit = plan.peak / GIB, USABLE * has / GIB
-    found = f"a run needs {peak:.2f} GiB at its peak, {name} has {limit:.1f} to fill"
+    each = f" on each of {plan.processes} processes" if plan.processes > 1 else ""
+    found = f"a run needs {peak:.2f} GiB{each} at its peak, {name} has {limit:.1f} to fill"
     if peak <= limit:
         yield Finding("run", "memory", "pass", found, peak, limit)
         return

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig
 
+from oisd.rollout import generate
+from oisd.rollout.generate import left_pad as left_pad
 from oisd.rollout.sampling import TokenSampler, row_keys
 
 ENGINES = ("generate", "continuous")
@@ -82,7 +84,7 @@ def sample(
         pad_token_id=pad_token_id,
         use_cache=True,
     )
-    run = _generate
+    run = generate.run
     if engine == "continuous" and len(prompts) > 0:
         from oisd.rollout.continuous import run
     keys, sampler = row_keys(rows, seed, step, device), TokenSampler(temperature, top_p)
@@ -99,61 +101,6 @@ def sample(
         lengths,
         finished,
     )
-
-
-def _generate(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    keys: Tensor,
-    sampler: TokenSampler,
-    settings: GenerationConfig,
-    batch_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Token ids and log-probs, right-padded to [B, max_new_tokens]."""
-    device = keys.device
-    pad: Any = settings.pad_token_id
-    ids = torch.full((len(prompts), int(settings.max_new_tokens or 0)), pad, device=device)
-    logprobs = torch.zeros(ids.shape, device=device)
-    # Of like length, so that little is padding.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        index = torch.tensor(chosen, device=device)
-        input_ids, attention_mask = left_pad([prompts[i] for i in chosen], pad, device)
-        processor = _NoisyProcessor(sampler, keys[index])
-        output = model.generate(
-            input_ids,
-            attention_mask=attention_mask,
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([processor]),
-        )[:, input_ids.shape[1] :]
-        ids[index, : output.shape[1]] = output
-        logprobs[index, : output.shape[1]] = torch.stack(processor.logprobs, dim=1)
-    return ids, logprobs
-
-
-class _NoisyProcessor(LogitsProcessor):
-    """Samples: returns scores [B, V] that allow the sampled token alone."""
-
-    def __init__(self, sampler: TokenSampler, keys: Tensor) -> None:
-        self.sampler, self.keys = sampler, keys
-        self.logprobs: list[Tensor] = []
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        positions = torch.full_like(self.keys, len(self.logprobs))
-        token, logprob = self.sampler(scores, self.keys, positions)
-        self.logprobs.append(logprob)
-        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
-
-
-def left_pad(
-    rows: Sequence[Sequence[int]], pad_token_id: int, device: torch.device | str
-) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask [B, T], the rows' ends aligned as generation needs them."""
-    longest = max(len(row) for row in rows)
-    ids = [[pad_token_id] * (longest - len(row)) + list(row) for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 @contextmanager

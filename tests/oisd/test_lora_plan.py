@@ -19,6 +19,7 @@ from oisd.plan import (
     lora_targets,
     memory_plan,
     shape_of,
+    with_sharding,
 )
 from tests import ROOT
 from tests.tiny_models import tiny_model
@@ -50,6 +51,20 @@ def test_the_plan_counts_what_is_there(name, tied, dtype, targets):
     if dtype == "bfloat16":
         head = 2 * shape.vocabulary * shape.width if tied else 0
         assert plan.update["bf16 copies"] == 2 * own + head
+
+
+def test_adapters_over_processes():
+    """The frozen weights are split too; only adapters have gradients to be reduced."""
+    config, shape = load_recipe(RECIPES / "qwen3-8b-lora.toml"), SHAPES["Qwen/Qwen3-8B"]
+    whole = memory_plan(config, shape)
+    plan = memory_plan(with_sharding(config, "fsdp2"), shape, 2)
+    for name in ("parameters", "AdamW"):
+        assert plan.resident[name] == whole.resident[name] / 2 > 0
+    assert plan.update["gradients"] == 2 * plan.trained
+    root, own = 2 * 151936 * 4096 + 4096, plan.trained // 36
+    layer = (8_190_735_360 - root) // 36
+    assert plan.update["embedding, head gathered"] == 2 * root
+    assert plan.update["layers gathered"] == 2 * 2 * (layer + own) + (2 + 4) * own
 
 
 def test_the_plan_names_targets_that_it_does_not_know():
@@ -105,7 +120,9 @@ def test_the_recipe_is_the_whole_models_but_for_lora():
     file = RECIPES / "qwen3-8b-lora.toml"
     found = differences(load_recipe(RECIPES / "qwen3-8b.toml"), load_recipe(file))
     changed = {line.split(":")[0] for line in found}
-    assert changed == {"model.lora_rank", "optimizer.learning_rate", "run.output_dir"}
+    assert changed == {
+        "model.lora_rank", "optimizer.learning_rate", "run.output_dir", "run.sharding"
+    }  # fmt: skip
     settings = [x for x in file.read_text().splitlines() if " = " in x and not x.startswith("#")]
     for line in settings:
         stated = re.search(r"#.*(paper|BuPO|LoRA|ours|not stated)", line)

@@ -11,7 +11,18 @@ from transformers import AutoConfig, DynamicCache
 from oisd import plan as planning
 from oisd.cli import main, recipe_path
 from oisd.config import ConfigError, load_recipe
-from oisd.plan import GIB, SHAPES, Shape, layer_activations, memory_plan, model_shape, shape_of
+from oisd.plan import (
+    CARDS,
+    GIB,
+    SHAPES,
+    USABLE,
+    Shape,
+    layer_activations,
+    memory_plan,
+    model_shape,
+    shape_of,
+    with_sharding,
+)
 from oisd.rollout.model_copy import ModelCopy
 from tests import ROOT
 from tests.tiny_models import TINY, tiny_model
@@ -188,7 +199,6 @@ def test_qwen3_4b_by_hand():
     assert plan.rollout["key-value cache"] == 24 * 9216 * 36 * 8 * 128 * 4
     assert plan.rollout["sampling copy"] == 2 * p
     assert plan.peak / GIB == pytest.approx(82.9, abs=0.1)  # the rollout's, by its cache
-    assert plan.sharded(4) < plan.sharded(2) < plan.peak
 
 
 def test_offload_takes_the_moments_off_the_card():
@@ -205,7 +215,76 @@ def test_offload_takes_the_moments_off_the_card():
     # In a step: parameters, gradients, and 12 bytes for each number of the largest parameter.
     step = plan.held + plan.update["gradients"] + 12 * shape.vocabulary * shape.width
     assert step < plan.peak
-    assert plan.sharded(4) == plain.sharded(4)
+
+
+QWEN3_8B = 8_190_735_360
+
+
+def test_qwen3_8b_over_four_cards_by_hand():
+    plan = memory_plan(load_recipe(recipe_path("qwen3-8b")), SHAPES["Qwen/Qwen3-8B"])
+    p = QWEN3_8B
+    assert plan.sharded and plan.processes == 4
+    assert plan.resident == {"parameters": p, "AdamW": 2 * p}
+    assert plan.update["gradients"] == p and "bf16 copies" not in plan.update
+    root = 2 * 151936 * 4096 + 4096
+    layer = (p - root) // 36
+    assert layer == 4096 * (2 * 4096 + 2 * 1024 + 3 * 12288 + 2) + 2 * 128
+    # Two layers in bf16, one's gradient in bf16, and in float32 while it is reduced.
+    assert plan.update["layers gathered"] == (2 * 2 + 2 + 4) * layer
+    assert plan.update["embedding, head gathered"] == (2 + 2 + 4) * root
+    assert plan.rollout["sampling copy"] == 2 * p
+    assert plan.rollout["key-value cache"] == 24 * 9216 * 36 * 8 * 128 * 4
+    assert plan.peak / GIB == pytest.approx(68.6, abs=0.1)  # the rollout's
+    assert (plan.held + sum(plan.update.values())) / GIB == pytest.approx(58.9, abs=0.1)
+
+
+@pytest.mark.parametrize("model", ["qwen3-8b", "octothinker-8b"])
+@pytest.mark.parametrize("arm", ["", "-grpo", "-bupo"])
+def test_the_recipes_of_8_billion_fit_four_cards_of_80_gb(model, arm):
+    config = load_recipe(recipe_path(model + arm))
+    shape = SHAPES[config.model.path]
+    plan = memory_plan(config, shape)
+    assert config.run.sharding == "fsdp2" and plan.processes == 4
+    assert 60 * GIB < plan.peak < 72 * GIB
+    assert plan.peak < USABLE * CARDS["80 GB (A100, H100)"] * GIB
+    assert memory_plan(with_sharding(config, "none"), shape).peak > 140 * GIB
+
+
+def test_what_is_split_and_what_each_process_holds():
+    config, shape = load_recipe(recipe_path("qwen3-8b")), SHAPES["Qwen/Qwen3-8B"]
+    plans = [memory_plan(config, shape, processes) for processes in (1, 2, 3, 8)]
+    assert [plan.resident["AdamW"] for plan in plans] == [
+        8 * QWEN3_8B, 4 * QWEN3_8B, 8 * QWEN3_8B // 3, QWEN3_8B
+    ]  # fmt: skip
+    one, *_, eight = plans
+    split = {"gradients"}
+    assert {k: v for k, v in one.update.items() if k not in split} == {
+        k: v for k, v in eight.update.items() if k not in split
+    }
+    assert one.rollout == eight.rollout
+    # Whole models: the processes divide the prompts alone.
+    whole = with_sharding(config, "none")
+    assert memory_plan(whole, shape, 8) == replace(memory_plan(whole, shape), processes=8)
+    many = memory_plan(whole, shape, 128)
+    assert many.at_once == 8 and many.rollout["sampling"] == 24 * 8 * 151936
+
+
+def test_offload_of_a_share():
+    config, shape = load_recipe(recipe_path("qwen3-8b")), SHAPES["Qwen/Qwen3-8B"]
+    plain = memory_plan(config, shape, 2)
+    plan = memory_plan(replace(config, rollout=replace(config.rollout, offload=True)), shape, 2)
+    assert plan.host == {"AdamW": 4 * QWEN3_8B} and "AdamW" not in plan.resident
+    assert plain.peak - plan.peak == 4 * QWEN3_8B
+
+
+def test_sharded_float32_gathers_float32_and_samples_from_a_whole_model():
+    config = load_recipe(recipe_path("qwen3-8b"))
+    config = replace(config, model=replace(config.model, dtype="float32"))
+    plan = memory_plan(config, SHAPES["Qwen/Qwen3-8B"])
+    root = 2 * 151936 * 4096 + 4096
+    assert plan.update["embedding, head gathered"] == (4 + 4 + 4) * root
+    assert plan.update["layers gathered"] == (2 * 4 + 4 + 4) * ((QWEN3_8B - root) // 36)
+    assert plan.rollout["sampling copy"] == 4 * QWEN3_8B
 
 
 def test_float32_has_no_copy_and_a_cache_in_float32():
@@ -249,6 +328,22 @@ def test_every_recipe_has_a_plan(recipe, capsys):
     printed = capsys.readouterr().out
     for words in ("parameters", "AdamW", "activations", "key-value cache", "141 GB", "peak"):
         assert words in printed
+
+
+def test_the_number_of_processes(capsys):
+    def printed(*options: str) -> str:
+        assert main(["plan", "qwen3-8b", *options]) == 0
+        return capsys.readouterr().out
+
+    four = printed()
+    assert printed("--processes", "4") == four
+    assert 'Memory of one process of 4, GiB, run.sharding = "fsdp2"' in " ".join(four.split())
+    assert "│ AdamW                    │ always  │ 15.26 │" in four
+    assert "│ AdamW                    │ always  │  7.63 │" in printed("--processes=8")
+    assert "of 2" in printed("--processes", "2", "--run.sharding", "none")
+    for wrong in (["--processes"], ["--processes", "0"], ["--processes=two"]):
+        assert main(["plan", "qwen3-8b", *wrong]) == 2
+        assert "--processes must be a number of processes" in capsys.readouterr().err
 
 
 def test_overrides_reach_the_plan(capsys):

@@ -44,6 +44,7 @@ def test_rows_of_the_papers_table_1(name):
     # An arm differs from its model's OISD only in the two weights, the folder and its policy loss.
     found = differences(load_recipe(ROOT / "recipes" / f"{model}.toml"), config)
     allowed = {"oisd.think_weight", "oisd.attention_weight", "run.output_dir"}
+    assert config.run.sharding == ("fsdp2" if "8b" in name else "none")
     other = {"qwen3-4b-rloo": "rloo", "qwen3-4b-reinforce-plus-plus": "reinforce++"}
     assert config.grpo.advantage == other.get(name, "grpo")
     internal = (LAYERS[model], 30) if name.endswith("bupo") else (None, 0)
@@ -74,11 +75,11 @@ GRPO = {"think_weight": 0.0, "attention_weight": 0.0}
 BUPO = {"oisd": GRPO, "grpo": {"internal_layer": 6, "internal_steps": 30}}
 
 
-def octothinker(size: str, layer: int, batch: int) -> dict[str, dict[str, Any]]:
+def octothinker(size: str, layer: int) -> dict[str, dict[str, Any]]:
     return {
         "model": {"path": f"OctoThinker/OctoThinker-{size}-Long-Base"},
         "data": {"chat_template": False},
-        "rollout": {"max_completion_tokens": 3072, "batch_size": batch},
+        "rollout": {"max_completion_tokens": 3072, "batch_size": 64},
         "oisd": {"student_layers": (layer,)},
     }
 
@@ -94,18 +95,23 @@ FROM: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "qwen3-4b", {"oisd": GRPO, "grpo": {"advantage": "reinforce++"}}
     ),
     "qwen3-4b-bupo": ("qwen3-4b", BUPO),
-    "qwen3-8b": ("qwen3-4b", {"model": {"path": "Qwen/Qwen3-8B"}, "rollout": {"batch_size": 16}}),
+    "qwen3-8b": (
+        "qwen3-4b", {"model": {"path": "Qwen/Qwen3-8B"}, "run": {"sharding": "fsdp2"}}
+    ),
     "qwen3-8b-grpo": ("qwen3-8b", {"oisd": GRPO}),
     "qwen3-8b-bupo": ("qwen3-8b", BUPO),
     "qwen3-8b-lora": (
-        "qwen3-8b", {"model": {"lora_rank": 16}, "optimizer": {"learning_rate": 1e-5}}
+        "qwen3-8b", {"model": {"lora_rank": 16}, "optimizer": {"learning_rate": 1e-5},
+                     "run": {"sharding": "none"}}
     ),
-    "octothinker-3b": ("qwen3-4b", octothinker("3B", 27, 64)),
+    "octothinker-3b": ("qwen3-4b", octothinker("3B", 27)),
     "octothinker-3b-grpo": ("octothinker-3b", {"oisd": GRPO}),
     "octothinker-3b-bupo": (
         "octothinker-3b", {"oisd": GRPO, "grpo": {"internal_layer": 27, "internal_steps": 30}}
     ),
-    "octothinker-8b": ("qwen3-4b", octothinker("8B", 31, 32)),
+    "octothinker-8b": (
+        "qwen3-4b", {**octothinker("8B", 31), "run": {"sharding": "fsdp2"}}
+    ),
     "octothinker-8b-grpo": ("octothinker-8b", {"oisd": GRPO}),
     "octothinker-8b-bupo": (
         "octothinker-8b", {"oisd": GRPO, "grpo": {"internal_layer": 31, "internal_steps": 30}}
