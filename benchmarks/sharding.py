@@ -84,17 +84,19 @@ def measure(dtype: str, layers: int) -> None:
     from oisd.policy import Policy
     from oisd.run.processes import Processes
     from oisd.trainer import learn
+    from oisd_kernels.lens.chunked.chunks import DEFAULT_BYTES
 
+    processes = Processes("cpu")
+    sharding = "fsdp2" if processes.size > 1 else "none"
     config = from_tables(
         {
             "model": {"dtype": dtype, "gradient_checkpointing": True},
             "data": {"max_prompt_tokens": PROMPT},
             "rollout": {"max_completion_tokens": TOKENS - PROMPT, "batch_size": 1},
-            "oisd": {"student_layers": [LAYER]},
-            "run": {"tokens_per_microbatch": ROWS * TOKENS, "sharding": "fsdp2"},
+            "oisd": {"student_layers": [min(LAYER, layers - 1)]},
+            "run": {"tokens_per_microbatch": ROWS * TOKENS, "sharding": sharding},
         }
     )
-    processes = Processes("cpu")
     before = memory("VmRSS")
     model = random_model(SHAPE | {"num_hidden_layers": layers})
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -110,11 +112,13 @@ def measure(dtype: str, layers: int) -> None:
     norms = [learn(objective, optimizer, [(batch, totals)], s)[1]["grad_norm"] for s in range(2)]
     peak = processes.gather(memory("VmHWM") - before)
     shape = Shape(layers, 1024, 3072, 16, 8, 128, 151936, True, True)
-    plan = memory_plan(config, shape)
+    plan = memory_plan(config, shape, count)
+    workspace = DEFAULT_BYTES["cpu"] - DEFAULT_BYTES["cuda"]
     if processes.is_first:
         found = {
             "processes": count, "dtype": dtype, "layers": layers, "grad_norm": norms[0],
-            "peak_mib": max(peak) / 2**20, "plan_mib": plan.update_peak(count) / 2**20,
+            "peak_mib": max(peak) / 2**20, 
+            "plan_mib": (plan.held + sum(plan.update.values()) + workspace) / 2**20,
         }  # fmt: skip
         print(json.dumps(found))
     processes.close()
