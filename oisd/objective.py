@@ -18,6 +18,7 @@ from oisd.models import Taps, Unembedding, UnsupportedModelError, last_logits_on
 from oisd.policy import Policy
 from oisd.rollout.sampling import row_keys, uniform
 from oisd.run.model_guards import as_settings
+from oisd.weights import Weights
 from oisd_kernels import linear_logprob
 
 
@@ -74,11 +75,7 @@ class Objective:
             raise ConfigError(setting) from error
         if align.attention_weight and align.attention_kernel == "fused":
             self._require_fused()
-        self.coefficients = {"grpo": 1.0}
-        if align.think_weight:
-            self.coefficients["think"] = align.think_weight
-        if align.attention_weight:
-            self.coefficients["attention"] = align.attention_weight
+        self.weights = Weights(config)
 
     def _require_fused(self) -> None:
         """Raise UnsupportedModelError if the update could not run the fused kernel.

@@ -42,6 +42,7 @@ from oisd.run.processes import Processes
 from oisd.run.progress import Progress, Stopwatch
 from oisd.run.summary import summarize
 from oisd.schema import naming
+from oisd.term_gradients import TermGradients
 from oisd.warmup import warm_up
 
 
@@ -98,6 +99,7 @@ class Trainer:
             state = self.folder.state(checkpoint)
             self.step = state["step"]
             self.optimizer.load_state_dict(state["learner"])  # as version 0.1 names it
+            self.objective.weights.load_state_dict(state.get("weights", {}))
         self.reference = self._load_reference() if config.grpo.kl_coef and self.resumed else None
 
     def _prepare_folder(self) -> None:
@@ -364,7 +366,10 @@ class Trainer:
             self.step,
             self.policy.model,
             self.policy.tokenizer,
-            {"learner": self.optimizer.state_dict()},
+            {
+                "learner": self.optimizer.state_dict(),
+                "weights": self.objective.weights.state_dict(),
+            },
             keep=self.config.run.keep_checkpoints,
         )
 
@@ -388,60 +393,52 @@ def learn(
 
     step: counted from 0; it draws what the losses sample.
 
-    Returns the metrics of the losses, loss/<name> among them, and the gradient norms before
-    clipping: grad_norm, and on every `grad_norm_every`-th step grad_norm/<name> of each loss.
+    Returns the metrics of the losses, loss/<name> among them; and numbers: the gradient's norm
+    before clipping, grad_norm, on every `grad_norm_every`-th step grad_norm/<name> of each loss,
+    and what `Weights` has to say, share/<term> of the first minibatch that has one among it.
     Raises NonFiniteError on all processes when any of them has a loss that is not finite.
     """
     run = objective.config.run
     separately = bool(run.grad_norm_every) and step % run.grad_norm_every == 0
-    processes, parameters = optimizer.processes, optimizer.parameters
-    device = parameters[0].device
-    sums = {name: torch.zeros((), device=device) for name in objective.coefficients}
+    weights, measuring = objective.weights, objective.weights.are_measured(step)
+    coefficients, numbers = weights.at(step), weights.metrics(step)
+    processes, device = optimizer.processes, optimizer.parameters[0].device
+    sums = {name: torch.zeros((), device=device) for name in coefficients}
     norms: dict[str, list[float]] = defaultdict(list)
     metrics: Metrics = {}
     for batch, totals in minibatches:
-        # The gradient of each loss alone, if asked for.
-        alone = {n: [torch.zeros_like(p) for p in parameters] for n in sums} if separately else {}
+        alone = weights.names if separately else weights.terms if measuring else ()
+        apart = TermGradients(optimizer, alone)
         parts = batch.micro_batches(run.tokens_per_microbatch)
         found = []
         with objective.taps:  # in the backward too: checkpointing runs layers again
             for index in parts:
                 losses, more = objective(batch.select(index), totals, step)
-                found.append(_backward(losses, objective.coefficients, parameters, alone))
+                apart.add(losses)
+                found.append(_backward(losses, coefficients))
                 metrics = add_metrics(metrics, more)
                 del losses  # and with them the graph, before the next forward
         norm = optimizer.sum_gradients()
         optimizer.require_finite(batch, parts, found, norm)
-        optimizer.step(norm)
         norms["grad_norm"].append(norm.item())
-        for name, gradient in alone.items():
-            norms[f"grad_norm/{name}"].append(optimizer.sum_over_processes(gradient).item())
+        if apart:
+            each = apart.norms(coefficients, 8 * torch.finfo(objective.policy.dtype).eps)
+            for name, value in each.items() if separately else ():
+                norms[f"grad_norm/{name}"].append(value)
+            if measuring and (shares := weights.observe(each, step)):
+                numbers, measuring = numbers | shares, False
+        optimizer.step(norm)
         for values in found:
             for name, loss in values.items():
                 sums[name] += loss
     # Each loss is a sum over the processes' parts, so it is counted on one of them alone.
     count = torch.tensor(float(len(minibatches) if processes.is_first else 0), device=device)
     metrics |= {f"loss/{name}": Mean(total, count) for name, total in sums.items()}
-    return metrics, {name: sum(values) / len(values) for name, values in norms.items()}
+    return metrics, {name: sum(values) / len(values) for name, values in norms.items()} | numbers
 
 
-def _backward(
-    losses: dict[str, Tensor],
-    coefficients: dict[str, float],
-    parameters: Sequence[Tensor],
-    alone: dict[str, list[Tensor]],
-) -> dict[str, Tensor]:
-    """Add the gradient of the weighted losses to the parameters, that of each loss to `alone`.
-
-    Returns the losses without their graph.
-    """
-    for name, total in alone.items():
-        if not losses[name].requires_grad:  # no adapter lies beneath what it looks at
-            continue
-        found = torch.autograd.grad(losses[name], parameters, retain_graph=True, allow_unused=True)
-        for own, gradient in zip(total, found, strict=True):
-            if gradient is not None:
-                own += gradient
+def _backward(losses: dict[str, Tensor], coefficients: dict[str, float]) -> dict[str, Tensor]:
+    """Add the gradient of the weighted losses to the parameters; returns them without graph."""
     weighted = [coefficients[name] * loss for name, loss in losses.items()]
     torch.stack(weighted).sum().backward()
     return {name: loss.detach().float() for name, loss in losses.items()}

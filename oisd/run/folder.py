@@ -43,7 +43,7 @@ from oisd.run.jsonl import read_rows
 # what is computed.
 _MAY_CHANGE = re.compile(
     r"(run\.(steps|save_every|keep_checkpoints|completions_every|restart|output_dir|device)"
-    r"|rollout\.offload)\b"
+    r"|rollout\.offload|oisd\.share_every)\b"
 )
 
 
@@ -116,8 +116,12 @@ class RunFolder:
 
     def _refuse_other_run(self, theirs: TrainConfig, ours: TrainConfig) -> None:
         found = differences(theirs, ours)
-        # A cosine ends with the run: another length changes the learning rate at every step.
-        fixed = ("run.steps",) if ours.optimizer.schedule == "cosine" else ()
+        # A schedule ends with the run: another length changes the learning rate, or the weight of
+        # a divergence, at every step.
+        scheduled = ours.optimizer.schedule == "cosine" or ours.oisd.anneals
+        fixed = ("run.steps",) if scheduled else ()
+        if ours.oisd.follows_share:
+            fixed += ("oisd.share_every",)
         changed = [d for d in found if d.startswith(fixed) or not _MAY_CHANGE.match(d)]
         if changed:
             raise OtherRunError(
