@@ -193,6 +193,7 @@ class Objective:
             align,
             grpo_weight=weight.flatten()[rows],
             think_weight=mean.flatten()[rows],
+            think_advantages=batch.aligned[rows // batch.predicts.shape[1]],
             old_logprobs=of_rows(batch.old_logprobs),
             rollout_logprobs=of_rows(sampled),
             ref_logprobs=of_rows(batch.ref_logprobs),
@@ -210,7 +211,7 @@ class Objective:
                 weight.view(-1)[rows] *= joint.importance.to(weight)
             computed["attention"], more = losses.attention_loss(
                 self.taps.attention(),
-                batch.advantages,
+                batch.aligned,
                 align,
                 token_weight=weight,
                 key_index=self._attention_keys(batch),

@@ -3,8 +3,8 @@
 Everything random is a function of (seed, step). A run that was killed resumes from its newest
 checkpoint when the same command is run again, and ends with the same numbers, bit for bit on a CPU.
 
-Rows whose advantage is 0 have no gradient and are left out of the update, unless a KL term needs
-them; the denominators of the losses still count them.
+Rows whose advantage is 0 have no gradient and are left out of the update, unless a KL term or a
+shuffled advantage needs them; the denominators of the losses still count them.
 
 Left out on purpose: sharding and inference engines. For models that outgrow one device there are
 adapters to trainers that have them.
@@ -29,7 +29,7 @@ from oisd.data import prompt_indices
 from oisd.data.problems import encode_problems, load_problems, warn_of_answers
 from oisd.evaluate import evaluate, in_order
 from oisd.losses import Mean, Metrics, add_metrics, frac_zero_std
-from oisd.losses.advantages import completion_advantages
+from oisd.losses.advantages import completion_advantages, shuffled_advantages
 from oisd.objective import NonFiniteError, Objective, Totals
 from oisd.optimizer import Optimizer
 from oisd.policy import Sampler, load_for_training, load_policy
@@ -260,6 +260,10 @@ class Trainer:
                 tokens=lengths.tolist(),
             )
         batch = assemble(prompts, completions, advantages, rows, self.policy.pad_token_id)
+        if config.oisd.active and config.oisd.advantage == "shuffled":
+            everyone = self.processes.gather((batch.rows.cpu(), advantages))
+            others = shuffled_advantages(batch.rows.cpu(), everyone, **draw)
+            batch = replace(batch, shuffled=others.to(batch.rows.device))
         self._require_finite(batch)
         return batch, metrics
 
@@ -286,7 +290,7 @@ class Trainer:
         self.processes.sum_([totals])
         live = torch.ones_like(part, dtype=torch.bool)
         if grpo.skip_zero_advantage and not grpo.kl_coef:
-            live = (batch.advantages != 0).cpu()
+            live = ((batch.advantages != 0) | (batch.aligned != 0)).cpu()
         minibatches = []
         for m, (sequences, num_tokens) in enumerate(totals.tolist()):
             own = batch.select(((part == m) & live).nonzero().flatten().to(device))

@@ -18,7 +18,8 @@ STANDARD_LIBRARY = sys.stdlib_module_names
 LAYERS = (
     "moved", "schema", "config", "weights", "options", "adapters", "models", "rewards", "data",
     "losses", "rollout", "arithmetic", "batch", "policy", "plots", "run", "evaluate", "lens",
-    "objective", "optimizer", "term_gradients", "warmup", "plan", "check", "trainer", "cli", "integrations",
+    "objective", "optimizer", "term_gradients", "warmup", "plan", "check", "trainer", "cli",
+    "integrations",
 )  # fmt: skip
 
 # The files of `oisd` that may import transformers, and no other.
