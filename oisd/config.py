@@ -251,7 +251,7 @@ class AlignmentConfig:
     (1 + cos(pi step / steps)) / 2."""
     attention_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """As `think_schedule`, of the attention divergence."""
-    share_every: int = 10
+    share_every: int = 20
     """Measure the share of each divergence's weighted gradient in the update, as a part of GRPO's,
     every n steps; 0 for never. Changes nothing else, unless a share is set."""
     advantage: Literal["signed", "absolute", "shuffled"] = "signed"

@@ -2,15 +2,19 @@
 
 Each is taken by a backward of its own into the parameters' `grad`, whose own content is set aside,
 because a sharded parameter is known to autograd in no other way. The sum's backward follows on the
-same graph and is the same to the bit with and without this.
+same graph and is the same to the bit with and without this. GRPO's gradient needs no backward: it
+is the sum's less the weighted terms'.
 
-A gradient is kept only where a term reaches: of an intermediate layer's terms that is the layers up
-to it. GRPO's needs neither memory nor a backward: it is the sum's less the weighted terms'.
+Memory is bounded. Of a model of more than `MOST_NUMBERS` trained numbers only every n-th number of
+a gradient is kept, with a prime n, so that all rows and columns have their part; norms are then
+estimates from tens of millions of numbers. Sharded gradients are kept whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from math import sqrt
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,74 +24,103 @@ from torch.distributed.tensor import DTensor
 if TYPE_CHECKING:
     from oisd.optimizer import Optimizer
 
+MOST_NUMBERS = 1 << 25  # of each gradient that is kept: 128 MiB in float32
+_STRIDES = 1, 3, 7, 17, 37, 79, 163, 331, 673, 1361, 2729
+# Of a gradient's norm: float32 sums over many tokens, which are in a float64 model too.
+_LEAST_ROUNDING = 1e-5
+
 
 class TermGradients:
-    """The gradients of some losses, those of `names`, over the micro-batches of a minibatch."""
+    """The gradients of some losses, those of `names`, over the micro-batches of a minibatch.
 
-    def __init__(self, optimizer: Optimizer, names: Iterable[str]) -> None:
+    whole: keep every number of them, whatever the size of the model.
+    """
+
+    def __init__(self, optimizer: Optimizer, names: Iterable[str], whole: bool = False) -> None:
         self._optimizer, self._parameters = optimizer, optimizer.parameters
-        self._gradients: dict[str, list[Tensor | None]] = {
+        self._kept: dict[str, list[Tensor | None]] = {
             name: [None] * len(self._parameters) for name in names
         }
+        whole = whole or any(isinstance(p, DTensor) for p in self._parameters)
+        size = 0 if whole else sum(p.numel() for p in self._parameters)
+        fitting = (n for n in _STRIDES if size <= n * MOST_NUMBERS)
+        self._stride = next(fitting, _STRIDES[-1])
 
     def __bool__(self) -> bool:
-        return bool(self._gradients)
+        return bool(self._kept)
 
     def add(self, losses: Mapping[str, Tensor]) -> None:
         """Add those of a micro-batch; before the backward of the losses' sum."""
-        for name, own in self._gradients.items():
-            if losses[name].requires_grad:  # else no adapter lies beneath what it looks at
-                summed = self._exchange(own)
-                losses[name].backward(retain_graph=True)
-                self._gradients[name] = self._exchange(summed)
+        for name, kept in self._kept.items():
+            if not losses[name].requires_grad:  # no adapter lies beneath what it looks at
+                continue
+            summed = [parameter.grad for parameter in self._parameters]
+            hooks = []
+            for i, parameter in enumerate(self._parameters):
+                parameter.grad = None
+                # Each as soon as it is there: all at once would be another whole gradient.
+                take = partial(self._take, kept, i)
+                hooks.append(parameter.register_post_accumulate_grad_hook(take))
+            losses[name].backward(retain_graph=True)
+            for i, (parameter, own) in enumerate(zip(self._parameters, summed, strict=True)):
+                hooks[i].remove()
+                self._take(kept, i, parameter)  # what shards it may not have called the hook
+                parameter.grad = own
 
-    def _exchange(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Give the parameters these gradients and return those that they had."""
-        had = [parameter.grad for parameter in self._parameters]
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            parameter.grad = gradient
-        return had
+    def _take(self, kept: list[Tensor | None], i: int, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            found, had = self._part(parameter.grad), kept[i]
+            if had is not None:
+                had += found
+            else:
+                kept[i] = found if self._stride == 1 else found.clone()
+            parameter.grad = None
 
-    def norms(self, weights: Mapping[str, float], resolution: float) -> dict[str, float]:
+    def _part(self, gradient: Tensor) -> Tensor:
+        return gradient if self._stride == 1 else gradient.flatten()[:: self._stride]
+
+    def norms(self, weights: Mapping[str, float], dtype: torch.dtype) -> dict[str, float]:
         """The norm of each loss's gradient over all processes, unweighted; GRPO's in any case.
 
         Call it once, when the parameters have the gradient of the sum over all processes, before it
         is clipped. The memory of the terms' gradients is used up.
 
         weights: of the losses in the sum.
-        resolution: the part of the sum's norm below which a difference is rounding, so that GRPO's
-            norm is 0. It plays no part where GRPO's gradient was measured by itself.
+        dtype: of the backward pass. A difference within its rounding is taken for a GRPO's norm of
+            0, unless that gradient was measured by itself.
         """
         found, processes = {}, self._optimizer.processes
-        for name, own in self._gradients.items():
-            reached = zip(*processes.gather([g is not None for g in own]), strict=True)
+        for name, kept in self._kept.items():
+            # A parameter that this process's rows do not reach may be reached by another's.
+            reached = zip(*processes.gather([part is not None for part in kept]), strict=True)
             for i, anywhere in enumerate(map(any, reached)):
-                if anywhere and own[i] is None:
-                    own[i] = torch.zeros_like(self._parameters[i])
-            held = [gradient for gradient in own if gradient is not None]
+                if anywhere and kept[i] is None:
+                    kept[i] = torch.zeros_like(self._part(self._parameters[i].detach()))
+            held = [part for part in kept if part is not None]
             found[name] = self._optimizer.sum_over_processes(held)
         if "grpo" not in found:
-            total = _norm([p.grad for p in self._parameters if p.grad is not None])
+            total = _norm([self._part(p.grad) for p in self._parameters if p.grad is not None])
             rest = _norm(self._rest(weights))
-            found["grpo"] = torch.where(rest > resolution * total, rest, 0.0)
+            rounding = max(_LEAST_ROUNDING, 8 * torch.finfo(dtype).eps) * total
+            found["grpo"] = torch.where(rest > rounding, rest, 0.0)
         device = self._parameters[0].device
         together = torch.stack([norm.to(device, torch.float64) for norm in found.values()])
         processes.broadcast([together])  # what follows from them must not differ by a rounding
-        return dict(zip(found, together.tolist(), strict=True))
+        scaled = (together * sqrt(self._stride)).tolist()
+        return dict(zip(found, scaled, strict=True))
 
     def _rest(self, weights: Mapping[str, float]) -> list[Tensor]:
         """The sum's gradient less the weighted ones here, which are overwritten."""
         rest = []
         for i, parameter in enumerate(self._parameters):
-            left = parameter.grad
-            for name, gradients in self._gradients.items():
-                gradient = gradients[i]
-                if gradient is not None and left is not None:
-                    # Into the first term's memory; the sum's own stays as it is.
-                    weighted = gradient.mul_(-weights[name])
-                    left = weighted.add_(left)
-            if left is not None:
-                rest.append(left)
+            if parameter.grad is None:
+                continue
+            left = self._part(parameter.grad)
+            for name, kept in self._kept.items():
+                part = kept[i]
+                if part is not None:  # into its memory; the sum's gradient stays as it is
+                    left = part.mul_(-weights[name]).add_(left)
+            rest.append(left)
         return rest
 
 

@@ -412,7 +412,7 @@ def learn(
     metrics: Metrics = {}
     for batch, totals in minibatches:
         alone = weights.names if separately else weights.terms if measuring else ()
-        apart = TermGradients(optimizer, alone)
+        apart = TermGradients(optimizer, alone, whole=separately)
         parts = batch.micro_batches(run.tokens_per_microbatch)
         found = []
         with objective.taps:  # in the backward too: checkpointing runs layers again
@@ -426,7 +426,7 @@ def learn(
         optimizer.require_finite(batch, parts, found, norm)
         norms["grad_norm"].append(norm.item())
         if apart:
-            each = apart.norms(coefficients, 8 * torch.finfo(objective.policy.dtype).eps)
+            each = apart.norms(coefficients, objective.policy.dtype)
             for name, value in each.items() if separately else ():
                 norms[f"grad_norm/{name}"].append(value)
             if measuring and (shares := weights.observe(each, step)):

@@ -24,9 +24,8 @@ GAP = 0.05  # nats a token
 ENTROPY_STEPS = 10  # that an entropy is averaged over, first and last
 LOWEST_ENTROPY = 0.01  # nats
 ENTROPY_GROWTH = 1.5  # times the first entropy
-SHARE_ROWS = 3  # measurements that a share is averaged over, to be too large
-LOW_SHARE_ROWS = 5  # and to be too small
-LOW_SHARE = 0.01
+SHARE_ROWS = 3  # measurements that a share of the update is averaged over
+LOWEST_SHARE = 0.01
 USEFUL_SHARE = 0.1  # what the weight in the remedy gives, as `Settings.larger_weight` says
 TIMEOUT_STEPS = 3  # in a row
 TIMEOUT_SHARE = 0.01  # of a step's completions
@@ -175,15 +174,17 @@ class Alarms:
     def _share(self, seen: Reading) -> dict[str, str]:
         found = {}
         for name, share in seen.shares.items():
-            measured = self._shares[name] = [*self._shares[name], share][-LOW_SHARE_ROWS:]
-            high, low = _mean(measured[-SHARE_ROWS:]), _mean(measured)
-            if len(measured) >= SHARE_ROWS and high > 1:
+            self._shares[name] = [*self._shares[name], share][-SHARE_ROWS:]
+            mean = _mean(self._shares[name])
+            if len(self._shares[name]) < SHARE_ROWS:
+                continue
+            if mean > 1:
                 found[f"{name}_gradient"] = (
-                    f"the {name} term's weighted gradient has {high:.4g} times the norm of GRPO's "
+                    f"the {name} term's weighted gradient has {mean:.4g} times the norm of GRPO's "
                     f"(mean of the last {SHARE_ROWS} measured); {self.settings.weight.format(name)}"
                 )
-            if len(measured) == LOW_SHARE_ROWS and low < LOW_SHARE:
-                found[f"{name}_share"] = self._of_low_share(name, low)
+            if mean < LOWEST_SHARE:
+                found[f"{name}_share"] = self._of_low_share(name, mean)
         return found
 
     def _of_low_share(self, name: str, share: float) -> str:
@@ -193,7 +194,7 @@ class Alarms:
         wanted = float(f"{self.weights[name] * USEFUL_SHARE / share:.2g}")
         return (
             f"the {name} term is {100 * share:.2g} % of GRPO's gradient (mean of the last "
-            f"{LOW_SHARE_ROWS} measured): it does nothing here; "
+            f"{SHARE_ROWS} measured): it does nothing here; "
             f"{self.settings.larger_weight.format(name, f'{wanted:g}')}"
         )
 
