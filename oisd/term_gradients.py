@@ -15,14 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from math import sqrt
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-if TYPE_CHECKING:
-    from oisd.optimizer import Optimizer
+from oisd.run.processes import Processes
 
 MOST_NUMBERS = 1 << 25  # of each gradient that is kept: 128 MiB in float32
 _STRIDES = 1, 3, 7, 17, 37, 79, 163, 331, 673, 1361, 2729
@@ -30,19 +29,33 @@ _STRIDES = 1, 3, 7, 17, 37, 79, 163, 331, 673, 1361, 2729
 _LEAST_ROUNDING = 1e-5
 
 
+class Parallel(Protocol):
+    """Parameters, the processes that share their gradients, and how these are brought together."""
+
+    processes: Processes
+
+    @property
+    def parameters(self) -> Sequence[Tensor]: ...
+
+    def sum_over_processes(self, gradients: Sequence[Tensor]) -> Tensor:
+        """In place, as it is done to the parameters' gradients; returns the norm of the result."""
+        ...
+
+
 class TermGradients:
     """The gradients of some losses, those of `names`, over the micro-batches of a minibatch.
 
+    optimizer: an `Optimizer`, or what has its parameters and brings gradients together as it does.
     whole: keep every number of them, whatever the size of the model.
     """
 
-    def __init__(self, optimizer: Optimizer, names: Iterable[str], whole: bool = False) -> None:
-        self._optimizer, self._parameters = optimizer, optimizer.parameters
+    def __init__(self, optimizer: Parallel, names: Iterable[str], whole: bool = False) -> None:
+        self._optimizer, self.parameters = optimizer, optimizer.parameters
         self._kept: dict[str, list[Tensor | None]] = {
-            name: [None] * len(self._parameters) for name in names
+            name: [None] * len(self.parameters) for name in names
         }
-        whole = whole or any(isinstance(p, DTensor) for p in self._parameters)
-        size = 0 if whole else sum(p.numel() for p in self._parameters)
+        whole = whole or any(isinstance(p, DTensor) for p in self.parameters)
+        size = 0 if whole else sum(p.numel() for p in self.parameters)
         fitting = (n for n in _STRIDES if size <= n * MOST_NUMBERS)
         self._stride = next(fitting, _STRIDES[-1])
 
@@ -54,27 +67,44 @@ class TermGradients:
         for name, kept in self._kept.items():
             if not losses[name].requires_grad:  # no adapter lies beneath what it looks at
                 continue
-            summed = [parameter.grad for parameter in self._parameters]
+            summed = [parameter.grad for parameter in self.parameters]
             hooks = []
-            for i, parameter in enumerate(self._parameters):
+            for i, parameter in enumerate(self.parameters):
                 parameter.grad = None
                 # Each as soon as it is there: all at once would be another whole gradient.
                 take = partial(self._take, kept, i)
                 hooks.append(parameter.register_post_accumulate_grad_hook(take))
             losses[name].backward(retain_graph=True)
-            for i, (parameter, own) in enumerate(zip(self._parameters, summed, strict=True)):
+            for i, (parameter, own) in enumerate(zip(self.parameters, summed, strict=True)):
                 hooks[i].remove()
                 self._take(kept, i, parameter)  # what shards it may not have called the hook
                 parameter.grad = own
 
+    def add_apart(self, losses: Mapping[str, Tensor]) -> None:
+        """As `add`, without a touch to the parameters' `grad`, which must not be sharded.
+
+        For the moment it takes the memory of one loss's whole gradient.
+        """
+        for name, loss in losses.items():
+            if loss.requires_grad:
+                found = torch.autograd.grad(
+                    loss, list(self.parameters), retain_graph=True, allow_unused=True
+                )
+                for i, gradient in enumerate(found):
+                    self._keep(self._kept[name], i, gradient)
+
     def _take(self, kept: list[Tensor | None], i: int, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            found, had = self._part(parameter.grad), kept[i]
-            if had is not None:
-                had += found
-            else:
-                kept[i] = found if self._stride == 1 else found.clone()
-            parameter.grad = None
+        self._keep(kept, i, parameter.grad)
+        parameter.grad = None
+
+    def _keep(self, kept: list[Tensor | None], i: int, gradient: Tensor | None) -> None:
+        if gradient is None:
+            return
+        found, had = self._part(gradient), kept[i]
+        if had is not None:
+            had += found
+        else:
+            kept[i] = found if self._stride == 1 else found.clone()
 
     def _part(self, gradient: Tensor) -> Tensor:
         return gradient if self._stride == 1 else gradient.flatten()[:: self._stride]
@@ -95,15 +125,15 @@ class TermGradients:
             reached = zip(*processes.gather([part is not None for part in kept]), strict=True)
             for i, anywhere in enumerate(map(any, reached)):
                 if anywhere and kept[i] is None:
-                    kept[i] = torch.zeros_like(self._part(self._parameters[i].detach()))
+                    kept[i] = torch.zeros_like(self._part(self.parameters[i].detach()))
             held = [part for part in kept if part is not None]
             found[name] = self._optimizer.sum_over_processes(held)
         if "grpo" not in found:
-            total = _norm([self._part(p.grad) for p in self._parameters if p.grad is not None])
+            total = _norm([self._part(p.grad) for p in self.parameters if p.grad is not None])
             rest = _norm(self._rest(weights))
             rounding = max(_LEAST_ROUNDING, 8 * torch.finfo(dtype).eps) * total
             found["grpo"] = torch.where(rest > rounding, rest, 0.0)
-        device = self._parameters[0].device
+        device = self.parameters[0].device
         together = torch.stack([norm.to(device, torch.float64) for norm in found.values()])
         processes.broadcast([together])  # what follows from them must not differ by a rounding
         scaled = (together * sqrt(self._stride)).tolist()
@@ -112,7 +142,7 @@ class TermGradients:
     def _rest(self, weights: Mapping[str, float]) -> list[Tensor]:
         """The sum's gradient less the weighted ones here, which are overwritten."""
         rest = []
-        for i, parameter in enumerate(self._parameters):
+        for i, parameter in enumerate(self.parameters):
             if parameter.grad is None:
                 continue
             left = self._part(parameter.grad)
