@@ -16,6 +16,7 @@ model. The sharded figures are for a trainer that splits parameters, gradients a
     maps, eager   [H, T, T] float32 maps of N / T rows: 5, 4 for each further student layer, and 1
     maps, kernels gradients 4 (H+J) K S N and four statistics a row, 16 H S N; S here and above
                   counts the layers whose attention learns
+    shares        4 min(P, 2^25) a term of the alignment, where they are measured
     sampling copy 2 P in bf16, adapters merged, while completions are sampled; none in float32
     cache         4 J K a layer and token in bf16, 8 J K in float32, C rows of the longest length;
                   continuous batching fills whole blocks (up to 512 tokens more a row)
@@ -48,6 +49,7 @@ from rich.text import Text
 
 from oisd.config import ConfigError, TrainConfig
 from oisd.schema import one_line
+from oisd.term_gradients import MOST_NUMBERS
 from oisd_kernels.lens.chunked.chunks import DEFAULT_BYTES
 
 GIB = 1 << 30
@@ -311,6 +313,7 @@ def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
     on = config.model.gradient_checkpointing
     head_map = 4 * tokens * shape.vocabulary
     think, attention = config.oisd.think_weight > 0, config.oisd.attention_weight > 0
+    measured = config.oisd.share_every > 0
     copies = 2 * trained
     if adapters and shape.tied:
         copies += 2 * shape.vocabulary * shape.width
@@ -324,6 +327,7 @@ def memory_plan(config: TrainConfig, shape: Shape) -> MemoryPlan:
         + 4 * ((s if think else 0) + 1) * shape.width * tokens
         + (0 if adapters else 4 * shape.vocabulary * shape.width),
         "attention maps": compared * tokens * rows_bytes * attention,
+        "shares": 4 * min(trained, MOST_NUMBERS) * (think + attention) * measured,
     }
     rows = max(1, tokens // longest)
     maps = 4 * rows * shape.heads * longest**2
