@@ -222,6 +222,10 @@ def test_the_built_in_task_raises_none_and_measures_the_sampler(tmp_path, capsys
     written = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     steps = [row for row in written if row["step"] > 0]
     assert len(steps) == 11
+    think, attention = (100 * steps[0][f"share/{term}"] for term in ("think", "attention"))
+    assert summary["alignment"] == (
+        f"think {think:.2g} %, attention {attention:.2g} % of GRPO's gradient (medians)"
+    )
     for row in steps:
         assert "alarms" not in row
         assert 0 < row["sampler_gap"] < 1e-4  # the same forward, in other batches
