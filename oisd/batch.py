@@ -32,6 +32,7 @@ class Batch:
     rows: Tensor  # [B] int64: the number of each completion within its step
     old_logprobs: Tensor | None = None  # [B, T]
     ref_logprobs: Tensor | None = None  # [B, T]
+    shuffled: Tensor | None = None  # [B], for the alignment in place of `advantages`
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -40,6 +41,11 @@ class Batch:
     def lengths(self) -> Tensor:
         """[B] positions of each row that are not padding."""
         return self.attention_mask.sum(dim=1)
+
+    @property
+    def aligned(self) -> Tensor:
+        """[B] the advantages that weigh the alignment."""
+        return self.advantages if self.shuffled is None else self.shuffled
 
     def token_ids(self) -> list[list[int]]:
         """Each row's prompt and completion."""

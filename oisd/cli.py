@@ -411,6 +411,8 @@ def _train_rows(summary: dict[str, Any]) -> list[tuple[str, str]]:
         low, high = summary["eval_interval"]
         change = f"{summary['eval_before']:.3f} -> {summary['eval_after']:.3f}"
         rows.append(("evaluation, before to after", f"{change} [{low:.3f}, {high:.3f}]"))
+    if "alignment" in summary:
+        rows.append(("alignment", summary["alignment"]))
     rows.append(("checkpoint", summary["checkpoint"]))
     if summary["plots"]:
         rows.append(("plots", str(Path(summary["plots"][0]).parent)))

@@ -227,6 +227,10 @@ class GRPOConfig:
         return self.tis_cap
 
 
+# Of a term's gradient in GRPO's, that a weight may be made to keep.
+MOST_SHARE = 10
+
+
 @dataclass(frozen=True)
 class AlignmentConfig:
     """Internal self-distillation: an intermediate layer learns from the final one."""
@@ -237,6 +241,23 @@ class AlignmentConfig:
     """Weight of the logit-lens divergence (lambda_think of eq. 11); 0 turns it off."""
     attention_weight: float = 0.1
     """Weight of the attention divergence (lambda_attn of eq. 11); 0 turns it off."""
+    think_share: float | None = None
+    """Instead of a constant weight, one that keeps the norm of the weighted gradient at this share
+    of GRPO's, say 0.1. `think_weight` is then the weight until the first measurement."""
+    attention_share: float | None = None
+    """As `think_share`, of the attention divergence."""
+    think_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Anneal the weight, or the share, to 0 over `run.steps`: multiplied by 1 - step / steps or by
+    (1 + cos(pi step / steps)) / 2."""
+    attention_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """As `think_schedule`, of the attention divergence."""
+    share_every: int = 20
+    """Measure the share of each divergence's weighted gradient in the update, as a part of GRPO's,
+    every n steps; 0 for never. Changes nothing else, unless a share is set."""
+    advantage: Literal["signed", "absolute", "shuffled"] = "signed"
+    """How the advantage weighs the divergences. "signed" is the method, the others are controls for
+    studies: "absolute" always pulls toward the final layer, "shuffled" gives each completion the
+    advantage of another one of the step, drawn at random. GRPO keeps its own advantages."""
     advantage_clip: float | None = None
     """Clip the signed advantage to [-c, c]; the paper states no c, so by default it is not."""
     lens_temperature: float = 1.0
@@ -269,6 +290,7 @@ class AlignmentConfig:
         require(bool(layers) or not self.active, key, "at least one layer", layers)
         at_least(0, self, "oisd.think_weight", "oisd.attention_weight")
         above_0(self, "oisd.advantage_clip", "oisd.lens_temperature")
+        self._check_shares()
         wanted = 'in (0, 1); for a pure KL use divergence = "forward_kl" or "reverse_kl"'
         require(0 < self.beta < 1, "oisd.beta", wanted, self.beta)
         sampled = self.key_window, self.key_stride
@@ -280,6 +302,17 @@ class AlignmentConfig:
         require(fits, "oisd.attention_kernel", wanted, kernel)
         at_least(1, self, "oisd.attention_steps", "oisd.key_window", "oisd.key_stride")
         self._check_attention_layers()
+
+    def _check_shares(self) -> None:
+        at_least(0, self, "oisd.share_every")
+        for term in ("think", "attention"):
+            key, share = f"oisd.{term}_share", getattr(self, f"{term}_share")
+            wanted = f'above 0 and at most {MOST_SHARE}, or "none" for a constant weight'
+            require(share is None or 0 < share <= MOST_SHARE, key, wanted, share)
+            on = share is None or getattr(self, f"{term}_weight") > 0
+            require(on, key, f'"none" with oisd.{term}_weight = 0', share)
+            wanted = f"at least 1 with {key}, which needs measurements"
+            require(share is None or self.share_every > 0, "oisd.share_every", wanted, 0)
 
     def _check_attention_layers(self) -> None:
         own, teacher = self.attention_student, self.attention_teacher
@@ -302,6 +335,16 @@ class AlignmentConfig:
     def active(self) -> bool:
         """Whether any alignment loss is on."""
         return bool(self.think_weight or self.attention_weight)
+
+    @property
+    def follows_share(self) -> bool:
+        """Whether any weight follows a measured share."""
+        return self.think_share is not None or self.attention_share is not None
+
+    @property
+    def anneals(self) -> bool:
+        """Whether any weight depends on the length of the run."""
+        return (self.think_schedule, self.attention_schedule) != ("constant", "constant")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from oisd.policy import Policy
 from oisd.rollout.sampling import row_keys, uniform
 from oisd.run.model_guards import as_settings
 from oisd.sharding import release, rounds, shard
+from oisd.weights import Weights
 from oisd_kernels import linear_logprob
 
 
@@ -76,11 +77,7 @@ class Objective:
             raise ConfigError(setting) from error
         if align.attention_weight and align.attention_kernel == "fused":
             self._require_fused()
-        self.coefficients = {"grpo": 1.0}
-        if align.think_weight:
-            self.coefficients["think"] = align.think_weight
-        if align.attention_weight:
-            self.coefficients["attention"] = align.attention_weight
+        self.weights = Weights(config)
 
     def _require_fused(self) -> None:
         """Raise UnsupportedModelError if the update could not run the fused kernel.
@@ -214,6 +211,7 @@ class Objective:
             align,
             grpo_weight=weight.flatten()[rows],
             think_weight=mean.flatten()[rows],
+            think_advantages=batch.aligned[rows // batch.predicts.shape[1]],
             old_logprobs=of_rows(batch.old_logprobs),
             rollout_logprobs=of_rows(sampled),
             ref_logprobs=of_rows(batch.ref_logprobs),
@@ -231,7 +229,7 @@ class Objective:
                 weight.view(-1)[rows] *= joint.importance.to(weight)
             computed["attention"], more = losses.attention_loss(
                 self.taps.attention(),
-                batch.advantages,
+                batch.aligned,
                 align,
                 token_weight=weight,
                 key_index=self._attention_keys(batch),

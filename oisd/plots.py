@@ -54,6 +54,8 @@ class _Panel:
     own_axes: bool = False
     """Give each of two lines its own axis where one would flatten both."""
     finish: Callable[[Axes], None] | None = None
+    scale: float = 1
+    """Multiplies what the lines show."""
 
 
 def _finish_reward(ax: Axes) -> None:
@@ -72,6 +74,13 @@ def _finish_divergence(ax: Axes) -> None:
             "ln 2", (1, math.log(2)), xycoords=("axes fraction", "data"), xytext=(3, 0),
             textcoords="offset points", va="center", fontsize=8.5, color=INK,
         )  # fmt: skip
+
+
+def _finish_shares(ax: Axes) -> None:
+    """Use a logarithmic axis, and mark 1 %, below which no effect is to be expected."""
+    if ax.dataLim.minposy > 0:
+        ax.set_yscale("log")
+    ax.axhline(1, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
 
 
 def _finish_gradients(ax: Axes) -> None:
@@ -108,6 +117,16 @@ _PANELS = (
          ("grad_norm/think", "logit", AMBER), ("grad_norm/attention", "attention", GREEN)),
         finish=_finish_gradients,
     ),
+    _Panel(
+        "shares", "Share of the update", "gradient norm, % of GRPO's",
+        (("share/think", "logit", AMBER), ("share/attention", "attention", GREEN)),
+        finish=_finish_shares, scale=100,
+    ),
+    _Panel(
+        "weights", "Weights of the alignment", "weight",
+        (("weight/think", "logit", AMBER), ("weight/attention", "attention", GREEN)),
+        finish=_finish_gradients,
+    ),
 )  # fmt: skip
 
 
@@ -124,7 +143,7 @@ def plot_training(metrics: str | Path | Iterable[Row], out_dir: str | Path) -> l
         return []
 
     out_dir = Path(out_dir)
-    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
+    columns = {2: 2, 4: 2, 7: 4, 8: 4}.get(len(panels), min(3, len(panels)))
     lines = math.ceil(len(panels) / columns)
     overview = Figure(
         figsize=(4.3 * columns, 3.3 * lines), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.1)
@@ -226,14 +245,15 @@ def _read_rows(path: Path) -> list[Row]:
 def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
     """Steps and values of a metric, without the rows that have none.
 
-    Steps with equal rewards in each group have gradient 0, which a logarithmic axis cannot show.
+    Steps with equal rewards in each group have gradient 0, which a logarithmic axis cannot show;
+    nor can it show a term that reaches no trained weight.
     """
     values: dict[float, float] = {}
     for row in rows:
         step, value = row.get("step"), row.get(key)
         if step is None or value is None or not math.isfinite(value):
             continue
-        if value or not key.startswith("grad_norm"):
+        if value or not key.startswith(("grad_norm", "share")):
             values[step] = value
     steps = sorted(values)
     return steps, [values[step] for step in steps]
@@ -247,8 +267,11 @@ def _has_data(panel: _Panel, rows: Sequence[Row]) -> bool:
 def _draw_panel(ax: Axes, panel: _Panel, rows: Sequence[Row]) -> None:
     style_axes(ax, panel.title, "training step", panel.unit, title_pad=19)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, steps=[1, 2, 5, 10]))
-    lines = [(*_series(rows, key), label, colour) for key, label, colour in panel.lines]
-    lines = [line for line in lines if line[0]]
+    lines = []
+    for key, label, colour in panel.lines:
+        steps, values = _series(rows, key)
+        if steps:
+            lines.append((steps, [panel.scale * value for value in values], label, colour))
     axes = [ax] * len(lines)
     if panel.own_axes and len(lines) == 2 and _far_apart(lines[0][1], lines[1][1]):
         axes = [ax, _right_axes(ax, panel.unit)]

@@ -77,11 +77,11 @@ def _in_float32(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return output.float()
 
 
-def _layer_norm(norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
+def _layer_norm(norm: nn.LayerNorm, input: Tensor) -> Tensor:
     """In float32, as CUDA's autocast does; that of a CPU leaves weights that are gathered in half
     precision as they are."""
     weight, bias = (None if x is None else x.float() for x in (norm.weight, norm.bias))
-    return layer_norm(hidden.float(), norm.normalized_shape, weight, bias, norm.eps)
+    return layer_norm(input.float(), norm.normalized_shape, weight, bias, norm.eps)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -143,27 +143,19 @@ def in_shards(value: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
-def gradients(
-    model: nn.Module, loss: Tensor, among: Tensor, parameters: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
-    """The gradient of one of several losses, whose graph is kept for another backward.
+def backward_alone(model: nn.Module, loss: Tensor, among: Tensor) -> None:
+    """The backward of one of several losses, whose graph is kept for another one.
 
     among: a loss of the same forward that every layer matters to.
     """
     if not isinstance(model, FSDPModule):
-        return torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    before = [parameter.grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.grad = None
+        loss.backward(retain_graph=True)
+        return
     # What the forward gathered is read in the next backward too.
     model.set_reshard_after_backward(False, recurse=False)
     # A layer is gathered when its output gets a gradient, even one of 0.
     (loss + 0 * among).backward(retain_graph=True)
     model.set_reshard_after_backward(True, recurse=False)
-    found = [parameter.grad for parameter in parameters]
-    for parameter, gradient in zip(parameters, before, strict=True):
-        parameter.grad = gradient
-    return found
 
 
 @contextmanager

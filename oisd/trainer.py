@@ -3,8 +3,8 @@
 Everything random is a function of (seed, step). A run that was killed resumes from its newest
 checkpoint when the same command is run again, and ends with the same numbers, bit for bit on a CPU.
 
-Rows whose advantage is 0 have no gradient and are left out of the update, unless a KL term needs
-them; the denominators of the losses still count them.
+Rows whose advantage is 0 have no gradient and are left out of the update, unless a KL term or a
+shuffled advantage needs them; the denominators of the losses still count them.
 
 With `run.sharding = "fsdp2"` processes share one model. Left out on purpose: several machines and
 inference engines. There are adapters to trainers that have them.
@@ -28,14 +28,14 @@ from oisd.data import prompt_indices
 from oisd.data.problems import encode_problems, load_problems, warn_of_answers
 from oisd.evaluate import evaluate, in_order
 from oisd.losses import Mean, Metrics, add_metrics, frac_zero_std
-from oisd.losses.advantages import completion_advantages
+from oisd.losses.advantages import completion_advantages, shuffled_advantages
 from oisd.objective import NonFiniteError, Objective, Totals
 from oisd.optimizer import Optimizer
 from oisd.policy import Sampler, load_for_training
 from oisd.reference_policy import ReferencePolicy
 from oisd.rewards import load_reward
 from oisd.run.alarms import RunAlarms
-from oisd.run.checkpoints import load_optimizer, save_model
+from oisd.run.checkpoints import load_optimizer, read_state, save_model
 from oisd.run.engine_choice import EngineChoice, choose_engine
 from oisd.run.folder import RunFolder
 from oisd.run.model_guards import guard_model
@@ -43,7 +43,8 @@ from oisd.run.processes import Processes
 from oisd.run.progress import Progress, Stopwatch
 from oisd.run.summary import summarize
 from oisd.schema import naming
-from oisd.sharding import gradients, same_batch
+from oisd.sharding import same_batch
+from oisd.term_gradients import TermGradients
 from oisd.warmup import warm_up
 
 
@@ -101,7 +102,10 @@ class Trainer:
         self.step, self.engine = 0, "generate"
         self.resumed = checkpoint is not None
         if checkpoint is not None:
-            self.step = load_optimizer(checkpoint, self.optimizer)
+            state = read_state(checkpoint)
+            self.step = state["step"]
+            load_optimizer(checkpoint, state, self.optimizer)
+            self.objective.weights.load_state_dict(state.get("weights", {}))
         self.reference = self._load_reference() if self.resumed else None
 
     def _load_reference(self) -> ReferencePolicy | None:
@@ -268,6 +272,10 @@ class Trainer:
                 tokens=lengths.tolist(),
             )
         batch = assemble(prompts, completions, advantages, rows, self.policy.pad_token_id)
+        if config.oisd.active and config.oisd.advantage == "shuffled":
+            everyone = self.processes.gather((batch.rows.cpu(), advantages))
+            others = shuffled_advantages(batch.rows.cpu(), everyone, **draw)
+            batch = replace(batch, shuffled=others.to(batch.rows.device))
         self._require_finite(batch)
         return batch, metrics
 
@@ -294,7 +302,7 @@ class Trainer:
         self.processes.sum_([totals])
         live = torch.ones_like(part, dtype=torch.bool)
         if grpo.skip_zero_advantage and not grpo.kl_coef:
-            live = (batch.advantages != 0).cpu()
+            live = ((batch.advantages != 0) | (batch.aligned != 0)).cpu()
         minibatches = []
         for m, (sequences, num_tokens) in enumerate(totals.tolist()):
             own = batch.select(((part == m) & live).nonzero().flatten().to(device))
@@ -357,6 +365,7 @@ class Trainer:
             self.policy.tokenizer,
             self.optimizer,
             self.processes,
+            {"weights": self.objective.weights.state_dict()},
             keep=self.config.run.keep_checkpoints,
         )
 
@@ -380,25 +389,28 @@ def learn(
 
     step: counted from 0; it draws what the losses sample.
 
-    Returns the metrics of the losses, loss/<name> among them, and the gradient norms before
-    clipping: grad_norm, and on every `grad_norm_every`-th step grad_norm/<name> of each loss.
+    Returns the metrics of the losses, loss/<name> among them; and numbers: the gradient's norm
+    before clipping, grad_norm, on every `grad_norm_every`-th step grad_norm/<name> of each loss,
+    and what `Weights` has to say, share/<term> of the first minibatch that has one among it.
     Raises NonFiniteError on all processes when any of them has a loss that is not finite.
     """
     run = objective.config.run
     separately = bool(run.grad_norm_every) and step % run.grad_norm_every == 0
-    processes, parameters = optimizer.processes, optimizer.parameters
-    device = parameters[0].device
-    sums = {name: torch.zeros((), device=device) for name in objective.coefficients}
+    weights, measuring = objective.weights, objective.weights.are_measured(step)
+    coefficients, numbers = weights.at(step), weights.metrics(step)
+    processes, device = optimizer.processes, optimizer.parameters[0].device
+    sums = {name: torch.zeros((), device=device) for name in coefficients}
     norms: dict[str, list[float]] = defaultdict(list)
     metrics: Metrics = {}
     for batch, totals in minibatches:
-        # The gradient of each loss alone, if asked for.
-        alone = {n: [torch.zeros_like(p) for p in parameters] for n in sums} if separately else {}
+        alone = weights.names if separately else weights.terms if measuring else ()
+        apart = TermGradients(optimizer, alone, entire=separately)
         parts, found = [], []
         with objective.taps:  # in the backward too: checkpointing runs layers again
             for index, micro in objective.micro_batches(batch):
                 losses, more = objective(micro, totals, step)
-                values = _backward(objective, losses, parameters, alone)
+                apart.add(losses, objective.policy.model)
+                values = _backward(losses, coefficients)
                 if len(index):  # else it is idle
                     parts.append(index)
                     found.append(values)
@@ -406,36 +418,25 @@ def learn(
                 del losses  # and with them the graph, before the next forward
         norm = optimizer.sum_gradients()
         optimizer.require_finite(batch, parts, found, norm)
-        optimizer.step(norm)
         norms["grad_norm"].append(norm.item())
-        for name, gradient in alone.items():
-            norms[f"grad_norm/{name}"].append(optimizer.sum_over_processes(gradient).item())
+        if apart:
+            each = apart.norms(coefficients, objective.policy.dtype)
+            for name, value in each.items() if separately else ():
+                norms[f"grad_norm/{name}"].append(value)
+            if measuring and (shares := weights.observe(each, step)):
+                numbers, measuring = numbers | shares, False
+        optimizer.step(norm)
         for values in found:
             for name, loss in values.items():
                 sums[name] += loss
     # Each loss is a sum over the processes' parts, so it is counted on one of them alone.
     count = torch.tensor(float(len(minibatches) if processes.is_first else 0), device=device)
     metrics |= {f"loss/{name}": Mean(total, count) for name, total in sums.items()}
-    return metrics, {name: sum(values) / len(values) for name, values in norms.items()}
+    return metrics, {name: sum(values) / len(values) for name, values in norms.items()} | numbers
 
 
-def _backward(
-    objective: Objective,
-    losses: dict[str, Tensor],
-    parameters: Sequence[Tensor],
-    alone: dict[str, list[Tensor]],
-) -> dict[str, Tensor]:
-    """Add the gradient of the weighted losses to the parameters, that of each loss to `alone`.
-
-    Returns the losses without their graph.
-    """
-    for name, total in alone.items():
-        if not losses[name].requires_grad:  # no adapter lies beneath what it looks at
-            continue
-        found = gradients(objective.policy.model, losses[name], losses["grpo"], parameters)
-        for own, gradient in zip(total, found, strict=True):
-            if gradient is not None:
-                own += gradient
-    weighted = [objective.coefficients[name] * loss for name, loss in losses.items()]
+def _backward(losses: dict[str, Tensor], coefficients: dict[str, float]) -> dict[str, Tensor]:
+    """Add the gradient of the weighted losses to the parameters; returns them without graph."""
+    weighted = [coefficients[name] * loss for name, loss in losses.items()]
     torch.stack(weighted).sum().backward()
     return {name: loss.detach().float() for name, loss in losses.items()}

@@ -16,9 +16,10 @@ STANDARD_LIBRARY = sys.stdlib_module_names
 
 # The modules and packages of `oisd`, each of which imports only those before it.
 LAYERS = (
-    "moved", "schema", "config", "options", "sharding", "adapters", "models", "rewards", "data",
-    "losses", "rollout", "arithmetic", "batch", "policy", "plots", "run", "evaluate", "lens",
-    "objective", "optimizer", "reference_policy", "warmup", "plan", "check", "trainer", "cli",
+    "moved", "schema", "config", "weights", "options", "sharding", "adapters", "models", "rewards",
+    "data", "losses", "rollout", "arithmetic", "batch", "policy", "plots", "run", "evaluate",
+    "lens", "objective", "optimizer", "reference_policy", "term_gradients", "warmup", "plan",
+    "check", "trainer", "cli",
     "integrations",
 )  # fmt: skip
 

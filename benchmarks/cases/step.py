@@ -220,7 +220,7 @@ class Step:
 
     def __call__(self) -> Result:
         metrics, norms = self._learn()
-        names = list(self.objective.coefficients)
+        names = self.objective.weights.names
         out = {name: metrics[f"loss/{name}"].total for name in names}
         out |= {f"d_{name}": torch.tensor(norms[key]) for name in names
                 if (key := f"grad_norm/{name}") in norms}  # fmt: skip

@@ -24,6 +24,12 @@ from oisd.losses import Metrics
 from oisd.models import AttentionPair, Taps, pack_padded
 from oisd.models.layout import is_partitioned
 
+# Options of `oisd train` alone. A weight that keeps a share needs the gradient of each loss apart,
+# which sharded training does not give, and a state in the checkpoints, which are not ours here.
+OF_THE_TRAINER = (
+    "think_share", "attention_share", "think_schedule", "attention_schedule", "advantage",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Rollouts:

@@ -34,14 +34,22 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import ProcessorMixin
 
 from oisd.config import AlignmentConfig, ConfigError
-from oisd.integrations.alignment import Rollouts, alignment_losses, gathered, reduced_means
+from oisd.integrations.alignment import (
+    OF_THE_TRAINER,
+    Rollouts,
+    alignment_losses,
+    gathered,
+    reduced_means,
+)
 from oisd.integrations.model_guards import guard_model
 from oisd.integrations.trl_rewards import math_reward as math_reward
+from oisd.integrations.trl_shares import Shares
 from oisd.integrations.versions import Versions
 from oisd.losses import Mean, Metrics, add_metrics
 from oisd.models import Taps
 from oisd.models.dropout import dropout_rates, set_dropout
 from oisd.run.alarms import Alarms, Reading, Settings, measured
+from oisd.weights import TERMS, weight_of
 
 VERSIONS = Versions("trl", "1.16", "2")
 VERSIONS.check(VERSIONS.installed)
@@ -57,6 +65,7 @@ _LOOK_AT = Settings(
     entropy_high="look at learning_rate, beta and think_weight",
     timeouts="look at the load of the machine",
     weight="look at {}_weight",
+    larger_weight="raise {0}_weight to about {1} for 10 %",
 )
 
 LensNorm = Literal["final", "none"]
@@ -78,6 +87,7 @@ class OISDConfig(GRPOConfig):
     Only its `beta` has another name, `jsd_beta`: TRL's `beta` is the coefficient of the KL term.
     There is no `attention_kernel`: the divergence is always computed beside the attention. A fused
     backward would have to run while the taps are open, but TRL's runs after the forward is over.
+    Weights that are annealed or keep a share, and controls of the advantage, are `oisd train`'s.
     Raises ValueError for values out of range.
     """
 
@@ -89,6 +99,10 @@ class OISDConfig(GRPOConfig):
     )
     attention_weight: float = _option(
         "attention_weight", "Weight of the attention divergence (eq. 10); 0 turns it off."
+    )
+    share_every: int = _option(
+        "share_every",
+        "Measure the share of each term's weighted gradient in GRPO's every n steps; 0 for never.",
     )
     advantage_clip: float | None = _option(
         "advantage_clip", "Clip the signed advantage to [-c, c] in both terms; off by default."
@@ -140,7 +154,8 @@ class OISDConfig(GRPOConfig):
         """The options of OISD alone."""
         names = {option.name: option.name for option in fields(AlignmentConfig)}
         names["beta"] = "jsd_beta"
-        del names["attention_kernel"]
+        for name in ("attention_kernel", *OF_THE_TRAINER):
+            del names[name]
         try:
             return AlignmentConfig(**{own: getattr(self, name) for own, name in names.items()})
         except ConfigError as error:
@@ -207,7 +222,8 @@ class OISDTrainer(GRPOTrainer):
 
     The terms are left out of evaluation, whose loss is GRPO's. Logged beside TRL's metrics:
     loss/grpo, loss/think, loss/attention (before their weights), js/think_pos, js/think_neg,
-    js/attention_pos, js/attention_neg, entropy/student, entropy/teacher, agreement/top1.
+    js/attention_pos, js/attention_neg, entropy/student, entropy/teacher, agreement/top1, and every
+    `share_every` steps share/think, share/attention.
 
     Raises ValueError for what OISD cannot do: image processors, reentrant checkpointing, FSDP
     version 1, context parallelism, a quantised unembedding or one with an adapter, and
@@ -257,7 +273,8 @@ class OISDTrainer(GRPOTrainer):
         self._taps: Taps | None = None
         self._asked: _Asked | None = None
         self._open_metrics: Metrics = {}
-        self._alarms, self._alarmed = Alarms(_LOOK_AT), None
+        self._alarms, self._alarmed = self._new_run_alarms(), None
+        self._shares = Shares(self, self.alignment)
         self._step_noise = torch.Generator(self.accelerator.device)
         self._step_noise.manual_seed(args.seed + 1 + self.accelerator.process_index)
         if self.alignment.active:
@@ -363,6 +380,7 @@ class OISDTrainer(GRPOTrainer):
         steps = self.current_gradient_accumulation_steps
         one = torch.ones((), device=loss.device)
         metrics = asked.metrics | {"loss/grpo": Mean(loss.detach(), one / steps)}
+        self._shares.add(asked.losses, steps)
         for name, term in asked.losses.items():
             metrics[f"loss/{name}"] = Mean(term.detach(), one)
             loss = loss + getattr(self.alignment, f"{name}_weight") / steps * term
@@ -371,11 +389,19 @@ class OISDTrainer(GRPOTrainer):
             self._log_metrics()
         return loss
 
+    def training_step(self, *given: Any, **options: Any) -> Tensor:
+        """TRL's; after the last backward of an optimizer step, share/<term> where it is due."""
+        loss = super().training_step(*given, **options)
+        if self.accelerator.sync_gradients:
+            for name, share in self._shares.finish().items():
+                self._metrics["train"][name].append(share)
+        return loss
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, and the alarms that its metrics raise: a line each, and alarm/<name> as 1."""
         if self.model.training:
             if self._alarmed is not self.state:  # a new run, or one that is resumed
-                self._alarmed, self._alarms = self.state, Alarms(_LOOK_AT)
+                self._alarmed, self._alarms = self.state, self._new_run_alarms()
                 for row in self.state.log_history:
                     self._new_alarms(row, int(row["step"]))
             means = {n: _mean_measured(found) for n, found in self._metrics["train"].items()}
@@ -383,6 +409,9 @@ class OISDTrainer(GRPOTrainer):
                 self._metrics["train"][f"alarm/{name}"].append(1.0)
                 _LOGGER.warning(f"step {self.state.global_step}: alarm: {line}")
         super().log(logs, start_time)
+
+    def _new_run_alarms(self) -> Alarms:
+        return Alarms(_LOOK_AT, {term: weight_of(self.alignment, term) for term in TERMS})
 
     def _new_alarms(self, row: Mapping[str, Any], step: int) -> dict[str, str]:
         """What a row of TRL's log raises for the first time; it may cover several steps."""
@@ -399,6 +428,7 @@ class OISDTrainer(GRPOTrainer):
                 gap=value("sampling/sampling_logp_difference/mean"),
                 entropy=value("entropy"),
                 timeouts=value("frac_timeouts"),
+                shares={t: share for t in TERMS if (share := value(f"share/{t}")) is not None},
             )
         )
 

@@ -41,12 +41,13 @@ from torch.distributed.tensor import DTensor
 
 from oisd import losses
 from oisd.config import AlignmentConfig, from_tables
-from oisd.integrations.alignment import reduced_means
+from oisd.integrations.alignment import OF_THE_TRAINER, reduced_means
 from oisd.integrations.versions import Versions
 from oisd.losses import Metrics, add_metrics
 from oisd.models import Taps
 from oisd.models.dropout import dropout_rates
 from oisd.models.layout import unwrap
+from oisd.schema import require
 
 VENDOR = "oisd"
 AGGREGATION = "seq-mean-token-mean"
@@ -115,6 +116,9 @@ class OISDEngineConfig(FSDPEngineConfig):
     def alignment(self) -> AlignmentConfig:
         """The options of OISD."""
         given = {name: value for name, value in self.oisd.items() if value is not None}
+        wanted = "left out, as `oisd train` alone has it"
+        for name in ("share_every", *OF_THE_TRAINER):
+            require(name not in given, f"actor.fsdp_config.oisd.{name}", wanted, given.get(name))
         return from_tables({"oisd": given}, where="actor.fsdp_config").oisd
 
 

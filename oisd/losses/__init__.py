@@ -285,6 +285,7 @@ def grpo_and_think_loss(
     *,
     grpo_weight: Tensor,
     think_weight: Tensor,
+    think_advantages: Tensor | None = None,
     old_logprobs: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
@@ -311,6 +312,7 @@ def grpo_and_think_loss(
         grpo, config: as `grpo_loss` and `think_loss` have them.
         grpo_weight: [N], from `token_weights` with the aggregation of GRPO.
         think_weight: [N], from `token_weights(mask, "sequence-mean")` for eq. 7 and 11.
+        think_advantages: [N], of `think_loss`; by default `advantages`, which the method has.
         old_logprobs, rollout_logprobs, ref_logprobs: [N], as in `grpo_loss`.
         temperature: of the policy; that of the lens is in `config`.
         bias, logit_softcap: of the unembedding, where the model has them.
@@ -321,7 +323,8 @@ def grpo_and_think_loss(
     Raises ValueError as the two losses and `policy_head` do.
     """
     grpo, config = grpo or GRPOConfig(), config or AlignmentConfig()
-    given = {"advantages": advantages, "grpo_weight": grpo_weight, "think_weight": think_weight}
+    given: dict[str, Tensor | None] = {"advantages": advantages, "grpo_weight": grpo_weight}
+    given |= {"think_weight": think_weight, "think_advantages": think_advantages}
     _require_shape("grpo_and_think_loss", "labels", labels, given)
     terms = policy_terms(
         advantages,
@@ -331,7 +334,8 @@ def grpo_and_think_loss(
         rollout_logprobs=rollout_logprobs,
         ref_logprobs=ref_logprobs,
     )
-    signed = clip_advantages(advantages, config).float() * think_weight
+    aligned = advantages if think_advantages is None else think_advantages
+    signed = clip_advantages(aligned, config).float() * think_weight
     head = policy_head(
         final_hidden,
         weight,

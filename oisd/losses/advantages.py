@@ -105,8 +105,39 @@ def frac_zero_std(rewards: Tensor, group_size: int) -> Mean:
     return Mean.over((groups == groups[:, :1]).all(dim=1))
 
 
+def shuffled_advantages(
+    rows: Tensor, shares: Sequence[tuple[Tensor, Tensor]], seed: int, step: int
+) -> Tensor:
+    """For each of one process's completions the advantage of another one of the step.
+
+    A control for studies, not the method: the alignment losses keep their size and lose what the
+    reward says. One permutation over the completions of all processes, a function of seed and step;
+    it may leave some in their places.
+
+    Args:
+        rows: [B] int64, the number of each completion within the step.
+        shares: of each process the numbers of its completions and their advantages.
+        seed, step: of the run; at least 0.
+
+    Returns [B], on the device of the advantages.
+    """
+    numbers, advantages = (torch.cat(parts) for parts in zip(*shares, strict=True))
+    by_number = torch.zeros_like(advantages)
+    by_number[numbers] = advantages
+    # A stream of its own: (seed, step) alone is that of the step's dropout.
+    noise = torch.Generator().manual_seed((seed * 1_000_003 + step * 4099 + 2_000_029) % 2**63)
+    permutation = torch.randperm(len(by_number), generator=noise).to(rows.device)
+    return by_number[permutation[rows]]
+
+
 def clip_advantages(advantages: Tensor, config: AlignmentConfig) -> Tensor:
-    """Abar = clip(A, -c, c), the signed weight of both alignment losses."""
+    """Abar = clip(A, -c, c), the signed weight of both alignment losses.
+
+    Of |A| if `config.advantage` is "absolute". If it is "shuffled", the advantages given are those
+    already (see `shuffled_advantages`).
+    """
+    if config.advantage == "absolute":
+        advantages = advantages.abs()
     if config.advantage_clip is None:
         return advantages
     return advantages.clamp(-config.advantage_clip, config.advantage_clip)

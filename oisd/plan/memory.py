@@ -15,6 +15,7 @@ it holds the whole model:
     maps, eager   [H, T, T] float32 maps of N / T rows: 5, 4 for each further student layer, and 1
     maps, kernels gradients 4 (H+J) K S N and four statistics a row, 16 H S N; S here and above
                   counts the layers whose attention learns
+    shares        4 min(P, 2^25) a term of the alignment, where they are measured
     sampling copy 2 P in bf16, adapters merged, while completions are sampled; none in float32
     cache         4 J K a layer and token in bf16, 8 J K in float32, C rows of the longest length;
                   continuous batching fills whole blocks (up to 512 tokens more a row)
@@ -59,6 +60,7 @@ from typing import Literal
 
 from oisd.config import ConfigError, TrainConfig
 from oisd.plan.shapes import Shape
+from oisd.term_gradients import MOST_NUMBERS
 from oisd_kernels.lens.chunked.chunks import DEFAULT_BYTES
 
 SHARDED_PROCESSES = 4  # of a plan that shards, where their number is not given
@@ -156,6 +158,7 @@ def memory_plan(config: TrainConfig, shape: Shape, processes: int | None = None)
     on = config.model.gradient_checkpointing
     head_map = 4 * tokens * shape.vocabulary
     think, attention = config.oisd.think_weight > 0, config.oisd.attention_weight > 0
+    measured = config.oisd.share_every > 0
     weights = _gathered(shape, half, adapters) if sharded else _copies(shape, half, adapters)
     rounded = shape.linear_parameters if adapters and half else 0
     rows_bytes = 4 * shape.projections + 16 * shape.heads
@@ -167,6 +170,10 @@ def memory_plan(config: TrainConfig, shape: Shape, processes: int | None = None)
         + 4 * ((s if think else 0) + 1) * shape.width * tokens
         + (0 if adapters else 4 * shape.vocabulary * shape.width),
         "attention maps": compared * tokens * rows_bytes * attention,
+        # Sharded gradients are kept whole.
+        "shares": (_share(4 * trained, shards) if sharded else 4 * min(trained, MOST_NUMBERS))
+        * (think + attention)
+        * measured,
     }
     rows = max(1, tokens // longest)
     maps = 4 * rows * shape.heads * longest**2

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from oisd.config import TrainConfig
+from oisd.weights import TERMS, factor_of, share_of, weight_of
 
 EQUAL_STEPS = 10  # in a row, in which no group of completions has unlike rewards
 CUT_OFF_STEPS = 3  # in a row, in which every completion is cut off
@@ -23,7 +24,9 @@ GAP = 0.05  # nats a token
 ENTROPY_STEPS = 10  # that an entropy is averaged over, first and last
 LOWEST_ENTROPY = 0.01  # nats
 ENTROPY_GROWTH = 1.5  # times the first entropy
-GRADIENT_ROWS = 3  # rows with gradient norms that these are averaged over
+SHARE_ROWS = 3  # measurements that a share of the update is averaged over
+LOWEST_SHARE = 0.01
+USEFUL_SHARE = 0.1  # what the weight in the remedy gives, as `Settings.larger_weight` says
 TIMEOUT_STEPS = 3  # in a row
 TIMEOUT_SHARE = 0.01  # of a step's completions
 
@@ -39,8 +42,9 @@ class Reading:
     gap: float | None = None  # mean |log-prob of the update - of the sampler|, nats a token
     entropy: float | None = None  # of the policy, nats a token
     timeouts: float | None = None  # share of completions whose grading took too long
-    # By name of the loss: "grpo", and those of the alignment multiplied by their weights.
-    gradients: Mapping[str, float] = field(default_factory=dict)
+    # By term of the alignment: the norm of its weighted gradient over that of GRPO's. Of a term
+    # that is annealed: with the weight that it began with.
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class Settings:
     entropy_low: str
     entropy_high: str
     timeouts: str
-    weight: str  # holds "{}" where the name of the term goes
+    weight: str  # what to look at; holds "{}" where the name of the term goes
+    larger_weight: str  # what to do; holds "{0}" for the name of the term, "{1}" for the weight
 
 
 OURS = Settings(
@@ -64,6 +69,7 @@ OURS = Settings(
     entropy_high="look at optimizer.learning_rate, grpo.kl_coef and oisd.think_weight",
     timeouts="look at reward.timeout, and at the load of the machine",
     weight="look at oisd.{}_weight",
+    larger_weight="raise oisd.{0}_weight to about {1} for 10 %, or set oisd.{0}_share",
 )
 
 
@@ -71,16 +77,19 @@ class Alarms:
     """The alarms of a run.
 
     settings: what each names.
+    weights: the constant weight of each term whose shares readings have.
     mean_too: rewards count as equal only if their mean stays the same as well, as where advantages
         compare more than a group.
     """
 
-    def __init__(self, settings: Settings = OURS, mean_too: bool = False) -> None:
-        self.settings, self.mean_too = settings, mean_too
+    def __init__(
+        self, settings: Settings, weights: Mapping[str, float], mean_too: bool = False
+    ) -> None:
+        self.settings, self.weights, self.mean_too = settings, weights, mean_too
         self._raised: set[str] = set()
         self._streaks: dict[str, int] = defaultdict(int)
         self._entropies: list[float] = []
-        self._gradients: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        self._shares: dict[str, list[float]] = defaultdict(list)
         self._step, self._reward = 0, None
 
     def new(self, seen: Reading) -> dict[str, str]:
@@ -95,7 +104,7 @@ class Alarms:
             "all_cut_off": self._cut_off(seen, steps),
             "sampler_gap": self._gap(seen),
             **self._entropy(seen, steps),
-            **self._gradient(seen),
+            **self._share(seen),
             "reward_timeouts": self._timeouts(seen, steps),
         }
         fresh = {n: line for n, line in found.items() if line and n not in self._raised}
@@ -162,21 +171,32 @@ class Alarms:
         self._entropies[ENTROPY_STEPS:-ENTROPY_STEPS] = []
         return self._entropies[:ENTROPY_STEPS], self._entropies[-ENTROPY_STEPS:]
 
-    def _gradient(self, seen: Reading) -> dict[str, str]:
+    def _share(self, seen: Reading) -> dict[str, str]:
         found = {}
-        policy = seen.gradients.get("grpo")
-        for name, norm in seen.gradients.items():
-            if name == "grpo" or not policy:
+        for name, share in seen.shares.items():
+            self._shares[name] = [*self._shares[name], share][-SHARE_ROWS:]
+            mean = _mean(self._shares[name])
+            if len(self._shares[name]) < SHARE_ROWS:
                 continue
-            self._gradients[name] = [*self._gradients[name], (norm, policy)][-GRADIENT_ROWS:]
-            own, other = (_mean(norms) for norms in zip(*self._gradients[name], strict=True))
-            if len(self._gradients[name]) == GRADIENT_ROWS and own > other:
+            if mean > 1:
                 found[f"{name}_gradient"] = (
-                    f"the weighted gradient of loss/{name} has a norm of {own:.4g}, more than the "
-                    f"{other:.4g} of GRPO's (means of the last {GRADIENT_ROWS} measured); "
-                    f"{self.settings.weight.format(name)}"
+                    f"the {name} term's weighted gradient has {mean:.4g} times the norm of GRPO's "
+                    f"(mean of the last {SHARE_ROWS} measured); {self.settings.weight.format(name)}"
                 )
+            if mean < LOWEST_SHARE:
+                found[f"{name}_share"] = self._of_low_share(name, mean)
         return found
+
+    def _of_low_share(self, name: str, share: float) -> str:
+        if share == 0:
+            look = self.settings.weight.format(name)
+            return f"the {name} term has no gradient: no trained weight lies beneath it; {look}"
+        wanted = float(f"{self.weights[name] * USEFUL_SHARE / share:.2g}")
+        return (
+            f"the {name} term is {100 * share:.2g} % of GRPO's gradient (mean of the last "
+            f"{SHARE_ROWS} measured): it does nothing here; "
+            f"{self.settings.larger_weight.format(name, f'{wanted:g}')}"
+        )
 
     def _timeouts(self, seen: Reading, steps: int) -> str:
         many = None if seen.timeouts is None else seen.timeouts > TIMEOUT_SHARE
@@ -197,13 +217,13 @@ class RunAlarms:
     """
 
     def __init__(self, config: TrainConfig, earlier: Iterable[Mapping[str, Any]] = ()) -> None:
-        self._weights = {
-            "grpo": 1.0,
-            "think": config.oisd.think_weight,
-            "attention": config.oisd.attention_weight,
-        }
+        self._config = config
         self._internal_steps = config.grpo.internal_steps
-        self._alarms = Alarms(mean_too=config.grpo.advantage == "reinforce++")
+        align = config.oisd
+        # A term that keeps the share which its user set is not told of it.
+        self._terms = [term for term in TERMS if share_of(align, term) is None]
+        weights = {term: weight_of(align, term) for term in self._terms}
+        self._alarms = Alarms(OURS, weights, mean_too=config.grpo.advantage == "reinforce++")
         for row in earlier:
             self.new(row)
 
@@ -216,7 +236,8 @@ class RunAlarms:
 
     def _reading(self, row: Mapping[str, Any]) -> Reading:
         value = measured(row)
-        norms = {name: value(f"grad_norm/{name}") for name in self._weights}
+        shares = {term: value(f"share/{term}") for term in self._terms}
+        factors = {t: factor_of(self._config, t, row["step"] - 1) for t in self._terms}
         # The first steps of BuPO train the policy of another layer than the one that samples.
         internal = row["step"] <= self._internal_steps
         return Reading(
@@ -227,7 +248,7 @@ class RunAlarms:
             gap=value("sampler_gap"),
             entropy=None if internal else value("entropy/policy"),
             timeouts=value("frac_timeouts"),
-            gradients={n: self._weights[n] * norm for n, norm in norms.items() if norm is not None},
+            shares={t: share / factors[t] for t, share in shares.items() if share is not None},
         )
 
 

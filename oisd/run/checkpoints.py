@@ -51,10 +51,16 @@ _STATE, _PARTS, _DIGESTS = "trainer_state.pt", "optimizer", "digests.json"
 
 
 def write(
-    final: Path, step: int, model: Any, tokenizer: Any, optimizer: Resumable, processes: Processes
+    final: Path,
+    model: Any,
+    tokenizer: Any,
+    optimizer: Resumable,
+    processes: Processes,
+    more: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint; all processes call it.
 
+    more: what `read_state` is to return, "step" among it: numbers, texts and containers of them.
     If one of them fails, all raise its OSError or RuntimeError; the folder then does not exist, or
     is the one that was there before.
     """
@@ -62,7 +68,7 @@ def write(
     try:
         processes.on_first(lambda: _empty(writing))
         save_model(model, tokenizer, writing, processes)
-        state = {"step": step, "learner": optimizer.state_dict()}  # as version 0.1 names it
+        state = {**more, "learner": optimizer.state_dict()}  # as version 0.1 names it
         processes.on_first(lambda: torch.save(state, writing / _STATE))
         if is_sharded(model):
             parts = optimizer.parts()
@@ -95,16 +101,19 @@ def save_model(model: Any, tokenizer: Any, folder: Path, processes: Processes) -
     processes.on_first(write_model)
 
 
-def load_optimizer(checkpoint: Path, optimizer: Resumable) -> int:
-    """Continue the optimizer from a checkpoint; returns its step. All processes call it."""
-    state = torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint holds besides weights and parts, on the host."""
+    return torch.load(checkpoint / _STATE, map_location="cpu", weights_only=True)
+
+
+def load_optimizer(checkpoint: Path, state: Mapping[str, Any], optimizer: Resumable) -> None:
+    """Continue the optimizer from a checkpoint with this state; all processes call it."""
     parts = None
     if (checkpoint / _PARTS).is_dir():
         parts = optimizer.blank_parts()
         # Each process reads what it needs by itself.
         load(parts, checkpoint_id=checkpoint / _PARTS, no_dist=not dist.is_initialized())
     optimizer.load_state_dict(state["learner"], parts)
-    return state["step"]
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -37,7 +37,7 @@ from oisd.run.processes import Processes
 # what is computed.
 _MAY_CHANGE = re.compile(
     r"(run\.(steps|save_every|keep_checkpoints|completions_every|restart|output_dir|device|sharding)"
-    r"|rollout\.offload)\b"
+    r"|rollout\.offload|oisd\.share_every)\b"
 )
 
 
@@ -110,8 +110,12 @@ class RunFolder:
 
     def _refuse_other_run(self, theirs: TrainConfig, ours: TrainConfig) -> None:
         found = differences(theirs, ours)
-        # A cosine ends with the run: another length changes the learning rate at every step.
-        fixed = ("run.steps",) if ours.optimizer.schedule == "cosine" else ()
+        # A schedule ends with the run: another length changes the learning rate, or the weight of
+        # a divergence, at every step.
+        scheduled = ours.optimizer.schedule == "cosine" or ours.oisd.anneals
+        fixed = ("run.steps",) if scheduled else ()
+        if ours.oisd.follows_share:
+            fixed += ("oisd.share_every",)
         changed = [d for d in found if d.startswith(fixed) or not _MAY_CHANGE.match(d)]
         if changed:
             raise OtherRunError(
@@ -200,15 +204,18 @@ class RunFolder:
         tokenizer: Any,
         optimizer: checkpoints.Resumable,
         processes: Processes,
+        more: Mapping[str, Any],
         keep: int,
     ) -> None:
         """Write checkpoints/step-`step` and delete all but the newest `keep`; on all processes.
 
+        more: what else a resumed run needs, see `checkpoints.write`.
         Raises RunFolderError when the disk is full; earlier checkpoints are untouched then.
         """
         final = self.checkpoints / f"step-{step}"
         try:
-            checkpoints.write(final, step, model, tokenizer, optimizer, processes)
+            state = {**more, "step": step}
+            checkpoints.write(final, model, tokenizer, optimizer, processes, state)
         except (OSError, RuntimeError) as error:
             raise RunFolderError(
                 f"checkpoint step-{step} could not be written to {self.checkpoints}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
 from oisd.plots import plot_pass_at_k, plot_training
 from oisd.run.folder import RunFolder
+from oisd.weights import TERMS
 
 
 def summarize(folder: RunFolder, step: int) -> dict[str, Any]:
@@ -40,6 +42,8 @@ def summarize(folder: RunFolder, step: int) -> dict[str, Any]:
         summary["reward_first"] = _mean([r["reward"] for r in trained[:tail]])
         summary["reward_last"] = _mean([r["reward"] for r in trained[-tail:]])
         summary["seconds_per_step"] = _mean([r["time/step"] for r in trained])
+    if shares := _shares(trained):
+        summary["alignment"] = shares
     evaluated = [row for row in rows if "eval/avg_at_k" in row]
     if evaluated:
         summary["eval_before"] = evaluated[0]["eval/avg_at_k"]
@@ -48,6 +52,16 @@ def summarize(folder: RunFolder, step: int) -> dict[str, Any]:
         summary["eval_interval"] = last["avg_at_k_interval"]
     (folder.path / "summary.json").write_text(json.dumps(summary, indent=1), "utf-8")
     return summary
+
+
+def _shares(rows: Sequence[dict[str, Any]]) -> str:
+    """How much of the update the alignment was, in a line; "" for a run that did not measure it."""
+    found = {}
+    for term in TERMS:
+        values = [row[f"share/{term}"] for row in rows if row.get(f"share/{term}") is not None]
+        if values:
+            found[term] = f"{term} {100 * statistics.median(values):.2g} %"
+    return f"{', '.join(found.values())} of GRPO's gradient (medians)" if found else ""
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -85,6 +85,12 @@ OTHER: dict[str, dict[str, Any]] = {
         "student_layers": (3, 5),
         "think_weight": 0.5,
         "attention_weight": 0.2,
+        "think_share": 0.1,
+        "attention_share": 0.3,
+        "think_schedule": "linear",
+        "attention_schedule": "cosine",
+        "share_every": 5,
+        "advantage": "shuffled",
         "advantage_clip": 1.0,
         "lens_temperature": 2.0,
         "lens_norm": "none",
@@ -260,6 +266,9 @@ RANGES = {
     "oisd.student_layers": ([[0], [-1], [3, 3], []], [[1], [9, 2]]),
     "oisd.think_weight": ([-1.0, float("nan")], [0.0]),
     "oisd.attention_weight": ([-1.0, float("nan")], [0.0]),
+    "oisd.think_share": ([0.0, -0.1, 10.1, float("nan")], [0.001, 10.0, "none"]),
+    "oisd.attention_share": ([0.0, 11.0], [0.1, 10.0, "none"]),
+    "oisd.share_every": ([-1], [0, 1]),
     "oisd.advantage_clip": ([0.0, -1.0], [0.1, "none"]),
     "oisd.lens_temperature": ([0.0, -1.0], [0.1]),
     "oisd.beta": ([0.0, 1.0], [0.01, 0.99]),
@@ -302,6 +311,17 @@ def test_ranges(name):
         found = getattr(getattr(from_tables({table: {key: value}}), table), key)
         wanted = tuple(value) if isinstance(value, list) else value
         assert found == (None if value == "none" else wanted)
+
+
+@pytest.mark.parametrize("term", ["think", "attention"])
+def test_a_share_needs_its_term_and_measurements(term):
+    with pytest.raises(ConfigError, match=f'oisd.{term}_share must be "none" with oisd.{term}_w'):
+        AlignmentConfig(**{f"{term}_share": 0.1, f"{term}_weight": 0.0})
+    with pytest.raises(ConfigError, match=f"share_every must be at least 1 with oisd.{term}_sh"):
+        AlignmentConfig(**{f"{term}_share": 0.1}, share_every=0)
+    assert not AlignmentConfig().follows_share and not AlignmentConfig().anneals
+    assert AlignmentConfig(**{f"{term}_share": 0.1}).follows_share
+    assert AlignmentConfig(**{f"{term}_schedule": "linear"}).anneals
 
 
 @pytest.mark.parametrize("alone", ["key_window", "key_stride"])

@@ -17,6 +17,7 @@ from tests.oisd.test_trainer import reward_module, train  # noqa: F401
 
 LAYER, TEMPERATURE = 2, 1.3
 OFF = AlignmentConfig(think_weight=0.0, attention_weight=0.0)
+OFF_TABLE = {"think_weight": 0.0, "attention_weight": 0.0, "attention_share": "none"}
 
 
 def config_of(layer=LAYER, steps=3, **grpo):
@@ -101,7 +102,7 @@ def test_a_run_trains_the_lower_layers_first(tmp_path, reward_module):  # noqa: 
     train(
         tmp_path / "run",
         grpo={"internal_layer": 1, "internal_steps": 2, "minibatches": 2},
-        oisd={"think_weight": 0.0, "attention_weight": 0.0, "student_layers": ()},
+        oisd=OFF_TABLE | {"student_layers": ()},
         optimizer={"weight_decay": 0.0, "learning_rate": 1e-3},
         run={"steps": 3, "save_every": 1, "keep_checkpoints": 3},
     )
@@ -117,7 +118,7 @@ def test_a_run_trains_the_lower_layers_first(tmp_path, reward_module):  # noqa: 
 
 
 def test_a_layer_that_is_not_there_is_named_by_its_setting(tmp_path):
-    off = {"think_weight": 0.0, "attention_weight": 0.0}
+    off = OFF_TABLE
     internal = {"internal_layer": 6, "internal_steps": 1}
     with pytest.raises(ConfigError, match="^grpo.internal_layer: .* must lie in 1..5"):
         train(tmp_path / "run", grpo=internal, oisd=off, reward={"function": "exact"})

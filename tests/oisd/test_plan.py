@@ -193,6 +193,7 @@ def test_qwen3_4b_by_hand():
     hidden, unembedding = 2 * 4 * 2560 * 16384, 4 * 151936 * 2560
     assert plan.update["head"] == (5 << 28) + hidden + unembedding
     assert plan.update["attention maps"] == 16384 * (4 * 40 * 128 + 16 * 32)
+    assert plan.update["shares"] == 2 * 4 * 2**25
     # 9.3 GiB for a map of logits, 10.1 GiB for one of attention: what the kernels avoid.
     assert plan.eager["head"] == 7 * 4 * 16384 * 151936
     assert plan.eager["attention maps"] == 6 * 4 * 32 * 9216**2
@@ -308,6 +309,7 @@ def test_a_plain_grpo_run_needs_no_alignment():
         for name in ("qwen3-4b", "qwen3-4b-grpo")
     )
     assert grpo.update["attention maps"] == grpo.eager["attention maps"] == 0
+    assert grpo.update["shares"] == 0
     assert oisd.update["head"] - grpo.update["head"] == 4 * 2560 * 16384
     assert grpo.eager["head"] == 2 * 4 * 16384 * 151936
     # The bar for a whole step: at most 1.03 times the memory of GRPO's.

@@ -72,6 +72,25 @@ def test_panels_without_data_are_left_out(drawn):
     assert len(drawn["training"]) == 2
 
 
+def test_shares_are_percents_on_a_logarithmic_axis_and_weights_have_a_panel(drawn):
+    rows = run(
+        range(1, 40),
+        **{
+            "share/think": lambda s: 0.03 if s % 20 == 1 else None,
+            "share/attention": lambda s: 0.0 if s == 1 else 0.0004 if s == 21 else None,
+            "weight/attention": lambda s: 0.1 * s,
+        },
+    )
+    plots.plot_training(rows, "plots")
+    assert list(drawn) == ["training", "shares", "weights"]
+    (ax,) = drawn["shares"]
+    assert ax.get_yscale() == "log"
+    think, attention, one = ax.lines
+    assert list(think.get_ydata()) == pytest.approx([3, 3]) and list(think.get_xdata()) == [1, 21]
+    assert list(attention.get_ydata()) == pytest.approx([0.04])
+    assert list(one.get_ydata()) == [1, 1]
+
+
 def test_nothing_is_drawn_of_nothing(drawn):
     assert plots.plot_training([], "plots") == []
     assert plots.plot_training([{"step": 1, "loss/grpo": 0.1}], "plots") == []

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import oisd.trainer
 from oisd.config import from_tables, to_tables
 from oisd.objective import NonFiniteError
 from oisd.run.folder import RunFolderError
@@ -20,7 +21,8 @@ TINY = {
     "data": {"max_prompt_tokens": 16},
     "rollout": {"prompts_per_step": 6, "completions_per_prompt": 8, "max_completion_tokens": 5},
     "reward": {"function": "tests_reward:first_digit"},
-    "oisd": {"student_layers": [2, 4]},
+    # Shares are measured at steps 1 and 4, and the second changes a weight that later steps have.
+    "oisd": {"student_layers": [2, 4], "attention_share": 0.3, "share_every": 3},
     "optimizer": {"learning_rate": 1e-3},
     "warmup": {"steps": 20, "batch_size": 16},
     "eval": {"source": "arithmetic", "limit": 8, "samples": 4, "every": 2},
@@ -127,6 +129,10 @@ def test_writes_what_it_promises(whole_run):
         assert all(row[name] is not None for name in promised)
         assert 0 < row["js/think_pos"] < 0.7 and 0 < row["js/attention_pos"] < 0.7
     assert "grad_norm/think" in rows[1] and "grad_norm/think" not in rows[2]
+    assert ["share/think" in row for row in rows] == [False, True, False, False, True]
+    assert rows[1]["weight/attention"] == 0.1 and "weight/think" not in rows[1]
+    assert rows[2]["weight/attention"] == rows[3]["weight/attention"]
+    assert rows[2]["weight/attention"] * rows[1]["share/attention"] == pytest.approx(0.03)
     assert {"eval/avg_at_k", "eval/pass_at_4"} <= rows[0].keys() & rows[4].keys()
     for name in ("config.toml", "summary.json", "completions/step-1.jsonl", "plots/training.png"):
         assert (whole_run / name).stat().st_size > 0, name
@@ -255,8 +261,19 @@ VARIANTS = {
             "divergence": "forward_kl",
         }
     },
-    "plain-grpo": {"oisd": {"think_weight": 0.0, "attention_weight": 0.0}},
-    "bupo-lens": {"oisd": {"lens_norm": "none", "attention_weight": 0.0, "advantage_clip": 1.0}},
+    "plain-grpo": {
+        "oisd": {"think_weight": 0.0, "attention_weight": 0.0, "attention_share": "none"}
+    },
+    "bupo-lens": {
+        "oisd": {
+            "lens_norm": "none",
+            "attention_weight": 0.0,
+            "attention_share": "none",
+            "advantage_clip": 1.0,
+        }
+    },
+    "shuffled-following": {"oisd": {"advantage": "shuffled", "think_share": 0.1, "share_every": 1}},
+    "absolute-minibatches": {"oisd": {"advantage": "absolute"}, "grpo": {"minibatches": 2}},
     "continuous-bf16": {
         "model": {"dtype": "bfloat16"},
         "rollout": {"engine": "continuous", "batch_size": 5},
@@ -292,12 +309,79 @@ def test_cosine_ends_with_the_run_and_so_cannot_be_prolonged(tmp_path, monkeypat
         train(tmp_path / "run", **changes, run={"steps": 4})
 
 
+def test_annealed_weights_end_with_the_run_and_so_it_cannot_be_prolonged(tmp_path, monkeypatch):
+    monkeypatch.setattr("oisd.run.summary.plot_training", lambda *_: [])
+    oisd = {"think_schedule": "linear", "attention_schedule": "cosine", "attention_share": "none"}
+    changes = {"oisd": oisd, "eval": {"source": "none"}}
+    train(tmp_path / "run", **changes, run={"steps": 3})
+    rows = metrics(tmp_path / "run")
+    assert [row["weight/think"] for row in rows] == pytest.approx([1, 2 / 3, 1 / 3])
+    assert [row["weight/attention"] for row in rows] == pytest.approx([0.1, 0.075, 0.025])
+    with pytest.raises(RunFolderError, match="run.steps: 3 != 4"):
+        train(tmp_path / "run", **changes, run={"steps": 4})
+    # Measuring more often changes no number, unless a weight follows what is measured.
+    more = {**changes, "oisd": {**oisd, "share_every": 1}}
+    assert train(tmp_path / "run", **more, run={"steps": 3})["steps"] == 3
+
+
+def test_how_often_a_share_is_measured_is_fixed_where_a_weight_follows_it(tmp_path):
+    train(tmp_path / "run", run={"steps": 0, "save_every": 0})
+    with pytest.raises(RunFolderError, match="oisd.share_every: 3 != 1"):
+        Trainer(from_tables(tables(tmp_path / "run", oisd={"share_every": 1})))
+
+
+def test_measuring_shares_changes_no_number(tmp_path, monkeypatch):
+    monkeypatch.setattr("oisd.run.summary.plot_training", lambda *_: [])
+    changes = {"eval": {"source": "none"}, "grpo": {"minibatches": 2}}
+    for every in (0, 1):
+        oisd = {"attention_share": "none", "share_every": every}
+        run = {"steps": 2, "grad_norm_every": every}
+        train(tmp_path / str(every), **changes, oisd=oisd, run=run)
+    without, measured = (weights(tmp_path / str(every), 2) for every in (0, 1))
+    assert all(torch.equal(measured[name], without[name]) for name in measured)
+    for a, b in zip(metrics(tmp_path / "0"), metrics(tmp_path / "1"), strict=True):
+        assert b.keys() - a.keys() == {
+            "share/think", "share/attention", "grad_norm/grpo", "grad_norm/think",
+            "grad_norm/attention",
+        }  # fmt: skip
+        assert a == {name: b[name] for name in a}
+
+
+def test_rows_of_advantage_0_that_shuffling_gives_another_are_kept(tmp_path, monkeypatch):
+    """Left out are those alone that have neither an advantage nor an aligned one."""
+    learn, seen = oisd.trainer.learn, []
+    monkeypatch.setattr(
+        oisd.trainer, "learn", lambda *given: [seen.append(given[2]), learn(*given)][1]
+    )
+    monkeypatch.setattr("oisd.run.summary.plot_training", lambda *_: [])
+    for skip in (True, False):
+        train(
+            tmp_path / str(skip), eval={"source": "none"}, run={"steps": 1},
+            oisd={"advantage": "shuffled"}, grpo={"skip_zero_advantage": skip},
+        )  # fmt: skip
+    ((part, _),), ((whole, _),) = seen
+    kept = (whole.advantages != 0) | (whole.aligned != 0)
+    assert len(part) == kept.sum() < len(whole) == 48
+    assert ((part.advantages == 0) & (part.aligned != 0)).any()
+    assert sorted(whole.advantages.tolist()) == sorted(whole.aligned.tolist())
+    assert not torch.equal(whole.advantages, whole.aligned)
+    a, b = (metrics(tmp_path / str(skip))[0] for skip in (True, False))
+    assert a["loss/think"] != 0 and a["loss/attention"] != 0
+    for name in ("loss/grpo", "loss/think", "loss/attention", "grad_norm", "share/think"):
+        assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-9), name
+
+
 def test_more_processes_than_prompts(tmp_path):
+    """The second process has no completion; a permutation is the same for any number of them."""
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2")
     small = {"rollout": {"prompts_per_step": 1}, "run": {"steps": 1}, "eval": {"limit": 1}}
+    small["oisd"] = {"advantage": "shuffled"}
     done = launch(tmp_path / "run", launcher=launcher, **small)
     assert done.returncode == 0, done.stderr
-    assert metrics(tmp_path / "run")[1]["reward"] is not None
+    two = metrics(tmp_path / "run")[1]
+    assert two["reward"] is not None
+    train(tmp_path / "one", **small)
+    assert two == pytest.approx(metrics(tmp_path / "one")[1], rel=1e-3, abs=1e-6)
 
 
 def test_nan_names_step_and_batch_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):

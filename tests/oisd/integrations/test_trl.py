@@ -15,6 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from oisd.config import AlignmentConfig
 from oisd.integrations import trl as adapter
+from oisd.integrations.alignment import OF_THE_TRAINER
 from oisd.integrations.trl import OISDConfig, rollouts_of
 from tests.oisd.integrations.trl_runs import Run, config, difference, make, tiny_policy, train
 
@@ -255,6 +256,29 @@ def test_metrics_are_logged_and_the_loss_is_their_sum():
     assert 0 < row["entropy/student"] < 2.7
 
 
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_share_of_each_term_is_that_of_its_step(lora):
+    """A step of plain SGD is the gradient; the terms' share is what they add to GRPO's step."""
+    without = reference(heavy=False, lora=lora)
+    grpo = torch.cat([without.moved(name).flatten() for name in sorted(without.before)]).norm()
+    for term in ("think", "attention"):
+        alone = OFF | {f"{term}_weight": 3.0} | (dict(lora=LORA) if lora else {})
+        parts = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2)
+        found = train(**alone, **parts)
+        wanted = difference(found, without).norm() / grpo
+        assert wanted > 0.05
+        assert found.log[0][f"share/{term}"] == pytest.approx(wanted.item(), rel=1e-3)
+        assert len([name for name in found.log[0] if name.startswith("share/")]) == 1
+    off = train(**alone, **parts, share_every=0)
+    assert difference(found, off).norm() == 0
+    assert "share/think" not in off.log[0]
+
+
+def test_shares_are_measured_every_n_steps():
+    run = train(max_steps=5, num_iterations=2, share_every=2)
+    assert ["share/think" in row for row in run.log[:5]] == [True, False, True, False, True]
+
+
 def test_evaluation_is_grpos(tmp_path):
     trainer = make(str(tmp_path), per_device_eval_batch_size=4, **HEAVY)
     twin = make(str(tmp_path), per_device_eval_batch_size=4, **OFF)
@@ -329,7 +353,7 @@ def test_options_are_named_as_in_recipes():
     defaults = OISDConfig("x", use_cpu=True, bf16=False)
     assert defaults.alignment() == AlignmentConfig()
     absent = {f.name for f in fields(AlignmentConfig)} - set(OISDConfig.__annotations__)
-    assert absent == {"beta", "attention_kernel"}
+    assert absent == {"beta", "attention_kernel", *OF_THE_TRAINER}
     assert OISDConfig("x", use_cpu=True, bf16=False, jsd_beta=0.2).alignment().beta == 0.2
     assert defaults.beta == GRPOConfig("x", use_cpu=True, bf16=False).beta  # of the KL term
 

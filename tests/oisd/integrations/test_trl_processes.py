@@ -60,7 +60,9 @@ def require_same_step(found: Run, case: dict[str, Any], bound: float) -> None:
     terms = difference(whole, grpo).norm()
     assert terms > 0.01
     assert difference(found, whole).norm() < bound * terms
-    for name in ("loss/think", "loss/attention", "js/think_pos", "js/attention_neg", "loss/grpo"):
+    shares = {"share/think", "share/attention"} & found.log[0].keys()
+    names = {"loss/think", "loss/attention", "js/think_pos", "js/attention_neg", "loss/grpo"}
+    for name in names | shares:
         assert found.log[0][name] == pytest.approx(whole.log[0][name], rel=max(bound, 1e-4)), name
 
 
@@ -72,7 +74,7 @@ def test_data_parallel(tmp_path):
     ]
     runs = on_two_processes(cases, tmp_path, {})
     for case, found in zip((HEAVY, HEAVY, DULL), runs, strict=True):
-        assert not found.sharded
+        assert not found.sharded and 0.1 < found.log[0]["share/think"]
         require_same_step(found, case, 1e-4)
     assert runs[2].log[0]["frac_reward_zero_std"] == 0.5
 
@@ -81,7 +83,7 @@ def test_fsdp2(tmp_path):
     """accelerate shards only on accelerators; `allow_fsdp_on_cpus` lifts that."""
     cases = [HEAVY, HEAVY | LORA, DULL]
     for case, found in zip(cases, on_two_processes(cases, tmp_path, FSDP2), strict=True):
-        assert found.sharded
+        assert found.sharded and "share/think" not in found.log[0]
         require_same_step(found, case, 1e-4)
 
 

@@ -233,6 +233,7 @@ HEALTHY = {"reward": 0.5, "frac_reward_zero_std": 0.3, "completions/clipped_rati
         ("sampler_gap", {"sampling/sampling_logp_difference/mean": 0.2}, 1),
         ("entropy_low", {"entropy": 0.002}, 10),
         ("reward_timeouts", {"frac_timeouts": 0.25}, 3),
+        ("think_share", {"share/think": 0.004}, 3),
     ],
 )
 def test_each_quantity_of_trls_log(name, changes, step, tmp_path):

@@ -183,6 +183,12 @@ def test_unknown_options_are_named():
         engine_config({"divergence": "kl"})
 
 
+def test_options_of_the_trainer_alone_are_refused():
+    for name, value in {"think_share": 0.1, "advantage": "shuffled", "share_every": 5}.items():
+        with pytest.raises(ConfigError, match=f"oisd.{name} must be left out, as `oisd train` al"):
+            engine_config({name: value})
+
+
 def test_defaults_are_those_of_the_library():
     assert engine_config({}).alignment() == AlignmentConfig()
     assert engine_config({"advantage_clip": None}).alignment() == AlignmentConfig()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from oisd.config import AlignmentConfig, GRPOConfig, TrainConfig, from_tables
+from oisd.config import AlignmentConfig, GRPOConfig, RunConfig, TrainConfig, from_tables
 from oisd.rewards import RewardFunction
 from oisd.run.alarms import RunAlarms
 from oisd.trainer import Trainer
@@ -17,9 +17,8 @@ HEALTHY = {
     "frac_timeouts": 0.0,
     "sampler_gap": 0.004,
     "entropy/policy": 0.4,
-    "grad_norm/grpo": 1.5,
-    "grad_norm/think": 0.2,
-    "grad_norm/attention": 0.3,
+    "share/think": 0.2,
+    "share/attention": 0.03,
 }
 
 
@@ -80,15 +79,34 @@ CASES = {
         ["from 0.4000 to 0.6400", "optimizer.learning_rate"],
     ),
     "think-gradient": (
-        # Weighted: 3.2, 3.2, 0.4 against 1.5 a step, then 3.2: mean 2.2667 of the last three.
-        [{"grad_norm/think": x} for x in (0.2, 0.2, 1.6, 1.6, 0.2, 1.6)],
-        4,
-        ["loss/think", "2.267", "1.5 of GRPO's", "oisd.think_weight"],
+        # The mean of the last three is 0.933, then 1.067 and 1.033.
+        [{"share/think": x} for x in (0.2, 0.2, 1.3, 1.3, 0.6, 1.2)],
+        5,
+        ["the think term's weighted gradient has 1.067 times", "oisd.think_weight"],
     ),
     "attention-gradient": (
-        [{"grad_norm/attention": 14.0}] * 3 + [{"grad_norm/attention": 16.0}] * 4,
+        [{"share/attention": 0.9}] * 3 + [{"share/attention": 1.2}] * 4,
         5,
-        ["loss/attention", "1.533", "oisd.attention_weight"],
+        ["the attention term's", "1.1 times", "oisd.attention_weight"],
+    ),
+    "think-share": (
+        # 0.0103, then 0.004: ten percent would take 25 times the weight of 2.
+        [{"share/think": x} for x in (0.02, 0.009, 0.002, 0.001)],
+        4,
+        [
+            "the think term is 0.4 % of GRPO's gradient (mean of the last 3 measured)",
+            "raise oisd.think_weight to about 50 for 10 %, or set oisd.think_share",
+        ],
+    ),
+    "attention-share": (
+        [{"share/attention": x} for x in (0.0004, None, 0.0003, math.nan, 0.0002)],
+        5,
+        ["the attention term is 0.03 %", "raise oisd.attention_weight to about 33 for"],
+    ),
+    "attention-share-0": (
+        [{"share/attention": 0.0}] * 4,
+        3,
+        ["the attention term has no gradient", "look at oisd.attention_weight"],
     ),
     "timeouts": (
         [{"frac_timeouts": x} for x in (0.02, 0.02, 0.01, 0.02, 0.02, 0.03, 0.04)],
@@ -114,6 +132,24 @@ def test_what_was_not_measured_neither_alarms_nor_ends_a_streak():
     assert raised(rows(*[unmeasured] * 30)) == {}
     assert only(raised(rows(gone, gone, unmeasured, gone)))[0] == 4
     assert raised(rows(*[{"entropy/policy": math.nan, "sampler_gap": math.nan}] * 30)) == {}
+
+
+def test_a_share_that_was_asked_for_raises_none():
+    align = AlignmentConfig(think_share=0.005, attention_share=2.0)
+    small = {"share/think": 0.005, "share/attention": 2.0}
+    assert raised(rows(*[small] * 20), TrainConfig(oisd=align)) == {}
+    assert len(raised(rows(*[small] * 20))) == 1
+
+
+def test_a_share_that_is_annealed_counts_as_it_began():
+    """Of 20 steps: the factor at step 16, counted from 0, is 0.2."""
+    config = TrainConfig(oisd=AlignmentConfig(think_schedule="linear"), run=RunConfig(steps=20))
+    fallen = [{"share/think": 0.02 * (1 - step / 20)} for step in range(20)]
+    assert raised(rows(*fallen), config) == {}
+    assert len(raised(rows(*fallen))) == 1
+    fallen[14:] = [{"share/think": 0.0075 * (1 - step / 20)} for step in range(14, 20)]
+    step, line = only(raised(rows(*fallen), config))
+    assert step == 17 and "is 0.75 %" in line and "think_weight to about 13 for" in line
 
 
 def test_reinforce_plus_plus_learns_from_groups_that_differ_from_each_other():
@@ -186,6 +222,10 @@ def test_the_built_in_task_raises_none_and_measures_the_sampler(tmp_path, capsys
     written = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     steps = [row for row in written if row["step"] > 0]
     assert len(steps) == 11
+    think, attention = (100 * steps[0][f"share/{term}"] for term in ("think", "attention"))
+    assert summary["alignment"] == (
+        f"think {think:.2g} %, attention {attention:.2g} % of GRPO's gradient (medians)"
+    )
     for row in steps:
         assert "alarms" not in row
         assert 0 < row["sampler_gap"] < 1e-4  # the same forward, in other batches
