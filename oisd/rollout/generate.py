@@ -225,14 +225,14 @@ def _scores_agree(model: Any) -> bool:
     )
     dictated = torch.stack([text[i : i + count] for i in range(4)])
     alone, shared = _Dictated(dictated), _Dictated(dictated)
-    inputs = left_pad([prompts[i] for i in repeats.tolist()], 0, text.device)
-    with quiet():
-        _decode(model, inputs, keys, alone, settings)
-        try:
-            inputs = left_pad(prompts, 0, text.device)
-            _decode_shared(model, inputs, repeats, keys, shared, settings)
-        except Exception:  # whatever a model raises whose state is not a cache of rows
-            return False
+    each = left_pad([prompts[i] for i in repeats.tolist()], 0, text.device)
+    distinct = left_pad(prompts, 0, text.device)
+    try:
+        with quiet():
+            _decode(model, each, keys, alone, settings)
+            _decode_shared(model, distinct, repeats, keys, shared, settings)
+    except Exception:  # whatever a model raises whose state is not a cache of rows
+        return False
     one, other = (torch.stack(found.scores) for found in (shared, alone))
     apart = (one - other).abs().amax(-1) / other.abs().amax().clamp_min(1e-30)  # [T, B]
     # The median, because a mixture of experts may choose another expert at one position.
