@@ -17,7 +17,7 @@ STANDARD_LIBRARY = sys.stdlib_module_names
 # The modules and packages of `oisd`, each of which imports only those before it.
 LAYERS = (
     "moved", "schema", "config", "options", "adapters", "models", "rewards", "data", "losses",
-    "rollout", "arithmetic", "batch", "policy", "plots", "run", "evaluate", "lens", "objective",
+    "rollout", "arithmetic", "batch", "policy", "page", "plots", "run", "evaluate", "lens", "report", "objective",
     "optimizer", "warmup", "plan", "check", "trainer", "cli", "integrations",
 )  # fmt: skip
 

@@ -3,7 +3,7 @@
     config.toml  metrics.jsonl  completions/step-N.jsonl  checkpoints/step-N/  tensorboard/  plots/
     sources.json, what the run is of; check.json, what its model was found to do; attention.json,
     the layers (student, teacher) of the attention term, and why; engine.json, where continuous
-    batching was tried
+    batching was tried; trackers.json, the run's ids in experiment trackers
 
 A checkpoint is written beside its final place, its files' digests last, flushed to disk and then
 renamed: a folder named step-N is complete. If its digests do not match, the one before is taken,
@@ -42,7 +42,8 @@ from oisd.run.jsonl import read_rows
 # Settings that may change between a run and its continuation: they say how long and how often, not
 # what is computed.
 _MAY_CHANGE = re.compile(
-    r"(run\.(steps|save_every|keep_checkpoints|completions_every|restart|output_dir|device)"
+    r"(run\.(steps|save_every|keep_checkpoints|completions_every|restart|output_dir|device|"
+    r"trackers)"
     r"|rollout\.offload)\b"
 )
 
@@ -89,7 +90,6 @@ class RunFolder:
         self.engine = self.path / "engine.json"
         self.sources = self.path / "sources.json"
         self.attention = self.path / "attention.json"
-        self.tensorboard = self.path / "tensorboard"
 
     def prepare(self, config: TrainConfig) -> None:
         """Make the folder, or find that it holds this very run.
