@@ -48,6 +48,11 @@ _MAY_CHANGE = re.compile(
 )
 
 
+def may_change(setting: str) -> bool:
+    """Whether "table.key" may change between a run and its continuation."""
+    return bool(_MAY_CHANGE.match(setting))
+
+
 class RunFolderError(RuntimeError):
     """The run's folder cannot be used: not writable, full, or of another run."""
 
@@ -144,6 +149,7 @@ class RunFolder:
                 f"{self.sources} is not JSON ({error}); delete it to resume without this check"
             ) from error
         now = provenance.of_sources(model, problems, reward, then)
+        now["machine"] = provenance.machine()
         if self._steps() or self.metrics():
             if then is None:
                 warnings.warn(
