@@ -17,8 +17,8 @@ STANDARD_LIBRARY = sys.stdlib_module_names
 # The modules and packages of `oisd`, each of which imports only those before it.
 LAYERS = (
     "moved", "schema", "config", "options", "adapters", "models", "rewards", "data", "losses",
-    "rollout", "arithmetic", "batch", "policy", "page", "plots", "run", "evaluate", "lens", "report", "objective",
-    "optimizer", "warmup", "plan", "check", "trainer", "cli", "integrations",
+    "rollout", "arithmetic", "batch", "policy", "page", "plots", "run", "evaluate", "lens",
+    "report", "objective", "optimizer", "warmup", "plan", "check", "trainer", "cli", "integrations",
 )  # fmt: skip
 
 # The files of `oisd` that may import transformers, and no other.

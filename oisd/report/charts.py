@@ -9,6 +9,7 @@ import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -46,8 +47,8 @@ def draw(chart: Chart) -> Markup:
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
     if chart.logarithmic:
         ax.set_yscale("log")
-    for place, curve in enumerate(chart.curves):
-        _draw_curve(ax, curve.thinned(), curve.is_smoothed, place)
+    for curve in chart.curves:
+        _draw_curve(ax, curve.thinned(), curve.is_smoothed)
     if chart.limits:
         ax.set_ylim(*chart.limits)
     low, high = ax.get_ylim()
@@ -55,7 +56,7 @@ def draw(chart: Chart) -> Markup:
         ax.axhline(chart.ceiling, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         ax.annotate("ln 2", (1, chart.ceiling), xycoords=("axes fraction", "data"), fontsize=8.5,
                     xytext=(3, 0), textcoords="offset points", va="center", color=INK)  # fmt: skip
-    _legend(figure, ax)
+    _legend(figure, ax, least=1 if chart.is_of_groups else 2)
     return _svg(figure, chart.name, chart.words)
 
 
@@ -68,8 +69,9 @@ def draw_layers(name: str, unit: str, curves: Sequence[LayerCurve], marked: int)
     for place, curve in enumerate(curves):
         ax.plot(curve.layers, curve.values, label=curve.label, markersize=4, **_style(place))
     ax.axvline(marked, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
-    ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
-    _legend(figure, ax)
+    largest = max(max(curve.values) for curve in curves)
+    ax.set_ylim(0, 1.06 * largest if largest > 0 else 1)
+    _legend(figure, ax, least=1)
     words = " ".join(
         f"{c.label}: {', '.join(f'{v:.4g}' for v in c.values)} for layers "
         f"{c.layers[0]} to {c.layers[-1]}."
@@ -78,7 +80,7 @@ def draw_layers(name: str, unit: str, curves: Sequence[LayerCurve], marked: int)
     return _svg(figure, name, f"{unit} by layer. {words}")
 
 
-def _style(place: int) -> dict[str, object]:
+def _style(place: int) -> dict[str, Any]:
     """Colour, dashes and marker of the n-th line."""
     turn = place + place // len(_COLOURS)  # the seventh line has another pair
     return {
@@ -88,25 +90,25 @@ def _style(place: int) -> dict[str, object]:
     }
 
 
-def _draw_curve(ax: Axes, curve: Curve, smoothed: bool, place: int) -> None:
-    style = _style(place)
+def _draw_curve(ax: Axes, curve: Curve, smoothed: bool) -> None:
+    style = _style(curve.place)
     steps, many = curve.steps, len(curve.steps) > 12
     if not np.array_equal(curve.low, curve.high):
-        ax.fill_between(steps, curve.low, curve.high, color=str(style["color"]), alpha=0.18,
+        ax.fill_between(steps, curve.low, curve.high, color=style["color"], alpha=0.18,
                         linewidth=0)  # fmt: skip
     elif smoothed:
-        ax.plot(steps, curve.mean, color=str(style["color"]), linewidth=0.7, alpha=0.4)
+        ax.plot(steps, curve.mean, color=style["color"], linewidth=0.7, alpha=0.4)
     # Few markers on a long line, at other places than its neighbours'.
     every = max(1, len(steps) // 7)
-    shown = slice((place * every) // 4, None, every) if many else slice(None)
+    shown = slice((curve.place * every // 4) % every, None, every) if many else slice(None)
     ax.plot(steps, curve.line, linewidth=1.9, label=curve.label, markersize=4.5,
             markevery=shown, **style)  # fmt: skip
 
 
-def _legend(figure: Figure, ax: Axes) -> None:
-    """Above the axes, where it hides no data; none for a single line."""
+def _legend(figure: Figure, ax: Axes, least: int) -> None:
+    """Above the axes, where it hides no data, from `least` lines on."""
     handles = [line for line in ax.lines if not str(line.get_label()).startswith("_")]
-    if len(handles) > 1:
+    if len(handles) >= least:
         longest = max(len(str(line.get_label())) for line in handles)
         figure.legend(
             handles=handles, loc="outside upper left", ncols=2 if longest < 24 else 1,
@@ -126,7 +128,8 @@ def _svg(figure: Figure, name: str, words: str) -> Markup:
     box = re.search(r'viewBox="([^"]+)"', text)
     assert box is not None
     body = text[text.index(">") + 1 :]
-    body = re.sub(r"(\d\.\d\d)\d+", r"\1", body)
+    # Two decimals of a point are enough, but in places alone, not in what is written.
+    body = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), body)
     # Groups are numbered anew in each figure; nothing refers to them.
     body = re.sub(r' id="[A-Za-z0-9]*_?[A-Za-z]*_\d+"', "", body)
     body = re.sub(r' id="', f' id="{name}-', body)

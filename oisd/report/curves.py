@@ -36,6 +36,8 @@ class Curve:
     line: np.ndarray
     """The mean, as a moving average where there are many points."""
     runs: int
+    place: int
+    """Of the group, or of the metric in its panel: the same number, the same look."""
 
     @property
     def is_smoothed(self) -> bool:
@@ -60,10 +62,11 @@ class Curve:
             np.maximum.reduceat(self.high, starts),
             means(self.line),
             self.runs,
+            self.place,
         )
 
 
-def curve_of(group: Group, metric: str, label: str) -> Curve | None:
+def curve_of(group: Group, metric: str, label: str, place: int) -> Curve | None:
     """The curve of a metric of a group; None where no run has a finite value of it.
 
     Steps whose rewards are equal in each group have gradient 0, which says nothing of its norm:
@@ -87,6 +90,7 @@ def curve_of(group: Group, metric: str, label: str) -> Curve | None:
         np.array([max(column) for column in columns]),
         line,
         len(found),
+        place,
     )
 
 
@@ -104,6 +108,8 @@ class Chart:
     logarithmic: bool = False
     ceiling: float | None = None
     """A value to mark, if it is in view."""
+    is_of_groups: bool = False
+    """Whether its curves are groups, of which one may be alone in it."""
 
     @property
     def thinned_from(self) -> int:
@@ -169,7 +175,7 @@ _SECTIONS: tuple[tuple[str, tuple[_Panel, ...]], ...] = (
     ("Reward and accuracy", (
         _Panel("reward", "Reward", "mean of a step's completions", (("reward", "training"),)),
         _Panel("avg", "Avg@K", "share right, evaluation", (("eval/avg_at_k", "evaluation"),)),
-        _Panel("pass", "Pass@K", "share solved, evaluation", (("eval/pass_at_*", "Pass@"),)),
+        _Panel("pass", "Pass@K", "share solved, evaluation", (("eval/pass_at_*", "K = "),)),
     )),
     ("Alignment", (
         _Panel("js-think", "Divergence of predictions", "nats",
@@ -239,13 +245,14 @@ def _charts(
     panel: _Panel, pairs: Sequence[tuple[str, str]], groups: Sequence[Group]
 ) -> list[Chart]:
     if len(groups) == 1:
-        parts = [(panel.title, [curve_of(groups[0], metric, label) for metric, label in pairs])]
+        lines = [curve_of(groups[0], *pair, place) for place, pair in enumerate(pairs)]
+        parts = [(panel.title, lines)]
     else:
         alone = len(panel.metrics) == 1 and not panel.metrics[0][0].endswith("*")
         parts = [
             (
                 panel.title if alone else f"{panel.title}: {label}",
-                [curve_of(group, metric, group.title) for group in groups],
+                [curve_of(group, metric, group.title, n) for n, group in enumerate(groups)],
             )
             for metric, label in pairs
         ]
@@ -261,6 +268,7 @@ def _charts(
             limits,
             panel.logarithmic and _is_wide(curves),
             panel.ceiling,
+            len(groups) > 1,
         )
         for place, (title, curves) in enumerate(parts)
     ]

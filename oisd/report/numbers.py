@@ -26,7 +26,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 def _t_quantile(freedom: int) -> float:
     """The value that Student's t exceeds in absolute value with a probability of 5 %."""
 
-    def tail(t: mpmath.mpf) -> mpmath.mpf:
+    def tail(t: Any) -> Any:
         x = freedom / (freedom + t * t)
         return mpmath.betainc(freedom / 2, 0.5, 0, x, regularized=True) - 0.05
 
@@ -51,6 +51,7 @@ def _last(values: list[float]) -> float:
     return values[-1]
 
 
+_TIME = "seconds a step"
 # Title, and what a run has of it.
 _COLUMNS: tuple[tuple[str, Callable[[Run], float | None]], ...] = (
     ("Avg@K first", lambda run: _at(run, "eval/avg_at_k", _first)),
@@ -59,7 +60,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Run], float | None]], ...] = (
     ("Pass@K last", lambda run: _at(run, _pass_metric(run), _last)),
     ("reward, last steps", lambda run: run.tail_mean("reward")),
     ("completion length, last steps", lambda run: run.tail_mean("completion_length")),
-    ("seconds a step", lambda run: _at(run, "time/step", statistics.fmean)),
+    (_TIME, lambda run: _at(run, "time/step", statistics.fmean)),
 )
 
 
@@ -68,7 +69,7 @@ def group_table(groups: Sequence[Group]) -> tuple[list[str], list[list[str]]]:
     shown = _shown([run for group in groups for run in group.runs])
     rows = []
     for group in groups:
-        cells = [_spread([value(run) for run in group.runs]) for _, value in shown]
+        cells = [_spread([value(run) for run in group.runs], title) for title, value in shown]
         rows.append([group.title, ", ".join(map(str, group.seeds)), *cells])
     return ["group", "seeds", *(title for title, _ in shown)], rows
 
@@ -94,12 +95,17 @@ def _shown(runs: Sequence[Run]) -> list[tuple[str, Callable[[Run], float | None]
     return [(t, value) for t, value in _COLUMNS if any(value(run) is not None for run in runs)]
 
 
-def _spread(values: Sequence[float | None]) -> str:
-    """The mean, and an interval of at least three runs or the values of two."""
+def _spread(values: Sequence[float | None], title: str) -> str:
+    """The mean, and an interval of at least three runs or the values of two; of times, the range.
+
+    How long a run takes tells more of what else its machine did than of its seed.
+    """
     found = [value for value in values if value is not None]
     if not found:
         return ""
     mean = number(statistics.fmean(found))
+    if title == _TIME and len(found) > 1:
+        return f"{mean} ({number(min(found))} to {number(max(found))})"
     if len(found) >= LEAST_SEEDS:
         low, high = mean_interval(found)
         return f"{mean} [{number(low)}, {number(high)}]"

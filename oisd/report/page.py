@@ -9,7 +9,7 @@ from typing import Any
 from oisd import page
 from oisd.config import ConfigError
 from oisd.options import ReportRun
-from oisd.report import answers, curves, numbers, runs
+from oisd.report import answers, curves, numbers, runs, words
 from oisd.report.charts import LayerCurve, draw, draw_layers
 from oisd.report.runs import Group
 from oisd.schema import one_line, option, require, require_device
@@ -29,11 +29,11 @@ def write_report(folders: Sequence[str], options: ReportRun) -> Path:
     values = {
         "title": f"Run {found[0].name}" if len(found) == 1 else f"{len(found)} runs of oisd train",
         "groups": groups,
-        "facts": runs.fact_rows(groups),
-        "settings": runs.setting_rows(groups),
-        "notes": [*runs.caveats(groups), *notes],
+        "facts": words.fact_rows(groups),
+        "settings": words.setting_rows(groups),
+        "notes": [*words.caveats(groups), *notes],
         "alarms": [(run.name, run.alarms) for run in found if run.alarms],
-        "group_table": numbers.group_table(groups),
+        "group_table": numbers.group_table(groups) if len(found) > len(groups) else None,
         "run_table": numbers.run_table(groups),
         "sections": [
             (title, [(chart, draw(chart)) for chart in part]) for title, part in charts
@@ -60,25 +60,25 @@ def _default(folders: Sequence[str]) -> Path:
 def _reading(groups: Sequence[Group], charts: Sequence[curves.Chart]) -> str:
     """How the curves are to be read, in a few sentences."""
     several = any(len(group.runs) > 1 for group in groups)
-    words = []
+    said = []
     if several:
-        words.append(
+        said.append(
             "A line is the mean over the runs of a group, which differ in their seed alone; the "
             "band spans their smallest and largest value."
         )
     if any(curve.is_smoothed for chart in charts for curve in chart.curves):
-        words.append(
+        said.append(
             f"Lines of more than {curves.SMOOTH_ABOVE} points are moving averages over a fifteenth "
             "of the run" + ("" if several else ", over the thin line of the single steps") + "."
         )
     if longest := max((chart.thinned_from for chart in charts), default=0):
-        words.append(
+        said.append(
             f"Curves of more than {curves.BUCKETS} points (here up to {longest:,}) are thinned out "
             f"to as many buckets: the line is a bucket's mean, the band its smallest and largest "
             "value."
         )
-    words.append("The numbers under each chart are not smoothed.")
-    return " ".join(words)
+    said.append("The numbers under each chart are not smoothed.")
+    return " ".join(said)
 
 
 def _inside(group: Group, options: ReportRun) -> dict[str, Any]:
@@ -117,7 +117,13 @@ def _inside(group: Group, options: ReportRun) -> dict[str, Any]:
     if overlaps:
         drawn = draw_layers(f"inside-overlap-{name}", "overlap", overlaps, seen.layer)
         charts.append(("Overlap of attention with the final layer's", drawn))
-    return {"group": group, "failed": "", "seen": seen, "charts": charts, "table": _layer_table(seen)}
+    return {
+        "group": group,
+        "failed": "",
+        "seen": seen,
+        "charts": charts,
+        "table": _layer_table(seen),
+    }
 
 
 def _by_layer(name: str, values: Sequence[float]) -> LayerCurve:

@@ -91,7 +91,7 @@ class Trackers:
         """Send the numbers of a row of metrics to each tracker; warns of one that fails, once."""
         step = row["step"]
         values = {
-            name: value
+            name: float(value)
             for name, value in row.items()
             if isinstance(value, int | float) and name != "step"
         }
