@@ -67,7 +67,7 @@ def draw_layers(name: str, unit: str, curves: Sequence[LayerCurve], marked: int)
     style_axes(ax, "", "layer", unit)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     for place, curve in enumerate(curves):
-        ax.plot(curve.layers, curve.values, label=curve.label, markersize=4, **_style(place))
+        ax.plot(curve.layers, curve.values, label=_plain(curve.label), markersize=4, **_style(place))
     ax.axvline(marked, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     largest = max(max(curve.values) for curve in curves)
     ax.set_ylim(0, 1.06 * largest if largest > 0 else 1)
@@ -101,8 +101,13 @@ def _draw_curve(ax: Axes, curve: Curve, smoothed: bool) -> None:
     # Few markers on a long line, at other places than its neighbours'.
     every = max(1, len(steps) // 7)
     shown = slice((curve.place * every // 4) % every, None, every) if many else slice(None)
-    ax.plot(steps, curve.line, linewidth=1.9, label=curve.label, markersize=4.5,
+    ax.plot(steps, curve.line, linewidth=1.9, label=_plain(curve.label), markersize=4.5,
             markevery=shown, **style)  # fmt: skip
+
+
+def _plain(label: str) -> str:
+    """A label that matplotlib does not read as a formula."""
+    return label.replace("$", r"\$")
 
 
 def _legend(figure: Figure, ax: Axes, least: int) -> None:

@@ -173,7 +173,7 @@ class _Panel:
 
 _SECTIONS: tuple[tuple[str, tuple[_Panel, ...]], ...] = (
     ("Reward and accuracy", (
-        _Panel("reward", "Reward", "mean of a step's completions", (("reward", "training"),)),
+        _Panel("reward", "Reward", "mean of a step", (("reward", "training"),)),
         _Panel("avg", "Avg@K", "share right, evaluation", (("eval/avg_at_k", "evaluation"),)),
         _Panel("pass", "Pass@K", "share solved, evaluation", (("eval/pass_at_*", "K = "),)),
     )),

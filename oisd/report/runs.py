@@ -156,7 +156,7 @@ def _read_run(path: Path) -> Run | None:
     folder = RunFolder(path)
     try:
         found, size = read_rows(folder.metrics_file)
-        rows = {row["step"]: row for row in found}
+        rows = {int(row["step"]): row for row in found}
         in_order = [rows[step] for step in sorted(rows)]
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(

@@ -63,7 +63,7 @@ def caveats(groups: Sequence[Group]) -> list[str]:
     notes = []
     if differing := task_differences(groups):
         notes.append(
-            "These runs are not of the same task, so that their rewards and evaluations cannot be "
+            "These runs differ in their task or evaluation, so that their rewards and evaluations cannot be "
             f"compared: {'; '.join(differing)}."
         )
     for run in (run for group in groups for run in group.runs):
