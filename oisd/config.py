@@ -381,7 +381,8 @@ class RunConfig:
         object.__setattr__(self, "trackers", tuple(self.trackers))
         for name in self.trackers:
             if name not in TRACKERS:
-                raise ConfigError(f"run.trackers: unknown name {name!r}{nearest(name, TRACKERS)}")
+                known = nearest(name, TRACKERS)
+                raise ConfigError(f"run.trackers must be names of trackers, got {name!r}{known}")
         once = len(set(self.trackers)) == len(self.trackers)
         require(once, "run.trackers", "names, each once", list(self.trackers))
 

@@ -146,7 +146,7 @@ def test_one_that_does_not_start_is_refused(tmp_path, packages):
 
 
 def test_unknown_and_missing_ones_are_refused_before_any_work(tmp_path, monkeypatch, capsys):
-    with pytest.raises(ConfigError, match="unknown name 'wanbd'; did you mean 'wandb'"):
+    with pytest.raises(ConfigError, match="got 'wanbd'; did you mean 'wandb'"):
         from_tables({"run": {"trackers": ["wanbd"]}})
     with pytest.raises(ConfigError, match="run.trackers must be names, each once"):
         from_tables({"run": {"trackers": ["wandb", "wandb"]}})
