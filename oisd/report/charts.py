@@ -67,7 +67,9 @@ def draw_layers(name: str, unit: str, curves: Sequence[LayerCurve], marked: int)
     style_axes(ax, "", "layer", unit)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     for place, curve in enumerate(curves):
-        ax.plot(curve.layers, curve.values, label=_plain(curve.label), markersize=4, **_style(place))
+        ax.plot(
+            curve.layers, curve.values, label=_plain(curve.label), markersize=4, **_style(place)
+        )
     ax.axvline(marked, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     largest = max(max(curve.values) for curve in curves)
     ax.set_ylim(0, 1.06 * largest if largest > 0 else 1)

@@ -105,11 +105,11 @@ def _spread(values: Sequence[float | None], title: str) -> str:
         return ""
     mean = number(statistics.fmean(found))
     if title == _TIME and len(found) > 1:
-        return f"{mean} ({number(min(found))} to {number(max(found))})"
+        return f"{mean}\n({number(min(found))} to {number(max(found))})"
     if len(found) >= LEAST_SEEDS:
         low, high = mean_interval(found)
-        return f"{mean} [{number(low)}, {number(high)}]"
-    return mean if len(found) == 1 else f"{mean} ({', '.join(map(number, found))})"
+        return f"{mean}\n[{number(low)}, {number(high)}]"
+    return mean if len(found) == 1 else f"{mean}\n({', '.join(map(number, found))})"
 
 
 def _over_problems(run: Run) -> str:

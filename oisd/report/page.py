@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,9 @@ def _inside(group: Group, options: ReportRun) -> dict[str, Any]:
     try:
         seen = look_inside(group.runs[0], options.inside_texts, device_named(options.device))
     except (ConfigError, ValueError) as error:  # a model that is gone or cannot be looked at
-        return {"group": group, "failed": one_line(error)}
+        reason = one_line(error)
+        print(f"oisd report: inside of {group.title} is not shown: {reason}", file=sys.stderr)
+        return {"group": group, "failed": reason}
     name = group.letter.lower()
     charts = [
         ("Entropy of the lens", draw_layers(

@@ -86,5 +86,3 @@ def write(
     sample = {"prompt": HOSTILE, "completion": "c", "answer": "a", "reward": 1.0, "advantage": -0.5}
     (folder / "completions" / "step-1.jsonl").write_text(json.dumps(sample) + "\n")
     return folder
-
-

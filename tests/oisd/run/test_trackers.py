@@ -108,7 +108,9 @@ def test_a_run_logs_and_a_resumed_one_goes_on_in_the_same_place(tmp_path, packag
     assert packages["wandb"].calls[-1] == ("finish", 1)
     told = capsys.readouterr()
     assert told.out.count("greetings") == 2  # W&B's alone: Trackio greets on standard error
-    assert f"wandb goes on with run {ids['wandb']}; steps after 4 that it has already keep" in told.err
+    assert (
+        f"wandb goes on with run {ids['wandb']}; steps after 4 that it has already keep" in told.err
+    )
     assert "are in it twice" in told.err
 
 
