@@ -63,8 +63,8 @@ def caveats(groups: Sequence[Group]) -> list[str]:
     notes = []
     if differing := task_differences(groups):
         notes.append(
-            "These runs differ in their task or evaluation, so that their rewards and evaluations cannot be "
-            f"compared: {'; '.join(differing)}."
+            "These runs differ in their task or evaluation, so that their rewards and evaluations "
+            f"cannot be compared: {'; '.join(differing)}."
         )
     for run in (run for group in groups for run in group.runs):
         if run.is_cut:

@@ -298,8 +298,8 @@ def test_in_a_browser(two_groups, tmp_path):
     file = tmp_path / "page.html"
     file.write_text(text.replace("</body>", probe))
     chromium = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu"]
-    dom = subprocess.run([*chromium, "--window-size=500,900", "--dump-dom", file.as_uri()],
-                         capture_output=True, text=True, timeout=120, check=True).stdout  # fmt: skip
+    narrow = [*chromium, "--window-size=500,900", "--dump-dom", file.as_uri()]
+    dom = subprocess.run(narrow, capture_output=True, text=True, timeout=120, check=True).stdout
     width = re.search(r"<title>(\d+)</title>", dom)
     assert width and int(width[1]) <= 500
     pdf = tmp_path / "page.pdf"
