@@ -1,4 +1,5 @@
-"""The command line: `oisd train`, `plan`, `check`, `eval`, `compare`, `lens`, `attention`."""
+"""The command line: `oisd train`, `plan`, `check`, `eval`, `compare`, `lens`, `attention`,
+`report`."""
 
 from __future__ import annotations
 
@@ -22,6 +23,7 @@ usage: oisd train [RECIPE] [--show] [--table.key value ...]
        oisd compare FOLDER ... [--output-dir FOLDER]
        oisd lens MODEL --prompt TEXT | --data SOURCE [--option value ...]
        oisd attention MODEL --prompt TEXT | --data SOURCE [--option value ...]
+       oisd report RUN [RUN ...] [--inside] [--output FILE]
 
 train      train a model with GRPO and internal self-distillation; without a recipe, a tiny model on
            sums of two-digit numbers, in a few minutes on a CPU
@@ -32,6 +34,7 @@ eval       Avg@K and Pass@K of a checkpoint folder or Hub model on verifiable pr
 compare    tables and pass@k curves of several such evaluations side by side
 lens       what each layer would say next: pictures, numbers, the layer to align, a web page
 attention  how far each layer's attention overlaps with the final layer's
+report     a web page about a run's folder, or about several side by side
 
 `oisd COMMAND --help` lists all settings; "none" turns off one that says None. RECIPE is a name such
 as qwen3-4b, or a TOML file.
@@ -70,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "compare": _compare,
         "lens": _lens,
         "attention": _attention,
+        "report": _report,
     }
     try:
         asked_for_help = bool(arguments) and arguments[0] in ("-h", "--help")
@@ -398,6 +402,24 @@ def _attention(arguments: Sequence[str]) -> int:
             rows.append((f"overlap of layer {layer} in {name}", f"{overlap:.4f}"))
     rows.append(("picture", report["plots"][0]))
     _print_table(f"oisd attention: {model}", rows)
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    import tyro
+
+    from oisd.options import ReportRun
+
+    count = next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))
+    folders, options = arguments[:count], with_none_spelled(ReportRun, arguments[count:])
+    if not folders and not {"-h", "--help"} & set(options):
+        raise ConfigError("oisd report: RUN is missing: the folder of a run of `oisd train`")
+    text = "One web page about a run of `oisd train`, or about several side by side."
+    config = tyro.cli(ReportRun, prog="oisd report RUN [RUN ...]", description=text, args=options)
+    _quiet()
+    from oisd.report.page import write_report
+
+    print(write_report(folders, config))
     return 0
 
 

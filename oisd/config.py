@@ -387,6 +387,9 @@ class EvalConfig(ProblemsConfig):
         require(0 < self.top_p <= 1, "eval.top_p", "in (0, 1]", self.top_p)
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Length, folder and bookkeeping of the run."""
@@ -408,6 +411,9 @@ class RunConfig:
     gradients and AdamW's state over them (PyTorch's FSDP2). May change when a run is resumed."""
     threads: int | None = None
     """CPU threads of torch; by default torch's own choice."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl: any of "tensorboard", "wandb", "trackio"; may be
+    empty. An id in trackers.json lets a resumed run continue there."""
     restart: bool = False
     """Start over in a folder that holds a run, and delete that run."""
 
@@ -418,6 +424,13 @@ class RunConfig:
         require_device("run.device", self.device)
         require(0 <= self.seed < 2**63, "run.seed", "in [0, 2^63)", self.seed)
         above_0(self, "run.threads")
+        object.__setattr__(self, "trackers", tuple(self.trackers))
+        for name in self.trackers:
+            if name not in TRACKERS:
+                known = nearest(name, TRACKERS)
+                raise ConfigError(f"run.trackers must be names of trackers, got {name!r}{known}")
+        once = len(set(self.trackers)) == len(self.trackers)
+        require(once, "run.trackers", "names, each once", list(self.trackers))
 
 
 @dataclass(frozen=True)

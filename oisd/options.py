@@ -1,4 +1,4 @@
-"""Options of `oisd eval`, `oisd check`, `oisd lens` and `oisd attention`.
+"""Options of `oisd eval`, `check`, `lens`, `attention` and `report`.
 
 Standard library only, so that `--help` does not wait for torch. Apart from `oisd.config`, because
 `oisd train` does not need them.
@@ -155,3 +155,17 @@ class CheckRun:
     seed: int = 0
     output_dir: str | None = None
     """Folder for check.json; by default under runs/check."""
+
+
+@dataclass(frozen=True)
+class ReportRun:
+    """Settings of `oisd report`."""
+
+    output: str | None = None
+    """The page; by default report.html in the folder of the one run, or runs/report.html."""
+    inside: bool = False
+    """Load each group's first and last checkpoint, and show lens and attention before and after."""
+    inside_texts: int = 8
+    """Number of texts of the run's own that --inside looks at."""
+    device: str = "auto"
+    threads: int | None = None

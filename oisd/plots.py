@@ -318,7 +318,7 @@ def _draw_line(
 ) -> None:
     if len(steps) > _SMOOTH_ABOVE:
         ax.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
-        ax.plot(steps, _smooth(values), color=colour, linewidth=1.8, label=label)
+        ax.plot(steps, smooth(values), color=colour, linewidth=1.8, label=label)
     else:
         marker = "o" if len(steps) == 1 else ""
         ax.plot(steps, values, color=colour, linewidth=1.5, marker=marker, label=label)
@@ -330,7 +330,7 @@ def _far_apart(a: Sequence[float], b: Sequence[float]) -> bool:
     return gap > 2 * (max(a) - min(a) + max(b) - min(b))
 
 
-def _smooth(values: Sequence[float]) -> np.ndarray:
+def smooth(values: Sequence[float]) -> np.ndarray:
     """Centred moving average over a fifteenth of the run, cut off at both ends."""
     n = len(values)
     half = max(2, n // 30)

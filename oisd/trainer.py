@@ -42,6 +42,7 @@ from oisd.run.model_guards import guard_model
 from oisd.run.processes import Processes
 from oisd.run.progress import Progress, Stopwatch
 from oisd.run.summary import summarize
+from oisd.run.trackers import Trackers
 from oisd.schema import naming
 from oisd.sharding import same_batch
 from oisd.term_gradients import TermGradients
@@ -63,6 +64,7 @@ class Trainer:
         adapters.refuse_blank(config)
         self.processes = Processes(run.device)
         self.folder = RunFolder(run.output_dir)
+        self.trackers = Trackers(config, self.folder.path)
         with naming("reward.function"):
             self.reward = load_reward(config.reward.function, config.reward.timeout)
         self.examples = load_problems(config.data.source, config.data, run.seed)
@@ -134,6 +136,7 @@ class Trainer:
             self.reward.start()  # its workers are there before the first completion is
             if self.processes.is_first:
                 self.folder.rewind(self.step if self.resumed else -1)
+            self.processes.on_first(partial(self.trackers.start, self.step))
             alarms = RunAlarms(self.config, self.folder.metrics())
             with self._progress() as progress:
                 if self.objective.taps.attention_words:
@@ -370,13 +373,9 @@ class Trainer:
         )
 
     def _progress(self) -> Progress:
-        return Progress(
-            total=self.config.run.steps,
-            start=self.step,
-            warmup=0 if self.resumed else self.config.warmup.steps,
-            enabled=self.processes.is_first,
-            tensorboard=self.folder.tensorboard,
-        )
+        warmup = 0 if self.resumed else self.config.warmup.steps
+        first = self.processes.is_first
+        return Progress(self.config.run.steps, self.step, warmup, first, self.trackers)
 
 
 def learn(

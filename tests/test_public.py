@@ -50,7 +50,7 @@ CALLS = {
     ),
     "oisd_kernels.reference": ("attention_divergence", "linear_logprob", "logit_lens_divergence"),
 }
-COMMANDS = ("train", "plan", "check", "eval", "compare", "lens", "attention")
+COMMANDS = ("train", "plan", "check", "eval", "compare", "lens", "attention", "report")
 
 
 def parameters(function: Any) -> list[str]:

@@ -3,7 +3,7 @@
     config.toml  metrics.jsonl  completions/step-N.jsonl  checkpoints/step-N/  tensorboard/  plots/
     sources.json, what the run is of; check.json, what its model was found to do; attention.json,
     the layers (student, teacher) of the attention term, and why; engine.json, where continuous
-    batching was tried
+    batching was tried; trackers.json, the run's ids in experiment trackers
 
 A checkpoint is complete when it has its name (`oisd.run.checkpoints`). If the digests of its files
 do not match, the one before is taken, with a warning.
@@ -36,9 +36,14 @@ from oisd.run.processes import Processes
 # Settings that may change between a run and its continuation: they say how long and how often, not
 # what is computed.
 _MAY_CHANGE = re.compile(
-    r"(run\.(steps|save_every|keep_checkpoints|completions_every|restart|output_dir|device|sharding)"
-    r"|rollout\.offload|oisd\.share_every)\b"
+    r"(run\.(steps|save_every|keep_checkpoints|completions_every|restart|output_dir|device|sharding"
+    r"|trackers)|rollout\.offload|oisd\.share_every)\b"
 )
+
+
+def may_change(setting: str) -> bool:
+    """Whether "table.key" may change between a run and its continuation."""
+    return bool(_MAY_CHANGE.match(setting))
 
 
 class RunFolderError(RuntimeError):
@@ -83,7 +88,6 @@ class RunFolder:
         self.engine = self.path / "engine.json"
         self.sources = self.path / "sources.json"
         self.attention = self.path / "attention.json"
-        self.tensorboard = self.path / "tensorboard"
 
     def prepare(self, config: TrainConfig) -> None:
         """Make the folder, or find that it holds this very run.
@@ -142,6 +146,7 @@ class RunFolder:
                 f"{self.sources} is not JSON ({error}); delete it to resume without this check"
             ) from error
         now = provenance.of_sources(model, problems, reward, then)
+        now["machine"] = provenance.machine()
         if self._steps() or self.metrics():
             if then is None:
                 warnings.warn(

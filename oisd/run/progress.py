@@ -1,10 +1,9 @@
-"""What a run shows: a progress bar on a terminal, plain lines elsewhere, TensorBoard; its clock."""
+"""What a run shows: a progress bar on a terminal, plain lines elsewhere, trackers; its clock."""
 
 from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,6 +15,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
+
+from oisd.run.trackers import Trackers
 
 # (label, metric): the numbers beside the bar.
 _SHOWN = (
@@ -32,15 +33,15 @@ class Progress:
     Args:
         total, start: steps of the run, and how many of them are done.
         warmup: supervised steps before the first, 0 for none.
-        tensorboard: folder that TensorBoard reads.
+        trackers: get each row of metrics; closed at the end.
     """
 
     def __init__(
-        self, total: int, start: int, warmup: int, enabled: bool, tensorboard: Path
+        self, total: int, start: int, warmup: int, enabled: bool, trackers: Trackers
     ) -> None:
         self.total, self.start, self.enabled = total, start, enabled
         self._warmup_steps = warmup
-        self._folder = tensorboard
+        self._trackers = trackers
         self._console = Console(stderr=True)
         self._interactive = enabled and self._console.is_terminal
         self._bar = Bar(
@@ -64,19 +65,13 @@ class Progress:
         self._warming = None
         if self._warmup_steps:
             self._warming = self._bar.add_task("warm-up", total=self._warmup_steps, numbers="")
-        self._writer = None
-        if self.enabled:
-            from torch.utils.tensorboard import SummaryWriter  # imports slowly
-
-            self._writer = SummaryWriter(str(self._folder), purge_step=self.start + 1)
-            if self.start:
-                self.say(f"resumed after step {self.start}")
+        if self.start:
+            self.say(f"resumed after step {self.start}")
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self._bar.stop()
-        if self._writer:
-            self._writer.close()
+        self._trackers.close(failed=kind is not None)
 
     def warmup(self, step: int, loss: float) -> None:
         """Show that a supervised step is done."""
@@ -90,12 +85,9 @@ class Progress:
         self._bar.update(self._task, description=name)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Show the row of metrics of a finished step and pass it to TensorBoard."""
+        """Show the row of metrics of a finished step and pass it to the trackers."""
         step = row["step"]
-        if self._writer:
-            for name, value in row.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._writer.add_scalar(name, value, step)
+        self._trackers.log(row)
         numbers = "  ".join(f"{label} {row[key]:+.4f}" for label, key in _SHOWN if key in row)
         numbers = numbers.replace("reward +", "reward ")
         self._bar.update(self._task, completed=step, numbers=numbers, visible=True)

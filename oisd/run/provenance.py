@@ -12,6 +12,8 @@ import hashlib
 import importlib.util
 import json
 import os
+import platform
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,6 +21,8 @@ from dataclasses import astuple
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from oisd import adapters
 from oisd.data import Example
@@ -123,6 +127,21 @@ def of_reward(name: str) -> str:
 def versions() -> dict[str, str]:
     """The versions of the packages that decide over a result."""
     return {name: found for name in _PACKAGES if (found := _version(name))}
+
+
+def machine() -> str:
+    """This machine in words: its GPUs, or else its processor, and how many threads that has."""
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    model = platform.processor() or platform.machine()
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        model = found[1].strip() if found else model
+    except OSError:  # not Linux
+        pass
+    return f"{model}, {os.cpu_count()} threads"
 
 
 def changed_model(then: Mapping[str, Any], path: str, now: Mapping[str, Any]) -> list[str]:

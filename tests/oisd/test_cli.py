@@ -41,6 +41,7 @@ def test_no_arguments_and_help(capsys):
         ("eval", ["--benchmark", "--max-completion-tokens"]),
         ("lens", ["--prompt", "--picture-tokens"]),
         ("attention", ["--prompt", "--layer"]),
+        ("report", ["--inside", "--output"]),
     ],
 )
 def test_help_comes_without_torch(command, words):

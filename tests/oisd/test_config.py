@@ -134,6 +134,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "save_every": 0,
         "keep_checkpoints": 1,
         "completions_every": 0,
+        "trackers": ["wandb"],
         "grad_norm_every": 2,
         "device": "cpu",
         "sharding": "fsdp2",
@@ -296,6 +297,7 @@ RANGES = {
     "run.keep_checkpoints": ([0], [1]),
     "run.seed": ([-1, 2**63], [0, 2**63 - 1]),
     "run.threads": ([0], [1, "none"]),
+    "run.trackers": ([["wandb", "wandb"], ["wanbd"]], [[], ["trackio", "wandb"]]),
 }
 
 

@@ -116,9 +116,9 @@ def test_long_runs_are_smoothed_over_their_raw_line(drawn):
 
 
 def test_smoothing_keeps_constants_and_length():
-    assert np.allclose(plots._smooth([3.0] * 31), 3.0)
+    assert np.allclose(plots.smooth([3.0] * 31), 3.0)
     values = np.arange(100.0)
-    assert np.allclose(plots._smooth(values)[5:-5], values[5:-5]), "centred: a slope has no lag"
+    assert np.allclose(plots.smooth(values)[5:-5], values[5:-5]), "centred: a slope has no lag"
 
 
 def test_ln_2_is_marked_where_it_is_near(drawn):

@@ -148,7 +148,8 @@ def test_of_a_large_model_a_part_of_each_gradient_is_kept(policy, batch, monkeyp
         assert part[name] == pytest.approx(whole[name], rel=0.2)
     kept = TermGradients(Unmoved(policy, config), ["think"])
     policy.model.zero_grad()
-    kept.add({"think": sum((p.sum() for p in policy.model.parameters()), torch.zeros(()))})
+    total = sum((p.sum() for p in policy.model.parameters()), torch.zeros(()))
+    kept.add({"think": total, "grpo": total}, policy.model)
     sizes = [part.numel() for part in kept._kept["think"] if part is not None]
     assert numbers / 7 <= sum(sizes) < numbers / 6
     assert all(p.grad is None for p in policy.model.parameters())
