@@ -16,9 +16,9 @@ STANDARD_LIBRARY = sys.stdlib_module_names
 
 # The modules and packages of `oisd`, each of which imports only those before it.
 LAYERS = (
-    "moved", "schema", "config", "options", "adapters", "models", "rewards", "data", "losses",
-    "rollout", "arithmetic", "batch", "policy", "plots", "run", "evaluate", "lens", "objective",
-    "optimizer", "warmup", "plan", "check", "trainer", "cli", "integrations",
+    "moved", "schema", "sizes", "config", "options", "adapters", "models", "rewards", "data",
+    "losses", "rollout", "arithmetic", "scratch", "batch", "policy", "plots", "run", "evaluate",
+    "lens", "objective", "optimizer", "warmup", "plan", "check", "trainer", "cli", "integrations",
 )  # fmt: skip
 
 # The files of `oisd` that may import transformers, and no other.
@@ -33,6 +33,7 @@ USE_TRANSFORMERS = {
     "oisd/rollout/sampling.py",
     "oisd/rollout/continuous.py",
     "oisd/arithmetic.py",
+    "oisd/scratch.py",
     "oisd/optimizer.py",
     "oisd/warmup.py",
     "oisd/cli.py",
