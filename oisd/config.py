@@ -126,7 +126,8 @@ class DataConfig(ProblemsConfig):
 
     source: str = "arithmetic"
     """"deepmath-5k", "deepmath", "dapo", "gsm8k", "math", "name:path" for a local copy of one, a
-    JSONL, JSON or Parquet file, a `datasets` folder, a Hub id, or "arithmetic:digits=2"."""
+    JSONL, JSON or Parquet file, a `datasets` folder, a Hub id, or a task that makes its problems:
+    "arithmetic:digits=2", "multiplication:digits=3", "reasoning-gym:chain_sum?min_terms=3"."""
     system_prompt: str | None = None
     chat_template: bool | None = None
     """Apply the tokenizer's chat template; by default if it has one."""
@@ -175,7 +176,7 @@ class RewardConfig:
 
     function: str = "math"
     """"math" (last \\boxed{}, compared exactly), "boxed_string", "exact", "final" (what follows the
-    last "="), "countdown", or "module:function"."""
+    last "="), "countdown", "reasoning-gym", or "module:function"."""
     timeout: float = 5.0
     """Seconds that grading one answer may take; for "module:function", a whole batch."""
 
@@ -408,6 +409,22 @@ class TrainConfig:
         layer = self.grpo.internal_layer
         wanted = '"none" beside an alignment; set oisd.think_weight and oisd.attention_weight to 0'
         require(layer is None or not self.oisd.active, "grpo.internal_layer", wanted, layer)
+        require_grader("reward.function", self.reward.function, self.data.source)
+        require_grader("reward.function", self.reward.function, self.eval.source)
+
+
+def require_grader(key: str, reward: str, source: str | None) -> None:
+    """Raise ConfigError where only one of grader and problems is that of reasoning-gym.
+
+    key: the setting of the reward, for the message. A function of the user's own may grade any.
+    """
+    if source is None:
+        return
+    own, theirs = (name.partition(":")[0] == "reasoning-gym" for name in (reward, source))
+    wanted = "another one for problems that are not of reasoning-gym:..."
+    require(theirs or not own, key, wanted, f"{reward} with {source}")
+    wanted = "'reasoning-gym' for its problems, whose answers are records for its graders"
+    require(own or not theirs or ":" in reward, key, wanted, f"{reward} with {source}")
 
 
 def load_recipe(path: str | Path) -> TrainConfig:

@@ -25,6 +25,7 @@ import math
 from oisd.rewards.answers import last_boxed, same_string
 from oisd.rewards.function import RewardError, RewardFunction, check_batch
 from oisd.rewards.grading import MAX_BOX_CHARACTERS, MathReward
+from oisd.rewards.reasoning import ReasoningGymReward, is_reasoning_reward
 from oisd.rewards.steps import CountdownReward, FinalReward, countdown_reward, final_reward
 from oisd.rewards.user import UserReward
 
@@ -35,6 +36,7 @@ __all__ = [
     "ExactReward",
     "FinalReward",
     "MathReward",
+    "ReasoningGymReward",
     "RewardError",
     "RewardFunction",
     "UserReward",
@@ -132,7 +134,8 @@ def load_reward(name: str, timeout_s: float = 5.0) -> RewardFunction:
     """The reward function of this name: `(completions, answers) -> one float each`.
 
     name: "math" (or "math_verify"), "boxed_string", "exact", "final" (what follows the last "="),
-        "countdown" (its steps), or "module:function" of your own, importable from the current
+        "countdown" (its steps), "reasoning-gym" (the task's own grader, with options as in
+        `oisd.rewards.reasoning`), or "module:function" of your own, importable from the current
         directory; it runs in its own worker process and must return one finite number per
         completion.
     timeout_s: seconds, > 0: for "math" per answer, which then earns 0.0; for your own function per
@@ -145,12 +148,14 @@ def load_reward(name: str, timeout_s: float = 5.0) -> RewardFunction:
         raise ValueError(f"load_reward: timeout_s must be positive and finite, got {timeout_s}")
     if name in ("math", "math_verify"):
         return MathReward(timeout_s)
+    if is_reasoning_reward(name):
+        return ReasoningGymReward(name, timeout_s)
     if name in _OWN:
         return _OWN[name]()
     module, colon, function = name.partition(":")
     if not (module and colon and function):
         raise ValueError(
-            f'load_reward: wanted "math", {", ".join(json.dumps(own) for own in _OWN)} or '
-            f'"module:function", got {name!r}'
+            f'load_reward: wanted "math", {", ".join(json.dumps(own) for own in _OWN)}, '
+            f'"reasoning-gym" or "module:function", got {name!r}'
         )
     return UserReward(name, timeout_s)

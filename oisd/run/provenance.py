@@ -22,6 +22,7 @@ from typing import Any
 
 from oisd import adapters
 from oisd.data import Example
+from oisd.rewards import is_reasoning_reward
 
 # Of a model's folder: what decides over its outputs. Not the trainer's state, nor a model card.
 _SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".py", ".txt"}
@@ -109,6 +110,9 @@ def _row(example: Example) -> tuple[Any, ...]:
 def of_reward(name: str) -> str:
     """Digest of the source of a reward: the user's module, or our own graders."""
     module, _, function = name.partition(":")
+    own = is_reasoning_reward(name)
+    if own:
+        module, function = "oisd.rewards", ""
     path = [*sys.path]
     try:
         sys.path.insert(0, os.getcwd())  # as the processes that grade do
@@ -121,6 +125,8 @@ def of_reward(name: str) -> str:
     source = Path(found.origin)
     files = [source] if function else sorted(source.parent.rglob("*.py"))
     digest = hashlib.sha256(name.encode())
+    if own:
+        digest.update((_version("reasoning-gym") or "none").encode())
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()
