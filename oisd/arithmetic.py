@@ -84,10 +84,10 @@ def supervised_batch(
     chosen = [examples[i] for i in indices]
     prompts = tokenizer([_text(example) for example in chosen])["input_ids"]
     texts = tokenizer([example.solution or example.answer for example in chosen])["input_ids"]
-    end_of_sequence = tokenizer.eos_token_id
+    end_of_sequence: Any = tokenizer.eos_token_id
     answers = [[*ids, end_of_sequence] for ids in texts]
     shape = len(chosen), max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    pad = tokenizer.pad_token_id
+    pad: Any = tokenizer.pad_token_id
     input_ids = torch.full(shape, end_of_sequence if pad is None else pad)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, -100)

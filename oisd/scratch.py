@@ -14,6 +14,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -75,6 +76,10 @@ def scratch_model(
 
     seed: of the initial weights.
     """
+    special: dict[str, Any] = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=sizes.width,
@@ -88,8 +93,7 @@ def scratch_model(
         # Wider than the usual 0.02, as for the arithmetic model: 0.15 at a width of 96.
         initializer_range=0.15 * (96 / sizes.width) ** 0.5,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **special,
     )
     # `torch.manual_seed` would reach the generators of the GPUs too, which are not forked here.
     with torch.random.fork_rng(devices=[]):

@@ -52,7 +52,7 @@ REFUSED = {
 }
 
 _DEFAULT_LIMIT = 2_000
-_PATIENCE = 500  # questions in a row that are not new; beyond them a task counts as exhausted
+_PATIENCE = 300  # questions in a row that are not new; beyond them a task counts as exhausted
 _HALF = 1 << 30  # seeds of training problems lie below, those of test problems above
 _HELD_OUT = 4  # one question in so many is a test problem
 
@@ -139,7 +139,9 @@ def reasoning_examples(
     seen: set[str] = set()
     examples: list[Example] = []
     for part, share in zip(parts, _shares(parts, limit or _DEFAULT_LIMIT), strict=True):
-        dataset = _dataset(source, part, _first_seed(part, split, seed))
+        # Some tasks make all of their problems at once, so that we ask for few more than we need.
+        size = share * (2 * _HELD_OUT if split == "test" else 2) + _PATIENCE
+        dataset = _dataset(source, part, _first_seed(part, split, seed), size)
         taken = list(_problems(source, part, dataset, split, share, seen))
         if len(taken) < share:
             warnings.warn(
@@ -168,19 +170,18 @@ def _first_seed(part: Part, split: str, seed: int) -> int:
     return number % (_HALF - (1 << 24)) + (_HALF if split == "test" else 0)
 
 
-def _dataset(source: str, part: Part, seed: int) -> Any:
+def _dataset(source: str, part: Part, seed: int, size: int) -> Any:
     """The generator of a part, its settings checked."""
-    from reasoning_gym.factory import DATASETS, create_dataset
+    from reasoning_gym.factory import DATASETS, create_dataset  # pyright: ignore
 
     if part.task not in DATASETS:
         raise DataError(f"{source}: unknown task {part.task!r}{nearest(part.task, DATASETS)}")
     if part.task in REFUSED:
         raise DataError(f"{source}: {part.task} cannot be trained on: {REFUSED[part.task]}")
     settings = _checked(source, part, DATASETS[part.task][1])
-    # `size` bounds the index in some tasks; the number of problems is decided here.
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            return create_dataset(part.task, seed=seed, size=1 << 24, **settings)
+            return create_dataset(part.task, seed=seed, size=size, **settings)
     except Exception as error:
         raise DataError(
             f"{source}: {part.task} refuses its settings: {one_line(error, named=True)}"
@@ -246,8 +247,10 @@ def _problems(
     source: str, part: Part, dataset: Any, split: str, share: int, seen: set[str]
 ) -> Iterator[Example]:
     """`share` problems of a part whose questions are not in `seen`, which grows."""
-    count = misses = index = 0
-    while count < share and misses < _PATIENCE:
+    count = misses = 0
+    for index in range(len(dataset)):
+        if count == share or misses == _PATIENCE:
+            return
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 entry = dataset[index]
@@ -264,7 +267,6 @@ def _problems(
             if is_held_out(question) == (split == "test"):
                 count += 1
                 yield _example(source, part, entry, dataset.seed + index)
-        index += 1
 
 
 def is_held_out(question: str) -> bool:

@@ -5,15 +5,17 @@ problems depends on the problem itself, so the two never overlap, whatever their
 
 | task | prompt | worked solution |
 |---|---|---|
-| multiplication | `347*28=` | `6772+0496=6179`: a partial product for each digit, then their sum |
-| running_sum | `47+85+12=` | `231=441`: the sum after each term |
-| modular | `7*5+3*8%11=` | `2=5=7`: from left to right, each step modulo 11 |
+| multiplication | `347*28=` | `6772+04960=61790`: a partial product for each digit, then their sum |
+| running_sum | `047+085+012=` | `231=441`: the sum after each term |
+| modular | `7*5+3*8%9=` | `8=2=7`: from left to right, each step modulo 9 |
 | countdown | `3 7 25:82=` | `25*3=75,75+7=82`: steps from the numbers to the target, here 82 |
-| base | `347:7=` | `49r4,7r0,1r0,0r1=1004`: quotients and remainders, then the digits |
+| base | `347:7=` | `049r4,007r0,001r0,000r1=1004`: quotients and remainders, then the digits |
 
 Products and sums have their digits reversed, least significant first, so that each digit depends on
-what stands before it. The answer is what follows the last `=`, except in countdown, which has many
-right solutions; the rewards "final" and "countdown" grade them.
+what stands before it. Numbers have leading zeros where others of their kind are longer: what a step
+reads is then always at the same distance, which a small model learns much faster. The answer is
+what follows the last `=`, except in countdown, which has many right solutions; the rewards "final"
+and "countdown" grade them.
 """
 
 from __future__ import annotations
@@ -65,31 +67,38 @@ class Task(NamedTuple):
     settings: dict[str, tuple[int, int, int]]
 
 
+def _reversed(number: int, width: int) -> str:
+    return f"{number:0{width}}"[::-1]
+
+
 def _multiplication(draw: Draw, digits: int, by: int) -> Problem:
     a, b = draw.of_digits(digits), draw.of_digits(by)
     partial = [
-        "0" * place + str(a * int(digit))[::-1] for place, digit in enumerate(reversed(str(b)))
+        "0" * place + _reversed(a * int(digit), digits + 1)
+        for place, digit in enumerate(reversed(str(b)))
     ]
-    answer = str(a * b)[::-1]
-    solution = "+".join(partial) + f"={answer}" if len(partial) > 1 else answer
+    answer = _reversed(a * b, digits + by)
+    solution = "+".join(partial) + f"={answer}" if by > 1 else answer
     return Problem(f"{a}*{b}=", solution, answer, f"{min(a, b)}*{max(a, b)}")
 
 
 def _running_sum(draw: Draw, terms: int, digits: int) -> Problem:
     numbers = [draw.of_digits(digits) for _ in range(terms)]
-    sums = [str(sum(numbers[: n + 1]))[::-1] for n in range(1, terms)]
-    prompt = "+".join(map(str, numbers)) + "="
+    width = len(str(terms * (10**digits - 1)))
+    sums = [_reversed(sum(numbers[: n + 1]), width) for n in range(1, terms)]
+    prompt = "+".join(f"{number:0{width}}" for number in numbers) + "="
     return Problem(prompt, "=".join(sums), sums[-1], prompt)
 
 
 def _modular(draw: Draw, terms: int, modulus: int) -> Problem:
+    width = len(str(modulus - 1))
     value = draw.between(0, modulus - 1)
-    text, steps = str(value), []
+    text, steps = f"{value:0{width}}", []
     for _ in range(terms - 1):
         number, sign = draw.between(0, modulus - 1), "+-*"[draw.between(0, 2)]
-        text += f"{sign}{number}"
+        text += f"{sign}{number:0{width}}"
         value = (value + number, value - number, value * number)["+-*".index(sign)] % modulus
-        steps.append(str(value))
+        steps.append(f"{value:0{width}}")
     prompt = f"{text}%{modulus}="
     return Problem(prompt, "=".join(steps), steps[-1], prompt)
 
@@ -119,7 +128,7 @@ def _base(draw: Draw, digits: int, base: int) -> Problem:
     steps, found = [], ""
     while True:
         left, remainder = divmod(left, base)
-        steps.append(f"{left}r{remainder}")
+        steps.append(f"{left:0{digits}}r{remainder}")
         found = str(remainder) + found
         if not left:
             break

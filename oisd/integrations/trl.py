@@ -37,6 +37,7 @@ from oisd.config import AlignmentConfig, ConfigError
 from oisd.integrations.alignment import Rollouts, alignment_losses, gathered, reduced_means
 from oisd.integrations.model_guards import guard_model
 from oisd.integrations.trl_rewards import math_reward as math_reward
+from oisd.integrations.trl_rewards import reasoning_gym_reward as reasoning_gym_reward
 from oisd.integrations.versions import Versions
 from oisd.losses import Mean, Metrics, add_metrics
 from oisd.models import Taps

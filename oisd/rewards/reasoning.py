@@ -42,13 +42,13 @@ def is_reasoning_reward(name: str) -> bool:
 
 def _start_worker() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    import reasoning_gym  # noqa: F401
+    import reasoning_gym  # noqa: F401  # pyright: ignore
 
 
 @cache
 def _grader(task: str, settings: str) -> Any:
     """The task with its settings, of which some graders read their bounds."""
-    from reasoning_gym.factory import DATASETS, create_dataset
+    from reasoning_gym.factory import DATASETS, create_dataset  # pyright: ignore
 
     given = json.loads(settings)
     defaults = {name: getattr(DATASETS[task][1], name, None) for name in given}
@@ -56,7 +56,7 @@ def _grader(task: str, settings: str) -> Any:
         name: tuple(value) if isinstance(defaults[name], tuple) else value
         for name, value in given.items()
     }
-    return create_dataset(task, seed=0, size=1, **as_tuples)
+    return create_dataset(task, seed=0, size=20, **as_tuples)
 
 
 def _score(text: str, answer: str) -> float | str:

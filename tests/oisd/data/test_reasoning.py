@@ -190,6 +190,29 @@ def test_a_grader_that_hangs_is_timed_out(tmp_path, monkeypatch):
         reward.close()
 
 
+@needs_gym
+def test_the_adapters_of_trl_and_verl_grade_the_same(tmp_path):
+    from datasets import Dataset
+
+    from oisd.integrations.trl_rewards import reasoning_gym_reward
+    from oisd.integrations.verl_data import compute_score, write_data
+
+    tables = {"data": {"source": CHAIN, "limit": 3}, "reward": {"function": "reasoning-gym"}}
+    (path,) = write_data(from_tables(tables), tmp_path)
+    rows = Dataset.from_parquet(str(path)).to_list()
+    golds = [row["reward_model"]["ground_truth"] for row in rows]
+    assert golds == [e.answer for e in load_examples(CHAIN, limit=3)]
+    right = f"\\boxed{{{json.loads(golds[0])['answer']}}}"
+    texts = [right, right + " or \\boxed{x}", "no box"]
+    found = [compute_score(CHAIN, text, golds[0], rows[0]["extra_info"]) for text in texts]
+    assert found == [1.0, 0.0, 0.0]
+    logged = {}
+    said = [[{"role": "assistant", "content": text}] for text in texts]
+    kwargs = {"prompts": texts, "log_metric": logged.__setitem__}
+    assert reasoning_gym_reward(said, answer=[golds[0]] * 3, **kwargs) == found
+    assert logged == {"frac_timeouts": 0.0}
+
+
 # ---- all tasks, nightly ----------------------------------------------------------------------
 
 

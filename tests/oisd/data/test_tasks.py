@@ -41,7 +41,7 @@ def test_products_and_sums_are_what_their_prompts_say():
         a, b = map(int, e.prompt.removesuffix("=").split("*"))
         partial, product = e.solution.split("=")
         assert 100 <= a <= 999 and 10 <= b <= 99
-        assert product == e.answer == str(a * b)[::-1]
+        assert product == e.answer == f"{a * b:05}"[::-1]
         assert sum(int(p[::-1]) for p in partial.split("+")) == a * b
     for e in task_examples("running_sum:terms=4,digits=2", limit=100):
         numbers = [int(n) for n in e.prompt.removesuffix("=").split("+")]
@@ -59,7 +59,7 @@ def test_chains_and_bases_are_what_their_prompts_say():
         for term in rest:
             sign, number = term[0], int(term[1:])
             value = {"+": value + number, "-": value - number, "*": value * number}[sign] % 11
-            steps.append(str(value))
+            steps.append(f"{value:02}")
         assert e.solution.split("=") == steps and e.answer == steps[-1]
     for e in task_examples("base:digits=3,base=7", limit=100):
         number = int(e.prompt.partition(":")[0])
