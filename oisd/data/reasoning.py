@@ -37,7 +37,9 @@ INSTALL = "pip install 'oisd[reasoning-gym]'"
 # What cannot be trained on, and why; tests/oisd/data/test_reasoning.py looks at all tasks.
 _NO_ANSWER = "its problems have no answer of their own that its grader could be checked with"
 _UNSTABLE = "the same seed gives other problems in another process"
+_TUPLES = "its grader compares tuples, which an answer in JSON does not keep"
 REFUSED = {
+    "arc_agi": _TUPLES,
     "boxnet": _NO_ANSWER,
     "composite": "it is made of other tasks; name those, with weights",
     "graph_color": _NO_ANSWER,
@@ -46,7 +48,7 @@ REFUSED = {
     "polynomial_multiplication": _UNSTABLE,
     "propositional_logic": _NO_ANSWER,
     "ransom_note": _UNSTABLE,
-    "rearc": "its grader compares tuples, which an answer in JSON does not keep",
+    "rearc": _TUPLES,
     "rubiks_cube": _NO_ANSWER,
     "rush_hour": _NO_ANSWER,
 }

@@ -95,7 +95,9 @@ def _modular(draw: Draw, terms: int, modulus: int) -> Problem:
     value = draw.between(0, modulus - 1)
     text, steps = f"{value:0{width}}", []
     for _ in range(terms - 1):
-        number, sign = draw.between(0, modulus - 1), "+-*"[draw.between(0, 2)]
+        sign = "+-*"[draw.between(0, 2)]
+        # Times 0 would make everything before it irrelevant.
+        number = draw.between(1 if sign == "*" else 0, modulus - 1)
         text += f"{sign}{number:0{width}}"
         value = (value + number, value - number, value * number)["+-*".index(sign)] % modulus
         steps.append(f"{value:0{width}}")
