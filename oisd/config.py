@@ -17,16 +17,17 @@ from oisd.schema import (
     ConfigError,
     above_0,
     at_least,
+    is_scratch,
     merged,
     nearest,
     of_table,
     recipe_chain,
     require,
     require_device,
+    scratch_sizes,
 )
 from oisd.schema import differences as differences
 from oisd.schema import to_tables as to_tables
-from oisd.sizes import is_scratch, scratch_sizes
 
 
 @dataclass(frozen=True)

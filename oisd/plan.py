@@ -47,8 +47,7 @@ from rich.table import Table
 from rich.text import Text
 
 from oisd.config import ConfigError, TrainConfig
-from oisd.schema import one_line
-from oisd.sizes import is_scratch, scratch_sizes
+from oisd.schema import is_scratch, one_line, scratch_sizes
 from oisd_kernels.lens.chunked.chunks import DEFAULT_BYTES
 
 GIB = 1 << 30

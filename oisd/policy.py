@@ -26,8 +26,8 @@ from oisd.models.loading import (
 )
 from oisd.rollout import Completions, sample
 from oisd.rollout.model_copy import ModelCopy
+from oisd.schema import is_scratch, scratch_sizes
 from oisd.scratch import scratch_model, scratch_tokenizer, texts_of
-from oisd.sizes import is_scratch, scratch_sizes
 
 
 @dataclass(frozen=True)

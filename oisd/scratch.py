@@ -21,7 +21,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from oisd.data import Example
-from oisd.sizes import ScratchSizes
+from oisd.schema import ScratchSizes
 
 _PAD, _EOS, _UNKNOWN = "<pad>", "<eos>", "<unk>"
 _BOX = "\\boxed{"  # one token: every graded completion of some tasks has it

@@ -16,7 +16,7 @@ STANDARD_LIBRARY = sys.stdlib_module_names
 
 # The modules and packages of `oisd`, each of which imports only those before it.
 LAYERS = (
-    "moved", "schema", "sizes", "config", "options", "adapters", "models", "rewards", "data",
+    "moved", "schema", "config", "options", "adapters", "models", "rewards", "data",
     "losses", "rollout", "arithmetic", "scratch", "batch", "policy", "plots", "run", "evaluate",
     "lens", "objective", "optimizer", "warmup", "plan", "check", "trainer", "cli", "integrations",
 )  # fmt: skip

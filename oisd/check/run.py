@@ -29,8 +29,7 @@ from oisd.rewards import RewardFunction, load_reward
 from oisd.run.folder import command_folder
 from oisd.run.model_guards import clearest
 from oisd.run.processes import device_named
-from oisd.schema import naming
-from oisd.sizes import is_scratch
+from oisd.schema import is_scratch, naming
 
 # What the lens reads: enough for the rule, little enough for a vocabulary of 150,000 on a CPU.
 _LENS_TEXTS, _LENS_TOKENS = 2, 32

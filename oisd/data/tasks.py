@@ -5,7 +5,7 @@ problems depends on the problem itself, so the two never overlap, whatever their
 
 | task | prompt | worked solution |
 |---|---|---|
-| multiplication | `347*28=` | `6772+04960=61790`: a partial product for each digit, then their sum |
+| multiplication | `347*28=` | `6772+04960=61790`: partial products, then their sum |
 | running_sum | `047+085+012=` | `231=441`: the sum after each term |
 | modular | `7*5+3*8%9=` | `8=2=7`: from left to right, each step modulo 9 |
 | countdown | `3 7 25:82=` | `25*3=75,75+7=82`: steps from the numbers to the target, here 82 |
@@ -27,7 +27,7 @@ from itertools import count
 from typing import NamedTuple
 
 from oisd.data.examples import DataError, Example
-from oisd.sizes import whole_numbers
+from oisd.schema import whole_numbers
 
 # Of training and test problems together that are new; beyond it a task counts as exhausted.
 _PATIENCE = 2_000

@@ -14,8 +14,8 @@ from oisd.data import Example
 from oisd.data.tasks import task_examples
 from oisd.plan import memory_plan, model_shape
 from oisd.policy import load_policy
+from oisd.schema import ScratchSizes, scratch_sizes
 from oisd.scratch import scratch_model, scratch_tokenizer
-from oisd.sizes import ScratchSizes, scratch_sizes
 from oisd.trainer import Trainer
 from oisd.warmup import warm_up
 
