@@ -83,9 +83,20 @@ def octothinker(size: str, layer: int, batch: int) -> dict[str, dict[str, Any]]:
     }
 
 
+CHAIN_SUM = "reasoning-gym:chain_sum?min_terms=3&max_terms=3&min_digits=1&max_digits=1"
+
 # What each recipe is: its base here, and the settings, apart from the folder, that differ from it.
 FROM: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "arithmetic-grpo": ("arithmetic", {"oisd": GRPO}),
+    "scratch-chain-sum": (
+        "scratch-modular", {
+            "data": {"source": CHAIN_SUM, "limit": 1500},
+            "rollout": {"max_completion_tokens": 8},
+            "reward": {"function": "reasoning-gym"},
+            "warmup": {"stop_at": 0.25},
+            "eval": {"source": CHAIN_SUM},
+        },
+    ),
     "scratch-multiplication": (
         "scratch-modular", {
             "data": {"source": "multiplication:digits=2,by=2"},
@@ -175,10 +186,11 @@ def test_what_each_recipe_is(recipe):
         base, changes = FROM[recipe.stem]
         config = load_recipe(ROOT / "recipes" / f"{base}.toml")
     run = changes.get("run", {}) | {"output_dir": f"runs/{recipe.stem}"}
-    for table, values in {**changes, "run": run}.items():
-        part = dataclasses.replace(getattr(config, table), **values)
-        config = dataclasses.replace(config, **{table: part})
-    assert load_recipe(recipe) == config
+    parts = {
+        table: dataclasses.replace(getattr(config, table), **values)
+        for table, values in {**changes, "run": run}.items()
+    }
+    assert load_recipe(recipe) == dataclasses.replace(config, **parts)
 
 
 def write(folder, **recipes: str) -> None:
