@@ -168,7 +168,9 @@ def task(source: str, reward: str, tokens: int, stop_at: float, **settings: Any)
 
 
 TASKS: dict[str, Tables] = {
+    "sums": task("arithmetic:digits=3", "exact", 8, 0.3, warmup={"steps": 800, "batch_size": 64}),
     "modular": task("modular:terms=12,modulus=7", "final", 32, 0.1),
+    "running": task("running_sum:terms=8,digits=1", "final", 32, 0.35),
 }
 
 ARMS: dict[str, Tables] = {
