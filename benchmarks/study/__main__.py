@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure.machine import ROOT, append, describe
-from benchmarks.study.cells import differences, folder_of, run_cell
+from benchmarks.study.cells import differences, digest_of, folder_of, run_cell, start_of
 from benchmarks.study.protocol import STUDY, Cell, Protocol
 from benchmarks.study.report import write_results
 from oisd.run.jsonl import read_rows
@@ -109,12 +109,28 @@ def run_missing(
             print(f"{options.minutes:g} minutes are over; {cell} is next")
             return
         print(f"{cell}", flush=True)
+        _require_start(protocol, done, cell, options)
         machine = describe("cpu", 1)  # before the run: the commit that it began with
         row = run_cell(protocol, cell, options.out)
+        done[cell] = row
         append(results_file(options.results, cell.task), [row], machine)
         # Only now: what is stopped before this line continues from the last checkpoint.
         shutil.rmtree(folder_of(cell, options.out) / "checkpoints")
         print(f"{cell}: {row.get('failed') or row['final']}", flush=True)
+
+
+def _require_start(
+    protocol: Protocol, done: dict[Cell, dict[str, Any]], cell: Cell, options: argparse.Namespace
+) -> None:
+    """Exit where a cell would not set out from the model of the cells that it is paired with."""
+    pair = [row for other, row in done.items() if other[::2] == cell[::2]]
+    start = digest_of(start_of(protocol, cell.task, cell.seed, options.out))
+    if any(row["start"] != start for row in pair):
+        raise SystemExit(
+            f"the start of {cell.task}, seed {cell.seed}, is not that of its {len(pair)} recorded "
+            f"cells (another machine, or other versions): go on where they were run, or delete "
+            f"their rows from {results_file(options.results, cell.task)} to run the seed here"
+        )
 
 
 def repeat(protocol: Protocol, done: dict[Cell, dict[str, Any]], cell: Cell, out: Path) -> None:

@@ -36,6 +36,11 @@ def start_of(protocol: Protocol, task: str, seed: int, out: Path) -> Path:
     return checkpoint
 
 
+def digest_of(checkpoint: Path) -> str:
+    """Of a checkpoint's weights."""
+    return hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()[:16]
+
+
 def folder_of(cell: Cell, out: Path) -> Path:
     """Where a cell runs."""
     return out / cell.task / f"seed-{cell.seed}" / cell.arm
@@ -52,7 +57,7 @@ def run_cell(protocol: Protocol, cell: Cell, out: Path) -> dict[str, Any]:
     row: dict[str, Any] = {
         **cell._asdict(),
         "digest": protocol.digest,
-        "start": hashlib.sha256((start / "model.safetensors").read_bytes()).hexdigest()[:16],
+        "start": digest_of(start),
     }
     resumed = any((folder / "checkpoints").glob("step-*"))
     began, cpu = time.perf_counter(), time.process_time()

@@ -210,6 +210,16 @@ def test_rows_of_another_protocol_are_refused(ran):
         study.main(arguments, replace(TINY, lens_texts=1))
 
 
+def test_a_seed_is_not_continued_from_another_start(ran, tmp_path):
+    folder, arguments, *_ = ran
+    rows = rows_of(folder)[:2]
+    rows[0]["start"] = "another"
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "study_modular.jsonl").write_text(text)
+    with pytest.raises(SystemExit, match="of modular, seed 1, is not that of its 2 recorded"):
+        study.main([*arguments[:2], "--results", str(tmp_path)], TINY)
+
+
 def test_an_unknown_cell_and_one_not_recorded_are_refused(tmp_path):
     arguments = ["--results", str(tmp_path), "--cell"]
     with pytest.raises(SystemExit, match="a task of modular, an arm of grpo, both-30"):
