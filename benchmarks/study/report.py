@@ -191,8 +191,8 @@ def _final_table(protocol: Protocol, done: Rows, complete: bool) -> list[str]:
 
 
 def _outcomes(protocol: Protocol, done: Rows) -> list[str]:
-    columns = ("before", "after", "pass@k", "entropy", "think share", "attention share",
-               "JS before", "after", "s a step / GRPO's")  # fmt: skip
+    columns = ("before", "after", "pass@k", "entropy", "think share", "attention share", "lens JS",
+               "after", "attention JS", "after", "step", "processor")  # fmt: skip
     lines = _header("task, arm", *columns)
     for task in protocol.tasks:
         for arm in protocol.arms:
@@ -203,15 +203,15 @@ def _outcomes(protocol: Protocol, done: Rows) -> list[str]:
             ]
             if rows:
                 lines.append(_line(f"{task}, {arm}", *_outcome(protocol, rows)))
-    lines.append("")
-    lines.append(
-        "Means over seeds. Accuracy before and after; pass@k with k the number of samples, and the "
-        "entropy of the policy in nats a token in the last quarter of the steps, at the end; the "
-        "mean of the measured shares; the divergence of the student layer's lens from the final "
-        "layer on held-out solutions, in nats; the median time of a step over that of GRPO, with "
-        "whatever else the machine did."
-    )
-    return lines
+    return [*lines, "", _LEGEND]
+
+
+_LEGEND = """Means over seeds: accuracy before and after; pass@k with k the number of samples, at the end; the
+entropy of the policy in training, in nats a token, in the last quarter of the steps; the mean of the
+measured shares; the divergences of the student layer from the final one, lens and attention, on
+held-out solutions, in nats, before and after. The last two are medians: the time of a step, with
+whatever else the machine did, and the processor's time of the whole run, each over GRPO's in the same
+task and seed."""
 
 
 def _outcome(
@@ -219,18 +219,22 @@ def _outcome(
 ) -> list[str]:
     student = protocol.common["oisd"]["student_layers"][0] - 1
     own = [row for row, _ in rows]
-    numbers = [
+    means = [
         [row["curve"][0][1] for row in own],
         [row["final"] for row in own],
         [list(row["pass_at_k"].values())[-1] for row in own],
         [_late([x for x in row["entropy"] if x is not None]) for row in own],
         *([x for row in own for x in row["shares"].get(name, ())]
           for name in ("share/think", "share/attention")),
-        [row["layers"]["before"]["js"][student] for row in own],
-        [row["layers"]["after"]["js"][student] for row in own],
-        [row["step_s"] / base["step_s"] for row, base in rows if "step_s" in base],
+        *([row["layers"][when][name][student] for row in own]
+          for name in ("js", "attention_js") for when in ("before", "after")),
     ]  # fmt: skip
-    return [f"{statistics.mean(values):.3f}" if values else "" for values in numbers]
+    ratios = [
+        [row[name] / base[name] for row, base in rows if row.get(name) and base.get(name)]
+        for name in ("step_s", "cpu_s")
+    ]
+    found = [f"{statistics.mean(values):.3f}" if values else "" for values in means]
+    return found + [f"{statistics.median(values):.2f}" if values else "" for values in ratios]
 
 
 def _late(values: Sequence[float]) -> float:

@@ -254,7 +254,7 @@ def made_up(protocol, differences_of, missing=()):
             **cell._asdict(), "start": str(cell.seed), "device": "a machine", "commit": "c0ffee",
             "curve": [[0, 0.4], [40, 0.6 + gain]], "auc": 0.5 + gain, "final": 0.6 + gain,
             "pass_at_k": {"1": 0.6, "8": 0.9}, "entropy": [0.5, 0.25], "shares": {},
-            "layers": {"before": {"js": [0.3]}, "after": {"js": [0.2]}},
+            "layers": {when: {"js": [js], "attention_js": [0.1]} for when, js in (("before", 0.3), ("after", 0.2))},
             "step_s": 2.0, "wall_s": 100.0, "cpu_s": 50.0,
         }  # fmt: skip
     return done
@@ -281,6 +281,8 @@ def test_help_harm_and_nothing():
     worse = report.results(FIVE, made_up(FIVE, lambda cell: -gains(cell)))
     assert "| **harm** |" in worse and "**help**" not in worse
     assert "100 s by the clock and 50 s" in text
+    numbers = "0.400 | 0.600 | 0.900 | 0.250 |  |  | 0.300 | 0.200 | 0.100 | 0.100 | 1.00 | 1.00"
+    assert f"| a, grpo | {numbers} |" in text
 
 
 def test_a_wide_interval_is_undecided_not_nothing():
