@@ -206,12 +206,13 @@ def _outcomes(protocol: Protocol, done: Rows) -> list[str]:
     return [*lines, "", _LEGEND]
 
 
-_LEGEND = """Means over seeds: accuracy before and after; pass@k with k the number of samples, at the end; the
-entropy of the policy in training, in nats a token, in the last quarter of the steps; the mean of the
-measured shares; the divergences of the student layer from the final one, lens and attention, on
+_LEGEND = """\
+Means over seeds: accuracy before and after; pass@k with k the number of samples, at the end; the
+entropy of the policy in training, in nats a token, in the last quarter of the steps; the mean of
+the measured shares; the divergences of the student layer from the final one, lens and attention, on
 held-out solutions, in nats, before and after. The last two are medians: the time of a step, with
-whatever else the machine did, and the processor's time of the whole run, each over GRPO's in the same
-task and seed."""
+whatever else the machine did, and the processor's time of the whole run, each over GRPO's in the
+same task and seed."""
 
 
 def _outcome(

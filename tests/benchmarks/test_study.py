@@ -254,7 +254,8 @@ def made_up(protocol, differences_of, missing=()):
             **cell._asdict(), "start": str(cell.seed), "device": "a machine", "commit": "c0ffee",
             "curve": [[0, 0.4], [40, 0.6 + gain]], "auc": 0.5 + gain, "final": 0.6 + gain,
             "pass_at_k": {"1": 0.6, "8": 0.9}, "entropy": [0.5, 0.25], "shares": {},
-            "layers": {when: {"js": [js], "attention_js": [0.1]} for when, js in (("before", 0.3), ("after", 0.2))},
+            "layers": {"before": {"js": [0.3], "attention_js": [0.1]},
+                       "after": {"js": [0.2], "attention_js": [0.1]}},
             "step_s": 2.0, "wall_s": 100.0, "cpu_s": 50.0,
         }  # fmt: skip
     return done
