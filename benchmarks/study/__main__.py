@@ -12,6 +12,7 @@ continues from its checkpoint. Rows of another protocol than this one are refuse
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import time
@@ -102,6 +103,8 @@ def run_missing(
 ) -> None:
     """Run the missing cells in their order; each row is written when its cell is done."""
     began = time.monotonic()
+    for task in protocol.tasks:
+        _drop_half_row(results_file(options.results, task))
     for cell in protocol.cells():
         if cell in done:
             continue
@@ -117,6 +120,13 @@ def run_missing(
         # Only now: what is stopped before this line continues from the last checkpoint.
         shutil.rmtree(folder_of(cell, options.out) / "checkpoints")
         print(f"{cell}: {row.get('failed') or row['final']}", flush=True)
+
+
+def _drop_half_row(file: Path) -> None:
+    """Cut off a last line without its end, whose writer was killed; its cell is run again."""
+    whole = read_rows(file)[1]
+    if file.exists() and file.stat().st_size > whole:
+        os.truncate(file, whole)
 
 
 def _require_start(

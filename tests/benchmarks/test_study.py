@@ -210,6 +210,14 @@ def test_rows_of_another_protocol_are_refused(ran):
         study.main(arguments, replace(TINY, lens_texts=1))
 
 
+def test_half_a_row_is_dropped(ran, tmp_path):
+    text = (ran[0] / "results" / "study_modular.jsonl").read_text()
+    file = tmp_path / "study_modular.jsonl"
+    file.write_text(text + text[:50])
+    study.main([*ran[1][:2], "--results", str(tmp_path)], TINY)
+    assert file.read_text() == text
+
+
 def test_a_seed_is_not_continued_from_another_start(ran, tmp_path):
     folder, arguments, *_ = ran
     rows = rows_of(folder)[:2]
