@@ -19,7 +19,7 @@ LAYERS = (
     "moved", "schema", "config", "weights", "options", "sharding", "adapters", "models", "rewards",
     "data", "losses", "rollout", "arithmetic", "batch", "policy", "page", "plots", "run",
     "evaluate", "lens", "report", "objective", "optimizer", "reference_policy", "term_gradients",
-    "warmup", "plan", "check", "trainer", "cli", "integrations",
+    "warmup", "plan", "check", "trainer", "errors", "cli", "integrations",
 )  # fmt: skip
 
 # The files of `oisd` that may import transformers, and no other.
