@@ -34,7 +34,13 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import ProcessorMixin
 
 from oisd.config import AlignmentConfig, ConfigError
-from oisd.integrations.alignment import Rollouts, alignment_losses, gathered, reduced_means
+from oisd.integrations.alignment import (
+    Rollouts,
+    alignment_losses,
+    gathered,
+    reduced_means,
+    refused_in_words_of,
+)
 from oisd.integrations.model_guards import guard_model
 from oisd.integrations.trl_rewards import math_reward as math_reward
 from oisd.integrations.versions import Versions
@@ -57,6 +63,7 @@ _LOOK_AT = Settings(
     entropy_high="look at learning_rate, beta and think_weight",
     timeouts="look at the load of the machine",
     weight="look at {}_weight",
+    gold="look at the column of gold answers, and at math_reward's column=",
 )
 
 LensNorm = Literal["final", "none"]
@@ -296,7 +303,8 @@ class OISDTrainer(GRPOTrainer):
         if self._taps is not None:
             return self._taps
         align = self.alignment
-        with self.accelerator.autocast():
+        words = {"attention": "set attention_weight=0"}
+        with self.accelerator.autocast(), refused_in_words_of(words):
             self._taps = Taps(
                 self._base,
                 student_layers=align.student_layers,
@@ -399,6 +407,7 @@ class OISDTrainer(GRPOTrainer):
                 gap=value("sampling/sampling_logp_difference/mean"),
                 entropy=value("entropy"),
                 timeouts=value("frac_timeouts"),
+                gold=value("frac_gold"),
             )
         )
 

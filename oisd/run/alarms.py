@@ -25,6 +25,7 @@ LOWEST_ENTROPY = 0.01  # nats
 ENTROPY_GROWTH = 1.5  # times the first entropy
 GRADIENT_ROWS = 3  # rows with gradient norms that these are averaged over
 TIMEOUT_STEPS = 3  # in a row
+NO_GOLD_STEPS = 5  # in a row, in which no completion has a gold answer
 TIMEOUT_SHARE = 0.01  # of a step's completions
 
 
@@ -39,6 +40,7 @@ class Reading:
     gap: float | None = None  # mean |log-prob of the update - of the sampler|, nats a token
     entropy: float | None = None  # of the policy, nats a token
     timeouts: float | None = None  # share of completions whose grading took too long
+    gold: float | None = None  # share of completions that have a gold answer that can be read
     # By name of the loss: "grpo", and those of the alignment multiplied by their weights.
     gradients: Mapping[str, float] = field(default_factory=dict)
 
@@ -54,6 +56,7 @@ class Settings:
     entropy_high: str
     timeouts: str
     weight: str  # holds "{}" where the name of the term goes
+    gold: str = ""
 
 
 OURS = Settings(
@@ -97,6 +100,7 @@ class Alarms:
             **self._entropy(seen, steps),
             **self._gradient(seen),
             "reward_timeouts": self._timeouts(seen, steps),
+            "no_gold": self._no_gold(seen, steps),
         }
         fresh = {n: line for n, line in found.items() if line and n not in self._raised}
         self._raised.update(fresh)
@@ -187,6 +191,16 @@ class Alarms:
             f"grading took too long for {seen.timeouts:.1%} of the completions, more than "
             f"{TIMEOUT_SHARE:.0%} for {count} steps in a row; they earned 0; "
             f"{self.settings.timeouts}"
+        )
+
+    def _no_gold(self, seen: Reading, steps: int) -> str:
+        none = None if seen.gold is None else seen.gold == 0.0
+        count = self._streak("no gold", none, steps)
+        if count < NO_GOLD_STEPS:
+            return ""
+        return (
+            f"no completion of {count} steps in a row had a gold answer that can be read, so that "
+            f"none was graded; {self.settings.gold}"
         )
 
 

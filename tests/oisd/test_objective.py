@@ -103,7 +103,8 @@ def test_fused_attention_that_the_update_cannot_run_is_refused_when_the_run_is_m
     policy = Policy(model, arithmetic_tokenizer(), torch.float32)
     fused = config_of(attention_kernel="fused", student_layers=(2,))
     before = torch.get_rng_state()
-    with pytest.raises(UnsupportedModelError, match="oisd.attention_kernel: .*dropout to 0"):
+    remedies = 'set oisd.attention_kernel = "separate", or set model.dropout = 0$'
+    with pytest.raises(UnsupportedModelError, match=f"attention dropout is on; {remedies}"):
         Objective(policy, fused)
     assert torch.equal(torch.get_rng_state(), before) and model.training
     Objective(policy, config_of(attention_kernel="separate", student_layers=(2,)))

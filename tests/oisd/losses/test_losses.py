@@ -219,7 +219,7 @@ def grpo_by_hand(tokens, weights, config, on_policy=False):
     total = 0.0
     gradient = np.zeros(tuple(tokens.mask.shape))
     low = high = dual = kl_old = kl_ref = tis = truncated = 0.0
-    sampler = []
+    sampler, apart = [], 0.0
     cap = 2.0 if config.tis_cap == "auto" and not on_policy else config.tis_cap
     for b, t in tokens.mask.nonzero().tolist():
         a = tokens.advantages[b].item()
@@ -251,6 +251,7 @@ def grpo_by_hand(tokens, weights, config, on_policy=False):
         kl_old += ratio - 1 - (new - old)
         gap = old - tokens.rollout[b, t].item()
         sampler.append(math.exp(gap) - 1 - gap)
+        apart += abs(gap)
         total += weights[b, t].item() * value
         gradient[b, t] = weights[b, t].item() * slope
     count = int(tokens.mask.sum())
@@ -263,6 +264,7 @@ def grpo_by_hand(tokens, weights, config, on_policy=False):
         metrics["kl/ref"] = kl_ref
     means = {k: v / count for k, v in metrics.items()}
     means |= {"kl/sampler": sum(sampler) / count, "kl/sampler_max": max(sampler)}
+    means["sampler_gap"] = apart / count
     return total, torch.from_numpy(gradient), means
 
 
