@@ -81,9 +81,9 @@ def _taps(model: Any, config: TrainConfig, layers: Sequence[int]) -> tuple[Taps,
     probe = Probe(model)
     try:
         chosen = {"attention_student": own, "attention_teacher": teacher}
-        return Taps(model, layers, **chosen, probe=probe), None
+        return Taps(probe, layers, **chosen), None
     except ValueError as error:
-        return Taps(model, layers, attention=False, probe=probe), error
+        return Taps(probe, layers, attention=False), error
 
 
 def _remedy(refused: ValueError) -> str:

@@ -82,7 +82,7 @@ class LayerLens:
                 f"final one; {type(self.layout.model).__name__} has {self.num_layers}"
             )
         below = range(1, self.num_layers)
-        self.taps = Taps(model, below, attention=False, lens_norm=lens_norm, probe=self.probe)
+        self.taps = Taps(self.probe, below, attention=False, lens_norm=lens_norm)
 
     @torch.no_grad()
     def __call__(self, token_ids: Sequence[int], picture: int = 0) -> Lens:

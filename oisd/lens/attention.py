@@ -59,7 +59,7 @@ class LayerAttention:
         self.model, self.divergence = model, divergence
         probe = probe or Probe(model)
         able, teacher = probe.comparable(layers)
-        self.taps = Taps(model, able, divergence=divergence, probe=probe)
+        self.taps = Taps(probe, able, divergence=divergence)
         last = teacher == self.taps.num_layers
         self.final = "final layer" if last else f"layer {teacher}"
 

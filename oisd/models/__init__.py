@@ -99,7 +99,8 @@ class Taps:
     leaving the context drops them. `enabled = False` pauses capturing, for generation say. The
     backward may run inside the context or after it.
 
-    model: a transformers causal language model, or a wrapper of one: PEFT, DDP, torch.compile.
+    model: a transformers causal language model, or a wrapper of one: PEFT, DDP, torch.compile; or
+        the `oisd.models.attending.Probe` of one, which spares the short forwards.
     student_layers: numbers in 1..L-1, without repeats; may be empty.
     attention: whether to keep queries and keys; this does not change the model's outputs.
     lens_norm: "final" applies the final norm before the unembedding (the logit lens), and whatever
@@ -117,7 +118,6 @@ class Taps:
         is a hybrid.
     attention_teacher: the layer whose attention is the teacher's; by default the last that attends
         by softmax. The paper knows no hybrids: the choice of layers in them extends it.
-    probe: of this model, where it was probed before.
 
     `attention_layers` has the pairs (student, teacher) that are compared, one for each student
     layer, and `attention_words` a sentence about them where they are not the paper's, else "".
@@ -128,7 +128,7 @@ class Taps:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Probe,
         student_layers: Sequence[int] = (6,),
         attention: bool = True,
         lens_norm: str = "final",
@@ -139,7 +139,6 @@ class Taps:
         beta: float = 0.5,
         attention_student: Sequence[int] | None = None,
         attention_teacher: int | None = None,
-        probe: Probe | None = None,
     ):
         if attention_kernel not in ("auto", "fused", "separate"):
             raise ValueError(
@@ -148,7 +147,7 @@ class Taps:
             )
         if lens_norm not in ("final", "none"):
             raise ValueError(f'Taps: lens_norm must be "final" or "none", got {lens_norm!r}')
-        probe = probe or Probe(model)
+        probe = model if isinstance(model, Probe) else Probe(model)
         self._layout = probe.layout
         self.num_layers = len(self._layout.layers)
         self.student_layers = tuple(student_layers)
