@@ -249,6 +249,7 @@ def _check(arguments: Sequence[str]) -> int:
     text = "What to know of a model and its data before a run; exit status 1 if a row fails."
     model, config = _parse_model(arguments, "check", CheckRun, text)
     from oisd.check.run import run_check
+    from oisd.check.settings import options_named
     from oisd.check.table import findings_table, verdict
 
     console = _console(width_elsewhere=200)
@@ -256,6 +257,9 @@ def _check(arguments: Sequence[str]) -> int:
         report = run_check(model, config)
     rows = report["rows"]
     console.print(findings_table(f"oisd check: {model}", rows))
+    if options := options_named(row.remedy for row in rows):
+        said = ", ".join(f"{key} is {name}" for key, name in options.items())
+        console.print(f"the settings are those of a run; here {said}", markup=False)
     console.print(f"{verdict(rows)}; {report['file']}", markup=False, soft_wrap=True)
     failed = [row.name for row in rows if row.status == "fail"]
     if failed:
