@@ -180,7 +180,7 @@ def disabled(model: Any) -> Iterator[None]:
 
 def refuse_blank(config: TrainConfig) -> None:
     """Raise ConfigError for adapters on a blank model, or together with a warm-up."""
-    if config.model.lora_rank and (config.model.path == "arithmetic" or config.warmup.steps):
+    if config.model.lora_rank and (config.model.is_blank or config.warmup.steps):
         raise ConfigError(
             "model.lora_rank must be 0 with a blank model or a warm-up, got "
             f"{config.model.lora_rank}: train without adapters first, then adapt the checkpoint "

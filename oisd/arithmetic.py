@@ -76,16 +76,19 @@ def arithmetic_model(seed: int = 0, **size: Any) -> Qwen3ForCausalLM:
 def supervised_batch(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerFast, indices: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Problems with their answers, padded on the right, as the arguments of a model's forward.
+    """Problems with their solutions, padded on the right, as the arguments of a model's forward.
 
-    Returns input_ids, attention_mask and labels, each (B, T) int64. Labels are the answer and the
-    end-of-sequence token, and -100 elsewhere.
+    Returns input_ids, attention_mask and labels, each (B, T) int64. Labels are the worked solution,
+    or the answer of a problem that has none, and the end-of-sequence token; -100 elsewhere.
     """
     chosen = [examples[i] for i in indices]
     prompts = tokenizer([_text(example) for example in chosen])["input_ids"]
-    answers = tokenizer([example.answer + _EOS for example in chosen])["input_ids"]
+    texts = tokenizer([example.solution or example.answer for example in chosen])["input_ids"]
+    end_of_sequence: Any = tokenizer.eos_token_id
+    answers = [[*ids, end_of_sequence] for ids in texts]
     shape = len(chosen), max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
-    input_ids = torch.full(shape, tokenizer.get_vocab()[_PAD])
+    pad: Any = tokenizer.pad_token_id
+    input_ids = torch.full(shape, end_of_sequence if pad is None else pad)
     attention_mask = torch.zeros(shape, dtype=torch.int64)
     labels = torch.full(shape, -100)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):

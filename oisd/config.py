@@ -17,12 +17,14 @@ from oisd.schema import (
     ConfigError,
     above_0,
     at_least,
+    is_scratch,
     merged,
     nearest,
     of_table,
     recipe_chain,
     require,
     require_device,
+    scratch_sizes,
 )
 from oisd.schema import differences as differences
 from oisd.schema import to_tables as to_tables
@@ -33,7 +35,8 @@ class ModelConfig:
     """The policy: where its weights come from and the precision it runs in."""
 
     path: str = "arithmetic"
-    """Hub id or folder of a causal LM, or "arithmetic" for the built-in tiny Qwen3."""
+    """Hub id or folder of a causal LM, "arithmetic" for the built-in tiny Qwen3, or
+    "scratch:layers=6,width=176,heads=4" for a blank one with a tokenizer made from the data."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward and backward passes; trained parameters are float32 either way.
     In bfloat16 rollouts and evaluations come from a copy of the model in it."""
@@ -57,6 +60,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        if is_scratch(self.path):
+            scratch_sizes(self.path)
         targets = list(self.lora_targets)
         rate = self.dropout
         require(rate is None or 0 <= rate < 1, "model.dropout", 'in [0, 1), or "none"', rate)
@@ -71,15 +76,22 @@ class ModelConfig:
         head = any(target.split(".")[-1] in ("lm_head", "embed_out") for target in targets)
         require(not head, "model.lora_targets", wanted, targets)
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether the model has no weights yet, so that only a warm-up makes it earn anything."""
+        return self.path == "arithmetic" or is_scratch(self.path)
+
 
 @dataclass(frozen=True)
 class WarmupConfig:
-    """Supervised steps before reinforcement learning, for the arithmetic task's untrained model."""
+    """Supervised steps before reinforcement learning, for the built-in tasks' untrained models."""
 
     steps: int = 0
     """Maximum number of steps; 0 for no warm-up."""
     stop_at: float | None = None
-    """Stop when the model gives the correct answers this probability, on average."""
+    """Stop when the model gives the correct solutions this probability, on average. A worked
+    solution counts as a whole: its probability is at most the accuracy of sampling, since another
+    text may end in the right answer too."""
     batch_size: int = 64
     learning_rate: float = 3e-3
 
@@ -115,7 +127,8 @@ class DataConfig(ProblemsConfig):
 
     source: str = "arithmetic"
     """"deepmath-5k", "deepmath", "dapo", "gsm8k", "math", "name:path" for a local copy of one, a
-    JSONL, JSON or Parquet file, a `datasets` folder, a Hub id, or "arithmetic:digits=2"."""
+    JSONL, JSON or Parquet file, a `datasets` folder, a Hub id, or a task that makes its problems:
+    "arithmetic:digits=2", "multiplication:digits=3", "reasoning-gym:chain_sum?min_terms=3"."""
     system_prompt: str | None = None
     chat_template: bool | None = None
     """Apply the tokenizer's chat template; by default if it has one."""
@@ -163,7 +176,8 @@ class RewardConfig:
     """What a completion earns."""
 
     function: str = "math"
-    """"math" (last \\boxed{}, compared exactly), "boxed_string", "exact", or "module:function"."""
+    """"math" (last \\boxed{}, compared exactly), "boxed_string", "exact", "final" (what follows the
+    last "="), "countdown", "reasoning-gym", or "module:function"."""
     timeout: float = 5.0
     """Seconds that grading one answer may take; for "module:function", a whole batch."""
 
@@ -455,6 +469,22 @@ class TrainConfig:
         layer = self.grpo.internal_layer
         wanted = '"none" beside an alignment; set oisd.think_weight and oisd.attention_weight to 0'
         require(layer is None or not self.oisd.active, "grpo.internal_layer", wanted, layer)
+        require_grader("reward.function", self.reward.function, self.data.source)
+        require_grader("reward.function", self.reward.function, self.eval.source)
+
+
+def require_grader(key: str, reward: str, source: str | None) -> None:
+    """Raise ConfigError where only one of grader and problems is that of reasoning-gym.
+
+    key: the setting of the reward, for the message. A function of the user's own may grade any.
+    """
+    if source is None:
+        return
+    own, theirs = (name.partition(":")[0] == "reasoning-gym" for name in (reward, source))
+    wanted = "another one for problems that are not of reasoning-gym:..."
+    require(theirs or not own, key, wanted, f"{reward} with {source}")
+    wanted = "'reasoning-gym' for its problems, whose answers are records for its graders"
+    require(own or not theirs or ":" in reward, key, wanted, f"{reward} with {source}")
 
 
 def load_recipe(path: str | Path) -> TrainConfig:

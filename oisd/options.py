@@ -18,7 +18,8 @@ class EvalRun:
     """Any of amc23, math500, aime24, aime25, gsm8k, math: from the Hub, or name:folder for a local
     copy. They replace --data."""
     data: str = "arithmetic"
-    """JSONL, JSON or Parquet file, `datasets` folder, Hub id, or "arithmetic:digits=2"."""
+    """JSONL, JSON or Parquet file, `datasets` folder, Hub id, or a task that makes its problems:
+    "arithmetic:digits=2", "multiplication:digits=3", "reasoning-gym:chain_sum"."""
     split: str = "test"
     subset: str | None = None
     """Configuration name on the Hub ("main" for GSM8K)."""
@@ -35,7 +36,8 @@ class EvalRun:
     chat_template: bool | None = None
     max_prompt_tokens: int = 1024
     reward: str = "math"
-    """"math" (last \\boxed{}, compared exactly), "boxed_string", "exact", or "module:function"."""
+    """"math" (last \\boxed{}, compared exactly), "boxed_string", "exact", "final" (what follows the
+    last "="), "countdown", "reasoning-gym", or "module:function"."""
     timeout: float = 5.0
     """Seconds that grading one answer may take."""
     samples: int | None = None

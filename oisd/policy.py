@@ -14,7 +14,7 @@ import torch
 from oisd import adapters
 from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.config import ConfigError, ModelConfig, RolloutConfig
-from oisd.data import check_vocabulary
+from oisd.data import Example, check_vocabulary
 from oisd.models.dropout import set_dropout
 from oisd.models.layout import learned_positions, unwrap
 from oisd.models.loading import (
@@ -26,6 +26,8 @@ from oisd.models.loading import (
 )
 from oisd.rollout import Completions, sample
 from oisd.rollout.model_copy import ModelCopy
+from oisd.schema import is_scratch, scratch_sizes
+from oisd.scratch import scratch_model, scratch_tokenizer, texts_of
 
 
 @dataclass(frozen=True)
@@ -191,6 +193,7 @@ def load_policy(
     device: torch.device | str = "cpu",
     checkpoint: Path | None = None,
     round_frozen: bool = True,
+    examples: Sequence[Example] = (),
 ) -> Policy:
     """Load `config.path`, or the weights of a checkpoint of it, with float32 parameters.
 
@@ -200,6 +203,7 @@ def load_policy(
 
     round_frozen: keep the layers that adapters freeze in `config.dtype`; False to run the model
         outside `Policy.autocast`.
+    examples: what the tokenizer of a model from scratch is made from.
 
     Weights are read from safetensors alone. Raises ConfigError if the model cannot be loaded, has
     no end-of-sequence token, or lacks weights; if adapters do not fit it; and if weights are not
@@ -211,6 +215,10 @@ def load_policy(
         model: Any = arithmetic_model(seed)
         model.set_attn_implementation(config.attn_implementation)
         tokenizer: Any = arithmetic_tokenizer()
+    elif is_scratch(config.path) and checkpoint is None:
+        tokenizer = scratch_tokenizer(texts_of(examples))
+        model = scratch_model(scratch_sizes(config.path), tokenizer, seed)
+        model.set_attn_implementation(config.attn_implementation)
     else:
         source, named = _source(config, checkpoint, adapter)
         trust = config.trust_remote_code

@@ -73,8 +73,9 @@ class Trainer:
             self.eval_examples = load_problems(config.eval.source, config.eval, run.seed)
         self.processes.on_first(self._prepare_folder)
         checkpoint = self.folder.latest()
+        seen, device = [*self.examples, *self.eval_examples], self.processes.device
         self.policy = load_for_training(
-            config.model, seed=run.seed, device=self.processes.device, checkpoint=checkpoint
+            config.model, examples=seen, seed=run.seed, device=device, checkpoint=checkpoint
         )
         # The commit of a Hub model may be known, and may have moved on, only now.
         self.processes.on_first(self._require_sources)

@@ -27,10 +27,13 @@ def warm_up(
     seed: int,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
-    """Train on (prompt, answer) pairs by cross-entropy, in place; a function of `seed` alone.
+    """Train on prompts and their solutions by cross-entropy, in place; a function of `seed` alone.
 
-    Ends after `config.steps`, or once the answers of recent batches have the mean probability
-    `config.stop_at`, which is the expected accuracy of sampling at temperature 1.
+    A solution is the problem's worked one, or else its answer. Ends after `config.steps`, or once
+    the solutions of recent batches have the mean probability `config.stop_at`. That is how often
+    sampling at temperature 1 gives the very same text, and so at most the expected accuracy; the
+    two are equal where only one text earns the reward. It costs nothing, since it is computed from
+    the batches before the model has learned from them.
     """
     model = policy.model
     optimizer = torch.optim.AdamW(

@@ -17,7 +17,7 @@ STANDARD_LIBRARY = sys.stdlib_module_names
 # The modules and packages of `oisd`, each of which imports only those before it.
 LAYERS = (
     "moved", "schema", "config", "weights", "options", "sharding", "adapters", "models", "rewards",
-    "data", "losses", "rollout", "arithmetic", "batch", "policy", "page", "plots", "run",
+    "data", "losses", "rollout", "arithmetic", "scratch", "batch", "policy", "page", "plots", "run",
     "evaluate", "lens", "report", "objective", "optimizer", "reference_policy", "term_gradients",
     "warmup", "plan", "check", "trainer", "errors", "cli", "integrations",
 )  # fmt: skip
@@ -35,6 +35,7 @@ USE_TRANSFORMERS = {
     "oisd/rollout/sampling.py",
     "oisd/rollout/continuous.py",
     "oisd/arithmetic.py",
+    "oisd/scratch.py",
     "oisd/optimizer.py",
     "oisd/warmup.py",
     "oisd/cli.py",

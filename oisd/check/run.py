@@ -17,6 +17,8 @@ from oisd.check import data, model, rollouts, tokenizer
 from oisd.check.findings import Finding, attempted
 from oisd.check.settings import has_data, settings_of
 from oisd.config import TrainConfig
+from oisd.data import Example
+from oisd.data.problems import load_problems
 from oisd.lens import LayerLens, summarise, without_boundary
 from oisd.models.guards import guard_tokens
 from oisd.models.layout import find_layout, unwrap
@@ -27,7 +29,7 @@ from oisd.rewards import RewardFunction, load_reward
 from oisd.run.folder import command_folder
 from oisd.run.model_guards import clearest
 from oisd.run.processes import device_named
-from oisd.schema import naming
+from oisd.schema import is_scratch, naming
 
 # What the lens reads: enough for the rule, little enough for a vocabulary of 150,000 on a CPU.
 _LENS_TEXTS, _LENS_TOKENS = 2, 32
@@ -49,7 +51,9 @@ def run_check(path: str, given: CheckRun) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what they would say has a row of its own
-            policy = load_for_training(loading, seed=config.run.seed, device=device)
+            policy = load_for_training(
+                loading, seed=config.run.seed, device=device, examples=_read_by(config, given)
+            )
             policy.model.eval()
             findings = [*_all_rows(policy, config, given, reward)]
     finally:
@@ -65,6 +69,14 @@ def run_check(path: str, given: CheckRun) -> dict[str, Any]:
     file = folder / "check.json"
     file.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return {**report, "rows": findings, "file": str(file)}
+
+
+def _read_by(config: TrainConfig, given: CheckRun) -> list[Example]:
+    """The problems that the tokenizer of a model from scratch is made from."""
+    if not (is_scratch(config.model.path) and has_data(given)):
+        return []
+    parts = [config.data, *([config.eval] if config.eval.source else [])]
+    return [e for part in parts for e in load_problems(part.source or "", part, config.run.seed)]
 
 
 def _all_rows(

@@ -20,7 +20,9 @@ from oisd.data import catalogue, files
 from oisd.data.catalogue import BOXED, DataSet, Source
 from oisd.data.examples import DataError, Example, Message, permutation, prompt_indices
 from oisd.data.prompts import EncodedPrompts, check_vocabulary, encode_prompts, render_prompt
+from oisd.data.reasoning import is_reasoning, reasoning_examples
 from oisd.data.sums import arithmetic_examples
+from oisd.data.tasks import is_task, task_examples
 from oisd.rewards.answers import last_boxed
 
 __all__ = [
@@ -48,7 +50,8 @@ def load_examples(
     source: a name of `oisd.data.catalogue`, such as "math500", or "math500:folder" for its rows
         from a file or folder here; a .jsonl, .json or .parquet file; a folder, saved by
         `datasets.save_to_disk` or of data files; "arithmetic" or "arithmetic:digits=2",
-        the built-in task; otherwise a Hub id.
+        the built-in task; a task of `oisd.data.tasks`, such as "multiplication:digits=3", or
+        of `oisd.data.reasoning`, "reasoning-gym:chain_sum?min_terms=3"; otherwise a Hub id.
     split: name of the split. A file is one split, whatever it is called; "train[:100]" works
         wherever `datasets.load_dataset` reads.
     prompt_field, answer_field: columns; dots reach into structs ("extra_info.answer"). A prompt is
@@ -62,21 +65,27 @@ def load_examples(
     """
     if limit is not None and limit < 1:
         raise DataError(f"load_examples: limit must be at least 1, got {limit}")
+    columns = {
+        "prompt_field": prompt_field,
+        "answer_field": answer_field,
+        "answer_pattern": answer_pattern,
+        "subset": subset,
+    }
     if source == "arithmetic" or source.startswith("arithmetic:"):
         match = re.fullmatch(r"arithmetic(?::digits=(\d+))?", source)
         if match is None:
             raise DataError(
                 f'{source}: the built-in task is written "arithmetic" or "arithmetic:digits=2"'
             )
-        _refuse_unused(
-            source,
-            "the built-in task",
-            prompt_field=prompt_field,
-            answer_field=answer_field,
-            answer_pattern=answer_pattern,
-            subset=subset,
-        )
+        _refuse_unused(source, "the built-in task", **columns)
         return arithmetic_examples(int(match[1] or 2), split=split, limit=limit, seed=seed)
+
+    if is_task(source):
+        _refuse_unused(source, "the built-in task", **columns)
+        return task_examples(source, split=split, limit=limit, seed=seed)
+    if is_reasoning(source):
+        _refuse_unused(source, "a source of reasoning-gym", **columns)
+        return reasoning_examples(source, split=split, limit=limit, seed=seed)
 
     if not source:
         raise DataError("load_examples: the source is empty; pass a file, a folder or a Hub id")

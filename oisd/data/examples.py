@@ -30,6 +30,8 @@ class Example:
     prompt: str | tuple[Message, ...]
     answer: str
     id: str
+    solution: str = ""
+    """The completion that a warm-up trains on, where it is not the answer alone."""
 
 
 def prompt_indices(step: int, count: int, num_examples: int, seed: int) -> list[int]:

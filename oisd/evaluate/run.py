@@ -18,7 +18,7 @@ from typing import Any
 
 from rich.progress import Progress as Bar
 
-from oisd.config import ConfigError
+from oisd.config import ConfigError, require_grader
 from oisd.data import PAPER_SYSTEM_PROMPT, Example, catalogue, encode_prompts
 from oisd.data.problems import load_problems
 from oisd.evaluate import Evaluation, evaluate, in_order, read_all
@@ -56,6 +56,8 @@ def run(model: str, config: EvalRun) -> list[dict[str, Any]]:
     that cannot be used, and what loading the model raises.
     """
     check_settings(config)
+    for source in config.benchmark or [config.data]:
+        require_grader("--reward", config.reward, source)
     if config.threads:
         import torch
 

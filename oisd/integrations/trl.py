@@ -44,6 +44,7 @@ from oisd.integrations.alignment import (
 )
 from oisd.integrations.model_guards import guard_model
 from oisd.integrations.trl_rewards import math_reward as math_reward
+from oisd.integrations.trl_rewards import reasoning_gym_reward as reasoning_gym_reward
 from oisd.integrations.trl_shares import Shares
 from oisd.integrations.versions import Versions
 from oisd.losses import Mean, Metrics, add_metrics

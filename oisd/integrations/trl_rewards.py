@@ -1,4 +1,4 @@
-"""The grader of mathematics with the signature of TRL's reward functions.
+"""Graders with the signature of TRL's reward functions: of mathematics, of reasoning-gym's tasks.
 
 Imports nothing of TRL, so that a worker that is sent the function starts fast.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from oisd.rewards import MathReward, last_boxed
+from oisd.rewards import MathReward, ReasoningGymReward, last_boxed
 
 _COLUMNS = "solution", "answer"  # of gold answers, the first that there is
 
@@ -65,6 +65,42 @@ def math_reward(
     for i, reward in zip(chosen, found, strict=True):
         rewards[i] = reward
     return rewards
+
+
+def reasoning_gym_reward(
+    completions: Sequence[Any],
+    *,
+    answer: Sequence[str],
+    options: str = "",
+    log_metric: Callable[[str, float], None] | None = None,
+    **columns: Any,
+) -> list[float]:
+    r"""The graders of reasoning-gym's tasks as a reward function of TRL.
+
+    completions: texts, or lists of messages, of which the assistant's last one is graded.
+    answer: the data set's column "answer", with those of `oisd.data.load_examples` for a source
+        "reasoning-gym:...".
+    options: "shaped", "whole" or "whole+shaped" (`oisd.rewards.reasoning`), as in
+        `functools.partial(reasoning_gym_reward, options="shaped")`; by default 1.0 where the last
+        `\boxed{}` is right, else 0.0.
+    log_metric: TRL's; gets frac_timeouts, the share of completions whose grading took too long.
+    columns: not used.
+
+    Grades in a pool of workers of each process, 5 s per answer. Raises ValueError for lists of
+    different lengths and where reasoning-gym is not installed, RewardError for other answers.
+    """
+    grader = _reasoning_grader(f"reasoning-gym:{options}" if options else "reasoning-gym")
+    before = grader.timeouts
+    texts = [_text(completion, i) for i, completion in enumerate(completions)]
+    rewards = grader(texts, list(answer))
+    if log_metric is not None and texts:
+        log_metric("frac_timeouts", (grader.timeouts - before) / len(texts))
+    return rewards
+
+
+@cache
+def _reasoning_grader(name: str) -> ReasoningGymReward:
+    return ReasoningGymReward(name)
 
 
 @cache

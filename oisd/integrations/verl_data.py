@@ -16,10 +16,16 @@ from typing import Any
 
 from datasets import Dataset
 
-from oisd.config import ProblemsConfig, TrainConfig, load_recipe
+from oisd.config import ProblemsConfig, RewardConfig, TrainConfig, load_recipe
 from oisd.data import Example, Message
 from oisd.data.problems import load_problems
-from oisd.rewards import MathReward
+from oisd.rewards import (
+    MathReward,
+    ReasoningGymReward,
+    RewardFunction,
+    is_reasoning_reward,
+    load_reward,
+)
 
 _grading = threading.Lock()
 
@@ -35,13 +41,16 @@ def write_data(config: TrainConfig, folder: str | Path) -> list[Path]:
         examples = load_problems(part.source, part, config.run.seed)
         path = Path(folder) / f"{name}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [_row(example, part.source, config.data.system_prompt) for example in examples]
+        given = config.data.system_prompt, config.reward
+        rows = [_row(example, part.source, *given) for example in examples]
         Dataset.from_list(rows).to_parquet(str(path))
         written.append(path)
     return written
 
 
-def _row(example: Example, source: str, system_prompt: str | None) -> dict[str, Any]:
+def _row(
+    example: Example, source: str, system_prompt: str | None, reward: RewardConfig
+) -> dict[str, Any]:
     prompt = example.prompt
     turns = [Message("user", prompt)] if isinstance(prompt, str) else [*prompt]
     if system_prompt and all(turn.role != "system" for turn in turns):
@@ -50,25 +59,33 @@ def _row(example: Example, source: str, system_prompt: str | None) -> dict[str, 
         "data_source": source,
         "prompt": [turn._asdict() for turn in turns],
         "reward_model": {"style": "rule", "ground_truth": example.answer},
-        "extra_info": {"id": example.id},
+        "extra_info": {"id": example.id, "reward": reward.function, "timeout": reward.timeout},
     }
 
 
-@lru_cache(maxsize=1)
-def _grader() -> MathReward:
+@lru_cache(maxsize=4)
+def _grader(name: str, timeout_s: float) -> RewardFunction:
     # verl grades in its own processes (reward.num_workers), each of which gets one worker.
-    return MathReward(workers=1)
+    if name in ("math", "math_verify"):
+        return MathReward(timeout_s, workers=1)
+    if is_reasoning_reward(name):
+        return ReasoningGymReward(name, timeout_s, workers=1)
+    return load_reward(name, timeout_s)
 
 
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: Any = None, **_: Any
 ) -> float:
-    r"""1.0 where the last `\boxed{}` of the response equals the answer, else 0.0; verl's signature.
+    r"""What the response earns by the recipe's `reward.function`; verl's signature.
 
-    See `oisd.rewards.math_reward`. verl calls it from several threads, which wait for each other.
+    extra_info: as `write_data` writes it; without a reward in it, `oisd.rewards.math_reward`.
+
+    verl calls it from several threads, which wait for each other.
     """
+    given = extra_info or {}
     with _grading:
-        return _grader()([solution_str], [ground_truth])[0]
+        grader = _grader(given.get("reward", "math"), given.get("timeout", 5.0))
+        return grader([solution_str], [ground_truth])[0]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from oisd.config import ConfigError
-from oisd.schema import one_line
+from oisd.schema import is_scratch, one_line, scratch_sizes
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,18 @@ SHAPES = {
 def model_shape(path: str) -> Shape:
     """The shape of a model, from its configuration if that is on this machine, or from `SHAPES`.
 
-    path: folder, Hub id, or "arithmetic". Downloads nothing. Raises ConfigError.
+    path: folder, Hub id, "arithmetic", or "scratch:...", counted without the words of its data.
+        Downloads nothing. Raises ConfigError.
     """
     if path == "arithmetic":
         from oisd.arithmetic import arithmetic_model
 
         return shape_of(arithmetic_model().config, "the built-in model")
+    if is_scratch(path):
+        from oisd.scratch import scratch_model, scratch_tokenizer
+
+        blank = scratch_model(scratch_sizes(path), scratch_tokenizer())
+        return shape_of(blank.config, "model.path")
     from transformers import AutoConfig
 
     try:

@@ -19,24 +19,32 @@ Partial credit and format rewards are left out on purpose. Write your own functi
 name it `module:function`, see `load_reward`.
 """
 
+import json
 import math
 
 from oisd.rewards.answers import last_boxed, same_string
 from oisd.rewards.function import RewardError, RewardFunction, check_batch
 from oisd.rewards.grading import MAX_BOX_CHARACTERS, MathReward
+from oisd.rewards.reasoning import ReasoningGymReward, is_reasoning_reward
+from oisd.rewards.steps import CountdownReward, FinalReward, countdown_reward, final_reward
 from oisd.rewards.user import UserReward
 
 __all__ = [
     "MAX_BOX_CHARACTERS",
     "BoxedStringReward",
+    "CountdownReward",
     "ExactReward",
+    "FinalReward",
     "MathReward",
+    "ReasoningGymReward",
     "RewardError",
     "RewardFunction",
     "UserReward",
     "boxed_string_reward",
     "check_answers",
+    "countdown_reward",
     "exact_reward",
+    "final_reward",
     "last_boxed",
     "load_reward",
     "math_reward",
@@ -60,6 +68,10 @@ class ExactReward(RewardFunction):
     def __call__(self, completions: list[str], answers: list[str]) -> list[float]:
         return exact_reward(completions, answers)
 
+
+_OWN = {
+    reward.name: reward for reward in (BoxedStringReward, ExactReward, FinalReward, CountdownReward)
+}
 
 _shared: MathReward | None = None
 
@@ -121,9 +133,11 @@ def exact_reward(completions: list[str], answers: list[str]) -> list[float]:
 def load_reward(name: str, timeout_s: float = 5.0) -> RewardFunction:
     """The reward function of this name: `(completions, answers) -> one float each`.
 
-    name: "math" (or "math_verify"), "boxed_string", "exact", or "module:function" of your own,
-        importable from the current directory; it runs in its own worker process and must return
-        one finite number per completion.
+    name: "math" (or "math_verify"), "boxed_string", "exact", "final" (what follows the last "="),
+        "countdown" (its steps), "reasoning-gym" (the task's own grader, with options as in
+        `oisd.rewards.reasoning`), or "module:function" of your own, importable from the current
+        directory; it runs in its own worker process and must return one finite number per
+        completion.
     timeout_s: seconds, > 0: for "math" per answer, which then earns 0.0; for your own function per
         batch (importing its module, up to 60 s, does not count).
 
@@ -134,14 +148,14 @@ def load_reward(name: str, timeout_s: float = 5.0) -> RewardFunction:
         raise ValueError(f"load_reward: timeout_s must be positive and finite, got {timeout_s}")
     if name in ("math", "math_verify"):
         return MathReward(timeout_s)
-    if name == "boxed_string":
-        return BoxedStringReward()
-    if name == "exact":
-        return ExactReward()
+    if is_reasoning_reward(name):
+        return ReasoningGymReward(name, timeout_s)
+    if name in _OWN:
+        return _OWN[name]()
     module, colon, function = name.partition(":")
     if not (module and colon and function):
         raise ValueError(
-            'load_reward: wanted "math", "boxed_string", "exact" or "module:function", '
-            f"got {name!r}"
+            f'load_reward: wanted "math", {", ".join(json.dumps(own) for own in _OWN)}, '
+            f'"reasoning-gym" or "module:function", got {name!r}'
         )
     return UserReward(name, timeout_s)

@@ -26,6 +26,7 @@ import torch
 
 from oisd import adapters
 from oisd.data import Example
+from oisd.rewards import is_reasoning_reward
 
 # Of a model's folder: what decides over its outputs. Not the trainer's state, nor a model card.
 _SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".py", ".txt"}
@@ -99,14 +100,23 @@ def of_model(path: str) -> Record:
 
 
 def of_examples(examples: Iterable[Example]) -> str:
-    """Digest of the problems, their order, and their answers."""
-    rows = [json.dumps(astuple(example), ensure_ascii=False, default=str) for example in examples]
+    """Digest of the problems, their order, their answers and solutions."""
+    rows = [json.dumps(_row(example), ensure_ascii=False, default=str) for example in examples]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
+def _row(example: Example) -> tuple[Any, ...]:
+    row = astuple(example)
+    # Without a solution as before there were any, so that earlier records stay good.
+    return row if example.solution else row[:-1]
 
 
 def of_reward(name: str) -> str:
     """Digest of the source of a reward: the user's module, or our own graders."""
     module, _, function = name.partition(":")
+    own = is_reasoning_reward(name)
+    if own:
+        module, function = "oisd.rewards", ""
     path = [*sys.path]
     try:
         sys.path.insert(0, os.getcwd())  # as the processes that grade do
@@ -119,6 +129,8 @@ def of_reward(name: str) -> str:
     source = Path(found.origin)
     files = [source] if function else sorted(source.parent.rglob("*.py"))
     digest = hashlib.sha256(name.encode())
+    if own:
+        digest.update((_version("reasoning-gym") or "none").encode())
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()

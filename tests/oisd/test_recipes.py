@@ -84,9 +84,30 @@ def octothinker(size: str, layer: int) -> dict[str, dict[str, Any]]:
     }
 
 
+CHAIN_SUM = "reasoning-gym:chain_sum?min_terms=3&max_terms=3&min_digits=1&max_digits=1"
+
 # What each recipe is: its base here, and the settings, apart from the folder, that differ from it.
 FROM: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "arithmetic-grpo": ("arithmetic", {"oisd": GRPO}),
+    "scratch-chain-sum": (
+        "scratch-modular", {
+            "data": {"source": CHAIN_SUM, "limit": 1500},
+            "rollout": {"max_completion_tokens": 8},
+            "reward": {"function": "reasoning-gym"},
+            "warmup": {"stop_at": 0.25},
+            "eval": {"source": CHAIN_SUM},
+        },
+    ),
+    "scratch-multiplication": (
+        "scratch-modular", {
+            "data": {"source": "multiplication:digits=2,by=2"},
+            "rollout": {"prompts_per_step": 32},
+            "optimizer": {"learning_rate": 4e-4},
+            "run": {"steps": 60},
+            "warmup": {"stop_at": 0.2},
+            "eval": {"source": "multiplication:digits=2,by=2"},
+        },
+    ),
     "qwen3-4b-grpo": ("qwen3-4b", {"oisd": GRPO}),
     "qwen3-4b-think": ("qwen3-4b", {"oisd": {"attention_weight": 0.0}}),
     "qwen3-4b-attention": ("qwen3-4b", {"oisd": {"think_weight": 0.0}}),
@@ -117,7 +138,7 @@ FROM: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "octothinker-8b", {"oisd": GRPO, "grpo": {"internal_layer": 31, "internal_steps": 30}}
     ),
 }  # fmt: skip
-# The two that have no base: what differs from the defaults.
+# The three that have no base: what differs from the defaults.
 WHOLE: dict[str, dict[str, dict[str, Any]]] = {
     "arithmetic": {
         "data": {"source": "arithmetic:digits=2", "max_prompt_tokens": 16},
@@ -131,6 +152,23 @@ WHOLE: dict[str, dict[str, dict[str, Any]]] = {
         "run": {
             "steps": 400, "save_every": 100, "grad_norm_every": 5, "tokens_per_microbatch": 8192,
             "threads": 1, "device": "cpu",
+        },
+    },
+    "scratch-modular": {
+        "model": {"path": "scratch:layers=6,width=168,heads=4"},
+        "data": {"source": "modular:terms=12,modulus=7", "max_prompt_tokens": 64},
+        "rollout": {"prompts_per_step": 16, "max_completion_tokens": 32},
+        "reward": {"function": "final"},
+        "grpo": {"minibatches": 2},
+        "oisd": {"student_layers": (3,)} | GRPO,
+        "optimizer": {"learning_rate": 1e-4, "schedule": "cosine"},
+        "warmup": {"steps": 1500, "stop_at": 0.1, "batch_size": 32, "learning_rate": 2e-3},
+        "eval": {
+            "source": "modular:terms=12,modulus=7", "limit": 96, "samples": 4, "every": 20,
+        },
+        "run": {
+            "steps": 40, "save_every": 0, "tokens_per_microbatch": 8192, "threads": 1,
+            "device": "cpu",
         },
     },
     "qwen3-4b": {
@@ -157,10 +195,11 @@ def test_what_each_recipe_is(recipe):
         base, changes = FROM[recipe.stem]
         config = load_recipe(ROOT / "recipes" / f"{base}.toml")
     run = changes.get("run", {}) | {"output_dir": f"runs/{recipe.stem}"}
-    for table, values in {**changes, "run": run}.items():
-        part = dataclasses.replace(getattr(config, table), **values)
-        config = dataclasses.replace(config, **{table: part})
-    assert load_recipe(recipe) == config
+    parts = {
+        table: dataclasses.replace(getattr(config, table), **values)
+        for table, values in {**changes, "run": run}.items()
+    }
+    assert load_recipe(recipe) == dataclasses.replace(config, **parts)
 
 
 def write(folder, **recipes: str) -> None:

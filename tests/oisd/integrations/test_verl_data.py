@@ -45,3 +45,16 @@ def test_scores_from_several_threads():
             threads.map(lambda text: compute_score("any", text, "\\frac{1}{2}", None), answers)
         )
     assert found == [1.0, 1.0, 0.0, 0.0]
+
+
+def test_scores_are_those_of_the_recipes_reward(tmp_path):
+    tables = {
+        "data": {"source": "running_sum:terms=3", "limit": 2},
+        "reward": {"function": "final"},
+    }
+    (path,) = write_data(from_tables(tables), tmp_path)
+    row = Dataset.from_parquet(str(path)).to_list()[0]
+    gold = row["reward_model"]["ground_truth"]
+    texts = [f"1={gold}", gold[:-1], f"\\boxed{{{gold}}}"]
+    found = [compute_score("any", text, gold, row["extra_info"]) for text in texts]
+    assert found == [1.0, 0.0, 0.0]

@@ -93,7 +93,7 @@ def test_user_function_with_wrong_values(user):
 BAD_NAMES = {
     "no_colon": (
         f"{MODULE}.length",
-        '"boxed_string", "exact" or "module:function"',
+        '"countdown", "reasoning-gym" or "module:function"',
     ),
     "empty": ("", "module:function"),
     "no_module": (":length", "module:function"),
