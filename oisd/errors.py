@@ -12,9 +12,9 @@ def is_explained(error: Exception) -> bool:
     """Whether the message tells the user enough, so that a traceback would be noise."""
     from oisd.data import DataError
     from oisd.models import UnsupportedModelError
+    from oisd.objective import NonFiniteError
     from oisd.rewards import RewardError
     from oisd.run.folder import RunFolderError
-    from oisd.trainer import NonFiniteError
 
     return isinstance(
         error, RunFolderError | DataError | UnsupportedModelError | RewardError | NonFiniteError
