@@ -103,7 +103,7 @@ def test_config_imports_the_standard_library_alone():
     assert len(files) == 2
     for file in files:
         assert packages(file) <= {"oisd", *STANDARD_LIBRARY}
-    assert {name.split(".")[1] for name in own} == {"schema"}
+    assert {name.split(".")[1] for name in own} == {"config", "schema"}
 
 
 @pytest.mark.parametrize("file", OISD)
