@@ -1,7 +1,7 @@
 """GRPO, each alignment alone, and both: several seeds of each on the built-in arithmetic task.
 
-    python -m benchmarks.study [--seeds 0 1 2] [--out runs/study] [--results benchmarks/results]
-                               [-- --run.steps 20 ...]
+    python -m benchmarks.demonstration [--seeds 0 1 2] [--out runs/demonstration]
+                                       [--results benchmarks/results] [-- --run.steps 20 ...]
 
 Every arm trains the same recipe, recipes/arithmetic.toml; only the two weights differ. For a seed,
 all arms start from the same warmed-up model, see the same problems in the same order, and are
@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--results", type=Path, default=None, help="folder for study.jsonl")
+    parser.add_argument("--out", type=Path, default=Path("runs/demonstration"))
+    parser.add_argument("--results", type=Path, default=None, help="folder for demonstration.jsonl")
     options = parser.parse_args(arguments[:split])
     overrides = arguments[split + 1 :]
     # By seeds, so that an interrupted study has complete seeds.
@@ -69,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = {arm: [outcome(run_folder(options.out, arm, s)) for s in options.seeds] for arm in ARMS}
     table = markdown(found)
     print(table)
-    (options.out / "study.md").write_text(table, encoding="utf-8")
-    draw(options.out, options.seeds, options.out / "study.png")
+    (options.out / "demonstration.md").write_text(table, encoding="utf-8")
+    draw(options.out, options.seeds, options.out / "demonstration.png")
     if options.results:
-        path = options.results / "study.jsonl"
+        path = options.results / "demonstration.jsonl"
         path.unlink(missing_ok=True)
         rows = [{"arm": arm, "seed": seed, **row} for arm, outcomes in found.items()
                 for seed, row in zip(options.seeds, outcomes, strict=True)]  # fmt: skip
