@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from oisd.config import ConfigError, TrainConfig, from_tables, load_recipe, to_tables
-from oisd.schema import nearest, one_line, recipe_path, require, require_device, with_none_spelled
+from oisd.errors import from_outside, is_explained, is_refusal, of_defect, shortened
+from oisd.schema import nearest, recipe_path, require, require_device, with_none_spelled
 
 _USAGE = """\
 usage: oisd train [RECIPE] [--show] [--table.key value ...]
@@ -100,12 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, ConfigError):
             print(f"oisd: {' '.join(str(error).split())}", file=sys.stderr)
             return 2
-        if _is_explained(error):
+        if is_explained(error):
             print(f"oisd: {error}", file=sys.stderr)
-            return 2 if _is_refusal(error) else 1
+            return 2 if is_refusal(error) else 1
         if debug:
             raise
-        print(f"oisd: {_from_outside(error) or _of_defect(error)}", file=sys.stderr)
+        print(f"oisd: {from_outside(error) or of_defect(error)}", file=sys.stderr)
         return 1
 
 
@@ -115,38 +114,6 @@ def _discard_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):  # no file of its own, as in a test
         pass
-
-
-def _from_outside(error: Exception) -> str:
-    """What a machine or an installation lacks, in one line; "" for another error."""
-    reason = _shortened(error)
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return (
-            f"out of memory: {reason}; take a smaller batch size or number of tokens, or see "
-            f"`oisd plan`"
-        )
-    if isinstance(error, ImportError):
-        return f"a package is missing or broken: {reason}"
-    if isinstance(error, OSError):
-        return f"{type(error).__name__}: {reason}"
-    return ""
-
-
-def _of_defect(error: Exception) -> str:
-    """One line about an error that nobody foresaw; its traceback goes into a file."""
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="oisd-traceback-", suffix=".txt", delete=False, encoding="utf-8"
-    ) as file:
-        traceback.print_exception(error, file=file)
-    return (
-        f"unexpected {type(error).__name__}: {_shortened(error)}; its traceback is in {file.name} "
-        f"(--debug shows it at once)"
-    )
-
-
-def _shortened(error: Exception) -> str:
-    text = one_line(error)
-    return text if len(text) <= 300 else text[:299] + "\u2026"
 
 
 def _quiet() -> None:
@@ -282,6 +249,7 @@ def _check(arguments: Sequence[str]) -> int:
     text = "What to know of a model and its data before a run; exit status 1 if a row fails."
     model, config = _parse_model(arguments, "check", CheckRun, text)
     from oisd.check.run import run_check
+    from oisd.check.settings import options_named
     from oisd.check.table import findings_table, verdict
 
     console = _console(width_elsewhere=200)
@@ -289,6 +257,9 @@ def _check(arguments: Sequence[str]) -> int:
         report = run_check(model, config)
     rows = report["rows"]
     console.print(findings_table(f"oisd check: {model}", rows))
+    if options := options_named(row.remedy for row in rows):
+        said = ", ".join(f"{key} is {name}" for key, name in options.items())
+        console.print(f"the settings are those of a run; here {said}", markup=False)
     console.print(f"{verdict(rows)}; {report['file']}", markup=False, soft_wrap=True)
     failed = [row.name for row in rows if row.status == "fail"]
     if failed:
@@ -321,13 +292,13 @@ def _compare(arguments: Sequence[str]) -> int:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(
-                f"{folder} holds a summary.json that is not an evaluation's: {_shortened(error)}"
+                f"{folder} holds a summary.json that is not an evaluation's: {shortened(error)}"
             ) from error
     try:
         _print_benchmarks(runs, out)
     except (KeyError, TypeError, IndexError) as error:
         raise ConfigError(
-            f"{' '.join(options)}: a summary.json there lacks or has changed {_shortened(error)}; "
+            f"{' '.join(options)}: a summary.json there lacks or has changed {shortened(error)}; "
             f"run that evaluation again"
         ) from error
     return 0
@@ -483,26 +454,6 @@ def _print_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
     print(title)
     for name, value in rows:
         print(f"  {name:<{width}}  {value}")
-
-
-def _is_explained(error: Exception) -> bool:
-    """Whether the message tells the user enough, so that a traceback would be noise."""
-    from oisd.data import DataError
-    from oisd.models import UnsupportedModelError
-    from oisd.rewards import RewardError
-    from oisd.run.folder import RunFolderError
-    from oisd.trainer import NonFiniteError
-
-    return isinstance(
-        error, RunFolderError | DataError | UnsupportedModelError | RewardError | NonFiniteError
-    )
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether nothing was done, because what a folder holds is not what was asked for."""
-    from oisd.run.folder import OtherRunError
-
-    return isinstance(error, OtherRunError)
 
 
 if __name__ == "__main__":

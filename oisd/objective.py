@@ -18,7 +18,7 @@ from oisd.losses import Metrics
 from oisd.models import Taps, Unembedding, UnsupportedModelError, last_logits_only
 from oisd.policy import Policy
 from oisd.rollout.sampling import row_keys, uniform
-from oisd.run.model_guards import as_settings
+from oisd.run.model_guards import as_setting
 from oisd.sharding import release, rounds, shard
 from oisd.weights import Weights
 from oisd_kernels import linear_logprob
@@ -70,7 +70,7 @@ class Objective:
                     attention_teacher=align.attention_teacher,
                 )
         except UnsupportedModelError as error:
-            raise UnsupportedModelError(as_settings(str(error))) from error
+            raise error.reworded(as_setting) from error
         except ValueError as error:  # names the argument of Taps, which is called as the setting is
             setting = f"oisd.{str(error).removeprefix('Taps: ')}"
             setting = setting if internal is None else f"grpo.internal_layer: {error}"
@@ -91,8 +91,7 @@ class Objective:
                 with self.policy.autocast():
                     model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         except UnsupportedModelError as error:
-            remedy = " or set model.dropout to 0" if "dropout" in str(error) else ""
-            raise UnsupportedModelError(f"oisd.attention_kernel: {error}{remedy}") from error
+            raise error.reworded(as_setting) from error
 
     def split(self) -> None:
         """Split the model over all processes, which then run each forward together."""

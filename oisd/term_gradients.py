@@ -5,9 +5,9 @@ because a sharded parameter is known to autograd in no other way. The sum's back
 same graph and is the same to the bit with and without this. GRPO's gradient needs no backward: it
 is the sum's less the weighted terms'.
 
-Memory is bounded. Of a model of more than `MOST_NUMBERS` trained numbers only every n-th number of
-a gradient is kept, with a prime n, so that all rows and columns have their part; norms are then
-estimates from tens of millions of numbers. Sharded gradients are kept whole.
+Memory is bounded. Of more than `MOST_NUMBERS` trained numbers, those of a process's part where
+processes share one model, only every n-th number of a gradient is kept, with a prime n, so that all
+rows and columns have their part; norms are then estimates from tens of millions of numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from oisd.run.processes import Processes
-from oisd.sharding import backward_alone, whole
+from oisd.sharding import backward_alone, own_part
 
 MOST_NUMBERS = 1 << 25  # of each gradient that is kept: 128 MiB in float32
 _STRIDES = 1, 3, 7, 17, 37, 79, 163, 331, 673, 1361, 2729
@@ -55,8 +55,10 @@ class TermGradients:
         self._kept: dict[str, list[Tensor | None]] = {
             name: [None] * len(self.parameters) for name in names
         }
-        entire = entire or any(isinstance(p, DTensor) for p in self.parameters)
+        self._sharded = any(isinstance(p, DTensor) for p in self.parameters)
         size = 0 if entire else sum(p.numel() for p in self.parameters)
+        if self._sharded:
+            size //= optimizer.processes.size
         fitting = (n for n in _STRIDES if size <= n * MOST_NUMBERS)
         self._stride = next(fitting, _STRIDES[-1])
 
@@ -112,7 +114,8 @@ class TermGradients:
             kept[i] = found if self._stride == 1 else found.clone()
 
     def _part(self, gradient: Tensor) -> Tensor:
-        return gradient if self._stride == 1 else gradient.flatten()[:: self._stride]
+        own = own_part(gradient)
+        return own if self._stride == 1 else own.flatten()[:: self._stride]
 
     def norms(self, weights: Mapping[str, float], dtype: torch.dtype) -> dict[str, float]:
         """The norm of each loss's gradient over all processes, unweighted; GRPO's in any case.
@@ -125,6 +128,7 @@ class TermGradients:
             0, unless that gradient was measured by itself.
         """
         found, processes = {}, self._optimizer.processes
+        summed = self._optimizer.sum_over_processes
         for name, kept in self._kept.items():
             # A parameter that this process's rows do not reach may be reached by another's.
             reached = zip(*processes.gather([part is not None for part in kept]), strict=True)
@@ -132,10 +136,10 @@ class TermGradients:
                 if anywhere and kept[i] is None:
                     kept[i] = torch.zeros_like(self._part(self.parameters[i].detach()))
             held = [part for part in kept if part is not None]
-            found[name] = self._optimizer.sum_over_processes(held)
+            found[name] = self._norm(held) if self._sharded else summed(held)
         if "grpo" not in found:
-            total = _norm([self._part(p.grad) for p in self.parameters if p.grad is not None])
-            rest = _norm(self._rest(weights))
+            parts = [self._part(p.grad) for p in self.parameters if p.grad is not None]
+            total, rest = self._norm(parts), self._norm(self._rest(weights))
             rounding = max(_LEAST_ROUNDING, 8 * torch.finfo(dtype).eps) * total
             found["grpo"] = torch.where(rest > rounding, rest, 0.0)
         device = self.parameters[0].device
@@ -143,6 +147,15 @@ class TermGradients:
         processes.broadcast([together])  # what follows from them must not differ by a rounding
         scaled = (together * sqrt(self._stride)).tolist()
         return dict(zip(found, scaled, strict=True))
+
+    def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The norm of gradients that are sums already; of all parts, where processes have parts."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not self._sharded:
+            return norm
+        square = norm.to(self.parameters[0].device).square()
+        self._optimizer.processes.sum_([square])
+        return square.sqrt()
 
     def _rest(self, weights: Mapping[str, float]) -> list[Tensor]:
         """The sum's gradient less the weighted ones here, which are overwritten."""
@@ -157,7 +170,3 @@ class TermGradients:
                     left = part.mul_(-weights[name]).add_(left)
             rest.append(left)
         return rest
-
-
-def _norm(gradients: Sequence[Tensor]) -> Tensor:
-    return whole(torch.nn.utils.get_total_norm(gradients))

@@ -13,10 +13,12 @@ from oisd.config import TrainConfig
 from oisd.models import Taps, UnsupportedModelError
 from oisd.models import guards as cheap
 from oisd.models import thorough_guards as thorough
+from oisd.models.attending import Probe
 from oisd.models.head import softcapped
 from oisd.models.layout import find_layout, unwrap
+from oisd.models.refusals import WITHOUT_ATTENTION
 from oisd.policy import Policy
-from oisd.run.model_guards import as_settings, clearest
+from oisd.run.model_guards import as_setting, clearest
 
 _PART = "model"
 
@@ -47,13 +49,15 @@ def layout_rows(policy: Policy) -> Iterator[Finding]:
 def taps_rows(policy: Policy, config: TrainConfig, layers: Sequence[int]) -> Iterator[Finding]:
     """Lens and attention of the student layers against what the model itself gives."""
     with clearest(policy):
-        taps, reason = _taps(policy.model, config, layers)
+        taps, refused = _taps(policy.model, config, layers)
         yield _lens_row(policy, taps)
-    if reason:
-        weighted = config.oisd.attention_weight > 0
-        status: Status = "fail" if weighted else "warn"
-        remedy = "set oisd.attention_weight = 0: the think term needs none" if weighted else ""
-        yield Finding(_PART, "attention", status, reason, remedy=remedy)
+    if refused:
+        reason = refused.reason if isinstance(refused, UnsupportedModelError) else str(refused)
+        if config.oisd.attention_weight:
+            remedy = _remedy(refused)
+            yield Finding(_PART, "attention", "fail", reason, remedy=remedy)
+        else:
+            yield Finding(_PART, "attention", "warn", reason)
         return
     ids = cheap.guard_tokens(policy.model, 16)[None]
     with clearest(policy), torch.no_grad(), taps:
@@ -71,14 +75,22 @@ def taps_rows(policy: Policy, config: TrainConfig, layers: Sequence[int]) -> Ite
     yield Finding(_PART, "attention", "pass", "; ".join(filter(None, words)))
 
 
-def _taps(model: Any, config: TrainConfig, layers: Sequence[int]) -> tuple[Taps, str]:
+def _taps(model: Any, config: TrainConfig, layers: Sequence[int]) -> tuple[Taps, ValueError | None]:
     """Taps with attention, or without it and the reason."""
     own, teacher = config.oisd.attention_student, config.oisd.attention_teacher
+    probe = Probe(model)
     try:
-        return Taps(model, layers, attention_student=own, attention_teacher=teacher), ""
-    except (UnsupportedModelError, ValueError) as error:
-        reason = as_settings(str(error)).removesuffix("; set oisd.attention_weight = 0")  # a remedy
-        return Taps(model, layers, attention=False), reason
+        chosen = {"attention_student": own, "attention_teacher": teacher}
+        return Taps(probe, layers, **chosen), None
+    except ValueError as error:
+        return Taps(probe, layers, attention=False), error
+
+
+def _remedy(refused: ValueError) -> str:
+    others = refused.remedies if isinstance(refused, UnsupportedModelError) else ()
+    said = [as_setting(remedy) for remedy in others if remedy != WITHOUT_ATTENTION]
+    said.append(f"{as_setting(WITHOUT_ATTENTION)}: the think term needs none")
+    return ", or ".join(said)
 
 
 def _named(layers: Sequence[int]) -> str:

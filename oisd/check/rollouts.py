@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -49,16 +50,20 @@ def sampling_rows(
     off = replace(config, oisd=AlignmentConfig(think_weight=0.0, attention_weight=0.0))
     objective = Objective(policy, off)
     short = replace(config.rollout, max_completion_tokens=most)
-    for engine in engines:
-        try:
-            with Sampler(policy).ready() as ready:
-                made = ready.roll_out(repeated, rows, short, seed=config.run.seed, engine=engine)
-        except (ValueError, RuntimeError) as error:
+    results: dict[str, Completions | Exception] = {}
+    with Sampler(policy).ready() as ready:
+        for engine in engines:
+            options: Any = {"seed": config.run.seed, "engine": engine}
+            try:
+                results[engine] = ready.roll_out(repeated, rows, short, **options)
+            except (ValueError, RuntimeError) as error:
+                results[engine] = error
+    for engine, made in results.items():
+        if isinstance(made, Exception):
             asked = config.rollout.engine == engine
-            reason = one_line(error)
             remedy = 'set rollout.engine = "generate"' if asked else ""
             status = "fail" if asked else "warn"
-            yield Finding(_PART, f"sampler {engine}", status, reason, remedy=remedy)
+            yield Finding(_PART, f"sampler {engine}", status, one_line(made), remedy=remedy)
             continue
         found.append(Sampled(repeated, made, size))
         nothing = torch.zeros(len(repeated))

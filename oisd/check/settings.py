@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Any
 
 from oisd.config import TrainConfig, from_tables, load_recipe, to_tables
@@ -64,6 +66,13 @@ def settings_of(model: str, given: CheckRun) -> TrainConfig:
     if given.layer is not None:
         tables["oisd"]["student_layers"] = [given.layer]
     return from_tables(tables, where="command line")
+
+
+def options_named(texts: Iterable[str]) -> dict[str, str]:
+    """The options of `oisd check` for those settings of a run that the texts name."""
+    said = {word for text in texts for word in re.findall(r"[a-z]+\.[a-z_]+", text)}
+    own = KEYS | {"layer": "oisd.student_layers"}
+    return {key: option(name) for name, key in own.items() if key in said}
 
 
 def has_data(given: CheckRun) -> bool:

@@ -128,7 +128,7 @@ def reasoning_examples(
 
     split: "train" or "test".
     limit: number of problems of all tasks together, shared out by weight; None: 2,000. A task with
-        fewer different questions gives all it has, and a warning.
+        fewer different questions gives what it has found, and a warning.
     Answers are JSON: the right answer, the task with its settings, and what its grader needs.
     Raises DataError for an unknown task or setting, a setting of the wrong type or that the task
     refuses, a task that cannot be trained on, and where reasoning-gym is not installed.

@@ -9,8 +9,8 @@ V vocabulary, S student layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from oisd import losses
 from oisd.config import AlignmentConfig
 from oisd.losses import Metrics
-from oisd.models import AttentionPair, Taps, pack_padded
+from oisd.models import AttentionPair, Taps, UnsupportedModelError, pack_padded
 from oisd.models.layout import is_partitioned
 
 # Options of `oisd train` alone. A weight that keeps a share needs the gradient of each loss apart,
@@ -79,6 +79,18 @@ def reduced_means(metrics: Metrics, reduce: Callable[[Tensor], Any]) -> dict[str
     pairs = [torch.stack([metrics[name].total, metrics[name].count]).float() for name in names]
     sums = reduce(torch.stack(pairs)).tolist()
     return {n: total / count for n, (total, count) in zip(names, sums, strict=True) if count}
+
+
+@contextmanager
+def refused_in_words_of(options: Mapping[str, str]) -> Iterator[None]:
+    """Refusals of `Taps` within say how to set what helps there.
+
+    options: by the name of an option of `oisd.models.refusals.Remedy`.
+    """
+    try:
+        yield
+    except UnsupportedModelError as error:
+        raise error.reworded(lambda remedy: options.get(remedy.option, str(remedy))) from error
 
 
 def _whole(parameter: Tensor | None) -> Tensor | None:

@@ -40,6 +40,7 @@ from oisd.integrations.alignment import (
     alignment_losses,
     gathered,
     reduced_means,
+    refused_in_words_of,
 )
 from oisd.integrations.model_guards import guard_model
 from oisd.integrations.trl_rewards import math_reward as math_reward
@@ -67,6 +68,7 @@ _LOOK_AT = Settings(
     timeouts="look at the load of the machine",
     weight="look at {}_weight",
     larger_weight="raise {0}_weight to about {1} for 10 %",
+    gold="look at the column of gold answers, and at math_reward's column=",
 )
 
 LensNorm = Literal["final", "none"]
@@ -314,7 +316,8 @@ class OISDTrainer(GRPOTrainer):
         if self._taps is not None:
             return self._taps
         align = self.alignment
-        with self.accelerator.autocast():
+        words = {"attention": "set attention_weight=0"}
+        with self.accelerator.autocast(), refused_in_words_of(words):
             self._taps = Taps(
                 self._base,
                 student_layers=align.student_layers,
@@ -430,6 +433,7 @@ class OISDTrainer(GRPOTrainer):
                 entropy=value("entropy"),
                 timeouts=value("frac_timeouts"),
                 shares={t: share for t in TERMS if (share := value(f"share/{t}")) is not None},
+                gold=value("frac_gold"),
             )
         )
 

@@ -33,7 +33,8 @@ def math_reward(
     prompts: not used.
     column: name of the column of gold answers, as in `functools.partial(math_reward,
         column="final_answer")`; by default "solution", else "answer".
-    log_metric: TRL's; gets frac_timeouts, the share of completions whose grading took too long.
+    log_metric: TRL's; gets frac_gold, the share of completions that have a gold answer, and
+        frac_timeouts, the share of those whose grading took too long.
     columns: the data set's columns, one value a completion. A gold answer is a string, of which the
         last box counts if it has one, or a number.
 
@@ -56,8 +57,10 @@ def math_reward(
     grader = _grader()
     before = grader.timeouts
     found = grader([texts[i] for i in chosen], [answers[i] or "" for i in chosen])
-    if log_metric is not None and chosen:
-        log_metric("frac_timeouts", (grader.timeouts - before) / len(chosen))
+    if log_metric is not None and texts:
+        log_metric("frac_gold", len(chosen) / len(texts))
+        if chosen:
+            log_metric("frac_timeouts", (grader.timeouts - before) / len(chosen))
     rewards: list[float | None] = [None] * len(texts)
     for i, reward in zip(chosen, found, strict=True):
         rewards[i] = reward

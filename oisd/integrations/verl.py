@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor
 
 from oisd import losses
 from oisd.config import AlignmentConfig, from_tables
-from oisd.integrations.alignment import OF_THE_TRAINER, reduced_means
+from oisd.integrations.alignment import OF_THE_TRAINER, reduced_means, refused_in_words_of
 from oisd.integrations.versions import Versions
 from oisd.losses import Metrics, add_metrics
 from oisd.models import Taps
@@ -64,6 +64,11 @@ from verl.workers.engine.base import EngineRegistry  # noqa: E402  # pyright: ig
 from verl.workers.engine.fsdp import FSDPEngineWithLMHead  # noqa: E402  # pyright: ignore
 from verl.workers.utils.padding import no_padding_2_padding  # noqa: E402  # pyright: ignore
 
+_REMEDIES = {
+    "attention": "set +actor_rollout_ref.actor.fsdp_config.oisd.attention_weight=0",
+    "attn_implementation": "set +actor_rollout_ref.model.override_config.attn_implementation=eager",
+    "lens_norm": "set +actor_rollout_ref.actor.fsdp_config.oisd.lens_norm=final",
+}
 _PARAMETERS = {
     agg_loss: ["loss_mat", "loss_mask", "loss_agg_mode", "dp_size", "batch_num_tokens"]
     + ["global_batch_size", "loss_scale_factor"],
@@ -334,7 +339,7 @@ class OISDEngine(FSDPEngineWithLMHead):
         if not self.engine_config.forward_only:
             _warn_of_dropout(unwrap(self.module))
         if self._align.active:
-            with self._autocast():
+            with self._autocast(), refused_in_words_of(_REMEDIES):
                 self._taps = self._make_taps()
             if self._taps.attention_words and self.rank == 0:
                 print(self._taps.attention_words)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from oisd.models import Taps, UnsupportedModelError, last_logits_only
-from oisd.models.layout import Layout, find_layout, first_tensor, unwrap
+from oisd.models.attending import Probe
+from oisd.models.layout import Layout, first_tensor
 from oisd_kernels import linear_logprob
 from oisd_kernels.lens.logit_lens import lens_with_top
 
@@ -72,7 +73,8 @@ class LayerLens:
     ):
         self.model, self.lens_norm, self.boundary = model, lens_norm, boundary
         self.divergence, self.beta = divergence, beta
-        self.layout: Layout = find_layout(unwrap(model))
+        self.probe = Probe(model)
+        self.layout: Layout = self.probe.layout
         self.num_layers = len(self.layout.layers)
         if self.num_layers < 2:
             raise UnsupportedModelError(
@@ -80,7 +82,7 @@ class LayerLens:
                 f"final one; {type(self.layout.model).__name__} has {self.num_layers}"
             )
         below = range(1, self.num_layers)
-        self.taps = Taps(model, student_layers=below, attention=False, lens_norm=lens_norm)
+        self.taps = Taps(self.probe, below, attention=False, lens_norm=lens_norm)
 
     @torch.no_grad()
     def __call__(self, token_ids: Sequence[int], picture: int = 0) -> Lens:

@@ -17,7 +17,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from oisd.models import AttentionPair, Taps, comparable_layers, last_logits_only
+from oisd.models import AttentionPair, Taps, last_logits_only
+from oisd.models.attending import Probe
 from oisd_kernels import attention_divergence
 
 
@@ -43,14 +44,22 @@ class LayerAttention:
     heads cannot be compared with its heads, are left out.
 
     divergence: of `oisd_kernels.attention_divergence`.
+    probe: of the model, where it was probed before.
     Raises UnsupportedModelError if no layer's attention can be compared, and ValueError for a layer
     outside 1..L-1.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], divergence: str = "jsd"):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[int],
+        divergence: str = "jsd",
+        probe: Probe | None = None,
+    ):
         self.model, self.divergence = model, divergence
-        able, teacher = comparable_layers(model, layers)
-        self.taps = Taps(model, student_layers=able, attention=True, divergence=divergence)
+        probe = probe or Probe(model)
+        able, teacher = probe.comparable(layers)
+        self.taps = Taps(probe, able, divergence=divergence)
         last = teacher == self.taps.num_layers
         self.final = "final layer" if last else f"layer {teacher}"
 

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from oisd.lens.attention import AttentionOverlap, LayerAttention
 from oisd.lens.page import write_page
 from oisd.lens.plots import Picture, plot_attention, plot_compare, plot_layers, plot_lens
 from oisd.models import UnsupportedModelError
+from oisd.models.refusals import Remedy
 from oisd.options import LookRun
 from oisd.policy import Policy, load_for_command
 from oisd.run import provenance
@@ -67,11 +69,11 @@ def run_lens(model: str, config: LookRun) -> dict[str, Any]:
             tokens = _decode_each(policy, texts[0])
             layers = range(1, lens.num_layers)
             try:
-                look = LayerAttention(policy.model, layers, config.divergence)
+                look = LayerAttention(policy.model, layers, config.divergence, lens.probe)
                 with policy.autocast():
                     attention = look(texts[0])
             except UnsupportedModelError as error:  # no softmax over keys: the lens needs none
-                without_attention = _as_options(error)
+                without_attention = error.worded(_as_option)
     layer = config.layer or _default_layer(summaries[0][1], depth)
     title = f"Logit lens of {names[0]}"
     made_of = _made_of(models, folder, "lens")
@@ -133,7 +135,7 @@ def run_attention(model: str, config: LookRun) -> dict[str, Any]:
             if not config.layer and not boundary:
                 summary = summarise([lens(ids) for ids in texts])
                 boundary = _default_layer(summary, lens.num_layers)
-            seen[name] = _overlap(policy, lens.num_layers, texts, config)
+            seen[name] = _overlap(lens, texts, config)
     layer = config.layer or min(boundary, depth - 1)
     first, *others = seen
     layer = seen[first].nearest(layer)
@@ -181,14 +183,13 @@ def _tracked(texts: Sequence[Any], name: str) -> Iterable[Any]:
     return track(texts, name, transient=True, disable=not sys.stdout.isatty())
 
 
-def _overlap(
-    policy: Policy, depth: int, texts: Sequence[Sequence[int]], config: LookRun
-) -> AttentionOverlap:
+def _overlap(lens: LayerLens, texts: Sequence[Sequence[int]], config: LookRun) -> AttentionOverlap:
     """Of all texts; the maps are the first one's."""
+    layers = range(1, lens.num_layers)
     try:
-        look = LayerAttention(policy.model, range(1, depth), config.divergence)
+        look = LayerAttention(lens.model, layers, config.divergence, lens.probe)
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(_as_options(error)) from error
+        raise error.reworded(_as_option) from error
     seen = [look(ids) for ids in _tracked(texts, "attention")]
     overlap = torch.cat([x.overlap for x in seen], dim=1)
     divergence = torch.cat([x.divergence for x in seen], dim=1)
@@ -314,12 +315,13 @@ def _texts(policy: Policy, config: LookRun) -> list[list[int]]:
     return prompts
 
 
-def _as_options(error: UnsupportedModelError) -> str:
-    """The message with its remedy as a command-line option; that of Taps is a call."""
-    call = 'call model.set_attn_implementation("eager")'
-    text = str(error).replace(call, "pass --attn-implementation eager")
-    # Not an option here: `oisd lens` goes on without, `oisd attention` has nothing else to show.
-    return text.replace(", or use attention=False", "").replace("; use attention=False", "")
+def _as_option(remedy: Remedy) -> str:
+    """A remedy as a command-line option, or "" where there is none.
+
+    `oisd lens` goes on without attention, and `oisd attention` has nothing else to show.
+    """
+    has = remedy.option in {field.name for field in fields(LookRun)}
+    return f"pass {option(remedy.option)} {remedy.value}" if has else ""
 
 
 def _check_layer(layer: int | None, depth: int) -> None:

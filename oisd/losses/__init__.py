@@ -113,7 +113,7 @@ def grpo_loss(
     Returns the loss (scalar) and the metrics clip_frac/low, clip_frac/high, clip_frac/dual,
     kl/old, and kl/ref, tis/weight and tis/truncated where they apply; with `rollout_logprobs` also
     kl/sampler and kl/sampler_max, the mean and the largest of exp(d) - 1 - d with d = old - rollout
-    over the tokens, whose expectation is KL(sampler || policy).
+    over the tokens, whose expectation is KL(sampler || policy), and sampler_gap, the mean |d|.
     Raises ValueError for shapes that do not fit and for log-probs that the configuration needs.
     """
     config = config or GRPOConfig()
@@ -214,7 +214,11 @@ def _sampler_metrics(old: Tensor, rollout: Tensor, mask: Tensor) -> Metrics:
     """How far the sampler is from the policy: KL(sampler || policy) by the k3 estimate."""
     gap = old.detach() - rollout
     k3 = (gap.expm1() - gap).clamp(min=0)  # which rounding alone takes below 0
-    return {"kl/sampler": Mean.over(k3, mask), "kl/sampler_max": Largest.over(k3, mask)}
+    return {
+        "kl/sampler": Mean.over(k3, mask),
+        "kl/sampler_max": Largest.over(k3, mask),
+        "sampler_gap": Mean.over(gap.abs(), mask),
+    }
 
 
 def think_loss(
@@ -318,8 +322,7 @@ def grpo_and_think_loss(
         bias, logit_softcap: of the unembedding, where the model has them.
         impl, tp_group: of `oisd_kernels.policy_head`.
 
-    Returns both losses, scalars, their metrics and entropy/policy (nats), and the weights. With
-    `rollout_logprobs` also sampler_gap, the mean distance of old from them (nats a token).
+    Returns both losses, scalars, their metrics and entropy/policy (nats), and the weights.
     Raises ValueError as the two losses and `policy_head` do.
     """
     grpo, config = grpo or GRPOConfig(), config or AlignmentConfig()
@@ -359,7 +362,6 @@ def grpo_and_think_loss(
     if rollout_logprobs is not None:
         old = head.logprob.detach() if old_logprobs is None else old_logprobs
         metrics |= _sampler_metrics(old, rollout_logprobs, everywhere)
-        metrics["sampler_gap"] = Mean.over((old - rollout_logprobs).abs())
     if len(student_hidden) > 0:
         metrics |= _think_metrics(head.stats, signed)
     rows = head.divergence

@@ -24,18 +24,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from oisd.models.attending import (
+    Probe,
     check_choice,
     choose_pairs,
-    comparable,
-    find_attention,
     reading,
     refuse_lone_sinks,
     words_on_shared_weights,
 )
-from oisd.models.attention import AttentionCall, FusedPlan, UnsupportedModelError
+from oisd.models.attention import AttentionCall, FusedPlan
 from oisd.models.inline import with_bias
 from oisd.models.layout import (
-    find_layout,
     first_tensor,
     head_parameters,
     is_partitioned,
@@ -43,10 +41,10 @@ from oisd.models.layout import (
     planned,
     refuse_variants,
     takes_plans,
-    unwrap,
 )
 from oisd.models.offsets import pack_padded
 from oisd.models.offsets import unpack_padded as unpack_padded
+from oisd.models.refusals import Remedy, UnsupportedModelError
 from oisd.models.tail import scaled
 from oisd_kernels import AttentionAlignment
 
@@ -101,7 +99,8 @@ class Taps:
     leaving the context drops them. `enabled = False` pauses capturing, for generation say. The
     backward may run inside the context or after it.
 
-    model: a transformers causal language model, or a wrapper of one: PEFT, DDP, torch.compile.
+    model: a transformers causal language model, or a wrapper of one: PEFT, DDP, torch.compile; or
+        the `oisd.models.attending.Probe` of one, which spares the short forwards.
     student_layers: numbers in 1..L-1, without repeats; may be empty.
     attention: whether to keep queries and keys; this does not change the model's outputs.
     lens_norm: "final" applies the final norm before the unembedding (the logit lens), and whatever
@@ -129,7 +128,7 @@ class Taps:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Probe,
         student_layers: Sequence[int] = (6,),
         attention: bool = True,
         lens_norm: str = "final",
@@ -148,7 +147,8 @@ class Taps:
             )
         if lens_norm not in ("final", "none"):
             raise ValueError(f'Taps: lens_norm must be "final" or "none", got {lens_norm!r}')
-        self._layout = find_layout(unwrap(model))
+        probe = model if isinstance(model, Probe) else Probe(model)
+        self._layout = probe.layout
         self.num_layers = len(self._layout.layers)
         self.student_layers = tuple(student_layers)
         for layer in self.student_layers:
@@ -162,7 +162,8 @@ class Taps:
         if lens_norm == "none" and self.student_layers and not self._layout.plain:
             raise UnsupportedModelError(
                 f"Taps: the layers of {type(self._layout.model).__name__} return several streams, "
-                f'which its head cannot read as they are; use lens_norm="final"'
+                f"which its head cannot read as they are",
+                Remedy("lens_norm", "final"),
             )
         # A layer that does not run on text (cross-attention to images) changes nothing there.
         ran = [n for n, runs in enumerate(self._layout.runs, 1) if runs]
@@ -186,12 +187,14 @@ class Taps:
             except ValueError as error:
                 raise ValueError(f"Taps: {error}") from None
         self._kernel, self._divergence, self._beta = attention_kernel, divergence, beta
-        self._find_attention(*chosen)
+        self._find_attention(probe, *chosen)
         self._open: ExitStack | None = None
         self._capturing = self._wants_grad = False
         self.clear()
 
-    def _find_attention(self, student: Sequence[int] | None, teacher: int | None) -> None:
+    def _find_attention(
+        self, probe: Probe, student: Sequence[int] | None, teacher: int | None
+    ) -> None:
         """Which layers the attention term compares, and how they compute it."""
         self.attention_layers: tuple[tuple[int, int], ...] = ()
         self.attention_words = ""
@@ -201,7 +204,7 @@ class Taps:
         # Without a student there is nothing to compare the teacher's attention with.
         if not self._attention or not self.student_layers:
             return
-        found = find_attention(self._layout)
+        found = probe.attention
         pairs = choose_pairs(found, self.student_layers, student, teacher)
         refuse_lone_sinks(found, pairs, self._divergence)
         shared = words_on_shared_weights(self._layout, pairs)
@@ -230,7 +233,8 @@ class Taps:
             raise UnsupportedModelError(
                 f'Taps: attention_kernel="fused" must have student layers whose window is no wider '
                 f"than the last layer's, in a model that hands its arguments on to its attention, "
-                f'got layers {students} of which {[*fusable]} can; use "auto"'
+                f"got layers {students} of which {[*fusable]} can",
+                Remedy("attention_kernel", "auto"),
             )
         return fusable
 
@@ -450,17 +454,6 @@ class Taps:
             student.sink,
             None if teacher.sink is None else teacher.sink.detach(),
         )
-
-
-def comparable_layers(model: nn.Module, layers: Sequence[int]) -> tuple[list[int], int]:
-    """Those of `layers` whose attention can be compared with the last one that attends; its number.
-
-    Layers outside 1..L-1 are kept, for `Taps` to refuse. Raises UnsupportedModelError if none can.
-    """
-    layout = find_layout(unwrap(model))
-    known = [layer for layer in layers if layer in range(1, len(layout.layers))]
-    able, teacher = comparable(find_attention(layout), known)
-    return [layer for layer in layers if layer in able or layer not in known], teacher
 
 
 def _queries_and_keys(call: AttentionCall) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -24,12 +25,14 @@ from oisd.models.inline import watched
 from oisd.models.layout import (
     Layout,
     attended,
+    find_layout,
     is_causal_softmax,
     learned_positions,
     refuse_variants,
+    unwrap,
 )
-from oisd.models.offsets import UnsupportedModelError
 from oisd.models.probe import eval_mode, probe_ids
+from oisd.models.refusals import WITHOUT_ATTENTION, Remedy, UnsupportedModelError
 
 # "attention" is the legacy name of full attention; "hybrid" has one attention beside a Mamba.
 _KINDS = ("full_attention", "sliding_attention", "attention", "hybrid")
@@ -42,7 +45,7 @@ class Found(NamedTuple):
     calls: list[AttentionCall]
     inline: bool  # whether the layer computes its attention itself
     apart: str  # how it attends otherwise than over all or a window of its keys; "" if it does not
-    problem: str  # why Taps cannot take its attention; "" if it can
+    problem: UnsupportedModelError | None  # why Taps cannot take its attention
 
     @property
     def attends(self) -> bool:
@@ -102,7 +105,7 @@ def find_attention(layout: Layout) -> dict[int, Found]:
         if len(own) == 1 and layer in windows:
             own = [own[0]._replace(window=windows[layer])]
         apart = _apart(layout.layers[layer - 1], kind, own)
-        problem = "" if apart else _problem(layout, layer, kind, own)
+        problem = None if apart else _problem(layout, layer, kind, own)
         found[layer] = Found(own, not calls[layer], apart, problem)
     return found
 
@@ -156,53 +159,64 @@ def _apart(module: nn.Module, kind: str | None, calls: Sequence[AttentionCall]) 
     return "" if kind is None or kind in _KINDS else f"attends in an unknown way{known}"
 
 
-def _problem(layout: Layout, layer: int, kind: str | None, calls: Sequence[AttentionCall]) -> str:
-    """Why Taps cannot take a layer's attention, or ""."""
+def _problem(
+    layout: Layout, layer: int, kind: str | None, calls: Sequence[AttentionCall]
+) -> UnsupportedModelError | None:
+    """Why Taps cannot take a layer's attention, or None."""
     names = [name for name, _ in layout.layers[layer - 1].named_parameters()]
     if len(calls) > 1 or any(".lambda_" in name for name in names):
         count = len(calls) if len(calls) > 1 else "several"
-        return (
+        return UnsupportedModelError(
             f"Taps: layer {layer} must attend once over all or a window of its keys, and it "
-            f"computes {count} attentions; use attention=False"
+            f"computes {count} attentions",
+            WITHOUT_ATTENTION,
         )
     (call,) = calls
     try:
         refuse_variants(layer, call)
     except UnsupportedModelError as error:
-        return str(error)
+        return error.with_traceback(None)
     if kind == "sliding_attention" and call.window is None:
-        return f"Taps: layer {layer} does not say how wide its window is"
-    if not is_causal_softmax(call):
-        return (
-            f"Taps: layer {layer}'s attention ({call.implementation}) is not the causal softmax of "
-            f"its queries and keys; it has a mask, bias or factor of its own; use attention=False"
+        return UnsupportedModelError(
+            f"Taps: layer {layer} does not say how wide its window is", WITHOUT_ATTENTION
         )
-    return ""
+    if not is_causal_softmax(call):
+        return UnsupportedModelError(
+            f"Taps: layer {layer}'s attention ({call.implementation}) is not the causal softmax of "
+            f"its queries and keys; it has a mask, bias or factor of its own",
+            WITHOUT_ATTENTION,
+        )
+    return None
 
 
-def mismatch(found: Mapping[int, Found], student: int, teacher: int) -> str:
-    """Why two layers cannot be compared, or ""."""
+def mismatch(
+    found: Mapping[int, Found], student: int, teacher: int
+) -> UnsupportedModelError | None:
+    """Why two layers cannot be compared, or None."""
     for layer in (teacher, student):
         if found[layer].apart:
-            return f"Taps: layer {layer} {found[layer].apart}; use attention=False"
-        if found[layer].problem:
-            return found[layer].problem
+            return UnsupportedModelError(
+                f"Taps: layer {layer} {found[layer].apart}", WITHOUT_ATTENTION
+            )
+        if problem := found[layer].problem:
+            return problem
     own, last = found[student].calls[0], found[teacher].calls[0]
     heads, wanted = own.q.shape[1], last.q.shape[1]
     if heads != wanted:
         same = [n for n in _attending(found) if found[n].calls[0].q.shape[1] == heads]
-        return (
+        return UnsupportedModelError(
             f"Taps: layer {student} has {heads} query heads and layer {teacher}, the teacher, "
             f"{wanted}: heads are compared one to one; choose layers of equal numbers by "
-            f"attention_student or attention_teacher (layers with {heads}: {_listed(same)}), or "
-            f"use attention=False"
+            f"attention_student or attention_teacher (layers with {heads}: {_listed(same)})",
+            WITHOUT_ATTENTION,
         )
     if own.softcap != last.softcap:
-        return (
+        return UnsupportedModelError(
             f"Taps: layer {student} must have the softcap of layer {teacher}, the teacher, got "
-            f"{own.softcap} and {last.softcap}; use attention=False"
+            f"{own.softcap} and {last.softcap}",
+            WITHOUT_ATTENTION,
         )
-    return ""
+    return None
 
 
 def _attending(found: Mapping[int, Found]) -> list[int]:
@@ -236,7 +250,7 @@ def choose_pairs(
     pairs = tuple((layer, teacher) for layer in chosen)
     for student, _ in pairs:
         if problem := mismatch(found, student, teacher):
-            raise UnsupportedModelError(problem)
+            raise problem
     usual = all(pair == (n, depth) for pair, n in zip(pairs, students, strict=True))
     return Pairs(pairs, "" if usual else _words(found, students, pairs))
 
@@ -246,22 +260,38 @@ def _teacher(found: Mapping[int, Found]) -> int:
     if not able:
         raise UnsupportedModelError(
             f"Taps: no layer attends by one softmax over all or a window of its keys: layer "
-            f"{depth} {found[depth].apart}; use attention=False"
+            f"{depth} {found[depth].apart}",
+            WITHOUT_ATTENTION,
         )
     return able[-1]
 
 
-def comparable(found: Mapping[int, Found], layers: Sequence[int]) -> tuple[list[int], int]:
-    """Those of `layers` whose attention can be compared with the teacher's, and its layer.
+class Probe:
+    """What short forwards find out about a model, each run once, for any number of `Taps`.
 
-    Raises UnsupportedModelError if there is none, with the reason of the last one asked for.
+    model: what `Taps` takes. Raises UnsupportedModelError for a layout that is not understood.
     """
-    teacher = _teacher(found)
-    below = [layer for layer in layers if layer < teacher]
-    able = [layer for layer in below if not mismatch(found, layer, teacher)]
-    if below and not able:
-        raise UnsupportedModelError(mismatch(found, below[-1], teacher))
-    return able, teacher
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layout = find_layout(unwrap(model))
+
+    @cached_property
+    def attention(self) -> dict[int, Found]:
+        return find_attention(self.layout)
+
+    def comparable(self, layers: Sequence[int]) -> tuple[list[int], int]:
+        """Those of `layers` whose attention can be compared with the teacher's, and its layer.
+
+        Layers outside 1..L-1 are kept, for `Taps` to refuse. Raises UnsupportedModelError if there
+        is none, with the reason of the last one asked for.
+        """
+        teacher = _teacher(self.attention)
+        known = [layer for layer in layers if layer in range(1, len(self.layout.layers))]
+        below = [layer for layer in known if layer < teacher]
+        able = [layer for layer in below if not mismatch(self.attention, layer, teacher)]
+        if below and not able:
+            raise mismatch(self.attention, below[-1], teacher) or AssertionError
+        return [layer for layer in layers if layer in able or layer not in known], teacher
 
 
 def refuse_lone_sinks(found: Mapping[int, Found], pairs: Pairs, divergence: str) -> None:
@@ -272,7 +302,8 @@ def refuse_lone_sinks(found: Mapping[int, Found], pairs: Pairs, divergence: str)
             raise UnsupportedModelError(
                 f"Taps: layers {student} and {teacher} must both have an attention sink or "
                 f"neither, as {divergence} is infinite otherwise, got one at layer "
-                f'{student if own else teacher} alone; use divergence="jsd"'
+                f"{student if own else teacher} alone",
+                Remedy("divergence", "jsd"),
             )
 
 
@@ -315,7 +346,8 @@ def _nearest(found: Mapping[int, Found], student: int, teacher: int) -> int:
     remedy = f"the nearest possible is layer {near}, by attention_student; " if near else ""
     raise UnsupportedModelError(
         f"Taps: layer {student} must attend once by softmax over all or a window of its keys, or "
-        f"one below it must: {reason}; {remedy}choose another student layer, or use attention=False"
+        f"one below it must: {reason}; {remedy}choose another student layer",
+        WITHOUT_ATTENTION,
     )
 
 

@@ -30,7 +30,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from oisd.models.offsets import UnsupportedModelError, offsets_mask, offsets_of_forward
+from oisd.models.offsets import offsets_mask, offsets_of_forward
+from oisd.models.refusals import Remedy, UnsupportedModelError
 from oisd_kernels import AttentionAlignment, flash_attention
 from oisd_kernels.attention.implementation import choose
 
@@ -96,8 +97,9 @@ class FusedPlan:
             if self.wanted == "auto":
                 return None
             raise UnsupportedModelError(
-                f'Taps: layer {layer} cannot have attention_kernel="fused": {obstacle}; use '
-                f'"separate"'
+                f'Taps: layer {layer} cannot have attention_kernel="fused": {obstacle}',
+                Remedy("attention_kernel", "separate"),
+                *([Remedy("dropout", 0)] if options.get("dropout") else []),
             )
         q, k, v = as_attended(q, k, v)
         out, lse = _flash(q, k, v, options, self.cu_seqlens, self.alignments[layer])

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from oisd.models.attention import UnsupportedModelError
+from oisd.models.refusals import UnsupportedModelError
 
 
 class HeadForm(NamedTuple):

@@ -35,7 +35,6 @@ from oisd.models.head import (
     scale_and_softcap,
     softcapped,
 )
-from oisd.models.offsets import UnsupportedModelError
 from oisd.models.probe import (
     Probe,
     decoder_of,
@@ -47,6 +46,7 @@ from oisd.models.probe import (
     probe_ids,
     run_probe,
 )
+from oisd.models.refusals import EAGER, WITHOUT_ATTENTION, UnsupportedModelError
 from oisd.models.tail import Replay, Step, Tail, find_steps
 from oisd.schema import one_line
 
@@ -230,7 +230,8 @@ def refuse_variants(layer: int, call: AttentionCall) -> None:
     if call.sink is not None and call.sink.shape != (heads,):
         raise UnsupportedModelError(
             f"Taps: layer {layer}'s attention sink must be one number a head, [{heads}], got "
-            f"{[*call.sink.shape]}; use attention=False"
+            f"{[*call.sink.shape]}",
+            WITHOUT_ATTENTION,
         )
     ignored = ""
     if call.softcap is not None:
@@ -238,10 +239,7 @@ def refuse_variants(layer: int, call: AttentionCall) -> None:
     elif call.sink is not None:
         ignored = f"the learned sink of layer {layer}'s attention"
     if ignored and "sdpa" in call.implementation:
-        raise UnsupportedModelError(
-            f'Taps: SDPA ignores {ignored}; call model.set_attn_implementation("eager"), or use '
-            f"attention=False"
-        )
+        raise UnsupportedModelError(f"Taps: SDPA ignores {ignored}", EAGER, WITHOUT_ATTENTION)
 
 
 def attended(call: AttentionCall) -> tuple[Tensor, float]:

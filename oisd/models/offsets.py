@@ -16,9 +16,7 @@ from einops import rearrange
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-
-class UnsupportedModelError(ValueError):
-    """A model that Taps does not understand; the message says what was missing or different."""
+from oisd.models.refusals import UnsupportedModelError
 
 
 def offsets_of_forward(arguments: Mapping[str, Any]) -> Tensor | None:

@@ -170,10 +170,7 @@ def memory_plan(config: TrainConfig, shape: Shape, processes: int | None = None)
         + 4 * ((s if think else 0) + 1) * shape.width * tokens
         + (0 if adapters else 4 * shape.vocabulary * shape.width),
         "attention maps": compared * tokens * rows_bytes * attention,
-        # Sharded gradients are kept whole.
-        "shares": (_share(4 * trained, shards) if sharded else 4 * min(trained, MOST_NUMBERS))
-        * (think + attention)
-        * measured,
+        "shares": 4 * min(_share(trained, shards), MOST_NUMBERS) * (think + attention) * measured,
     }
     rows = max(1, tokens // longest)
     maps = 4 * rows * shape.heads * longest**2

@@ -28,6 +28,7 @@ SHARE_ROWS = 3  # measurements that a share of the update is averaged over
 LOWEST_SHARE = 0.01
 USEFUL_SHARE = 0.1  # what the weight in the remedy gives, as `Settings.larger_weight` says
 TIMEOUT_STEPS = 3  # in a row
+NO_GOLD_STEPS = 5  # in a row, in which no completion has a gold answer
 TIMEOUT_SHARE = 0.01  # of a step's completions
 
 
@@ -42,6 +43,7 @@ class Reading:
     gap: float | None = None  # mean |log-prob of the update - of the sampler|, nats a token
     entropy: float | None = None  # of the policy, nats a token
     timeouts: float | None = None  # share of completions whose grading took too long
+    gold: float | None = None  # share of completions that have a gold answer that can be read
     # By term of the alignment: the norm of its weighted gradient over that of GRPO's. Of a term
     # that is annealed: with the weight that it began with.
     shares: Mapping[str, float] = field(default_factory=dict)
@@ -59,6 +61,7 @@ class Settings:
     timeouts: str
     weight: str  # what to look at; holds "{}" where the name of the term goes
     larger_weight: str  # what to do; holds "{0}" for the name of the term, "{1}" for the weight
+    gold: str = ""
 
 
 OURS = Settings(
@@ -106,6 +109,7 @@ class Alarms:
             **self._entropy(seen, steps),
             **self._share(seen),
             "reward_timeouts": self._timeouts(seen, steps),
+            "no_gold": self._no_gold(seen, steps),
         }
         fresh = {n: line for n, line in found.items() if line and n not in self._raised}
         self._raised.update(fresh)
@@ -207,6 +211,16 @@ class Alarms:
             f"grading took too long for {seen.timeouts:.1%} of the completions, more than "
             f"{TIMEOUT_SHARE:.0%} for {count} steps in a row; they earned 0; "
             f"{self.settings.timeouts}"
+        )
+
+    def _no_gold(self, seen: Reading, steps: int) -> str:
+        none = None if seen.gold is None else seen.gold == 0.0
+        count = self._streak("no gold", none, steps)
+        if count < NO_GOLD_STEPS:
+            return ""
+        return (
+            f"no completion of {count} steps in a row had a gold answer that can be read, so that "
+            f"none was graded; {self.settings.gold}"
         )
 
 

@@ -15,6 +15,7 @@ import torch
 from oisd.config import ConfigError, TrainConfig
 from oisd.models.guards import Guard, cheap_guards
 from oisd.models.layout import unwrap
+from oisd.models.refusals import WITHOUT_ATTENTION, Remedy
 from oisd.policy import Policy
 
 
@@ -29,14 +30,12 @@ def clearest(policy: Policy) -> AbstractContextManager[Any]:
     return nullcontext() if whole and not flash else policy.autocast()
 
 
-def as_settings(reason: str) -> str:
-    """A reason of `Taps` with its remedies as settings of a run; there they are arguments."""
-    for call, setting in (
-        ('call model.set_attn_implementation("eager")', 'set model.attn_implementation = "eager"'),
-        ("use attention=False", "set oisd.attention_weight = 0"),
-    ):
-        reason = reason.replace(call, setting)
-    return reason
+def as_setting(remedy: Remedy) -> str:
+    """What helps with a model, as a setting of a run; `Taps` names its own arguments."""
+    if remedy == WITHOUT_ATTENTION:
+        return "set oisd.attention_weight = 0"
+    table = "model" if remedy.option in ("attn_implementation", "dropout") else "oisd"
+    return remedy.as_setting(f"{table}.{remedy.option}")
 
 
 def guard_model(policy: Policy, config: TrainConfig, folder: Path | None) -> None:

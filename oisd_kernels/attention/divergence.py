@@ -110,7 +110,10 @@ def attention_divergence(
             more digits without them.
         sink: [H], or [S, H] of S layers, any float dtype: the score of one more key of each query
             head, which every query sees whatever the masks and `key_index` say, neither scaled nor
-            capped, with the value 0 (gpt-oss's learned sink). Receives gradient.
+            capped, with the value 0 (gpt-oss's learned sink). Receives gradient. At -inf its key
+            has the probability 0. A KL whose first distribution alone has that key is infinite: a
+            row then gives 1e38 or so, -log of the lowest finite number times that probability. The
+            gradient of such a forward KL is still q - p, that of a reverse KL as large.
         sink_teacher: [H], the teacher's. Receives no gradient. Of a layer without a sink, beside
             one that has it, that key has the probability 0.
         reduction: "none"; "sum"; "mean", which divides by the number of rows of weight other than 0

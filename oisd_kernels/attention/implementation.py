@@ -170,6 +170,8 @@ def backward(
     P is computed once for both. dv is None without `plain`, dsink without a sink.
     """
     pull = None if alignment is None else sinks.whole_alignment(student, alignment)
+    if plain is not None and student.sink is not None:
+        plain = plain._replace(delta=_delta(impl, plain, student.lse.dtype))
     arguments = sinks.whole(student), geometry, plain, pull
     if impl == "torch":
         dq, dk, dv = torch_impl.backward(*arguments)
@@ -183,8 +185,7 @@ def backward(
         dq, dk, dv = triton_impl.backward(*arguments)
     if student.sink is None:
         return dq, dk, dv, None
-    delta = None if plain is None else _delta(impl, plain, student.lse.dtype)
-    return dq, dk, dv, sinks.gradient(student, delta, alignment)
+    return dq, dk, dv, sinks.gradient(student, plain and plain.delta, alignment)
 
 
 def _delta(impl: str, plain: Plain, dtype: torch.dtype) -> Tensor:

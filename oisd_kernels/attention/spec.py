@@ -47,6 +47,7 @@ class Plain(NamedTuple):
     out: Tensor  # [N, H, K]
     d_out: Tensor  # [N, H, K]
     d_lse: Tensor | None = None  # [H, N]
+    delta: Tensor | None = None  # [H, N], rowsum(dO * O) - dLse, where it is known
 
 
 class Alignment(NamedTuple):

@@ -154,7 +154,7 @@ def backward(
     v, d_out, delta_rows, dv = k, q, None, dk
     if plain is not None:
         v, d_out = ready(plain.v, dtype), ready(plain.d_out, dtype)
-        delta_rows = _delta(ready(plain.out, dtype), d_out, plain.d_lse, compute)
+        delta_rows = delta(plain._replace(d_out=d_out), compute)
         dv = torch.empty_like(dk, dtype=plain.v.dtype)
     qt, kt = q, k
     if alignment is not None:
@@ -222,19 +222,18 @@ def _launches(plain: bool, alignment: Alignment | None) -> list[dict[str, Any]]:
 
 
 def delta(plain: Plain, compute: torch.dtype) -> Tensor:
-    dtype = common_dtype(plain.out, plain.d_out)
-    return _delta(ready(plain.out, dtype), ready(plain.d_out, dtype), plain.d_lse, compute)
-
-
-def _delta(out: Tensor, d_out: Tensor, d_lse: Tensor | None, compute: torch.dtype) -> Tensor:
     """rowsum(dO * O) - dLse, [H, N]."""
+    if plain.delta is not None:
+        return plain.delta.to(compute)
+    dtype = common_dtype(plain.out, plain.d_out)
+    out, d_out, d_lse = ready(plain.out, dtype), ready(plain.d_out, dtype), plain.d_lse
     N, H, K = out.shape
-    delta = out.new_empty(H, N, dtype=compute)
+    found = out.new_empty(H, N, dtype=compute)
     if N > 0:
         attention_delta_kernel[(-(-N // DELTA_ROWS), H)](
-            out, d_out, None if d_lse is None else d_lse.contiguous(), delta,
+            out, d_out, None if d_lse is None else d_lse.contiguous(), found,
             N, *strides_of(out, d_out),
             HAS_LSE=d_lse is not None, HEAD_DIM=K, BLOCK=DELTA_ROWS, BLOCK_K=rounded_up(K),
             ACC=TL[compute], num_warps=4,
         )  # fmt: skip
-    return delta
+    return found

@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointing": dict(checkpointing=True),
     "fused": {"oisd": {"attention_kernel": "fused"}},
     "sampled keys": {"oisd": {"key_window": 2, "key_stride": 3, "attention_steps": 3}},
+    "shares alone": {"run": {"grad_norm_every": 0}, "oisd": {"share_every": 1}},
     "internal policy": {
         "oisd": {"think_weight": 0.0, "attention_weight": 0.0},
         "grpo": {"internal_layer": 2, "internal_steps": 9},

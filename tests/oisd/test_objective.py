@@ -12,22 +12,18 @@ from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.batch import Batch, assemble
 from oisd.config import (
     AlignmentConfig,
-    ConfigError,
     GRPOConfig,
     OptimizerConfig,
     RunConfig,
     TrainConfig,
 )
 from oisd.losses import Metrics
-from oisd.models import UnsupportedModelError
-from oisd.models.dropout import set_dropout
 from oisd.objective import NonFiniteError, Objective, Totals
 from oisd.optimizer import Optimizer
 from oisd.policy import Policy
 from oisd.rollout import Completions
 from oisd.run.processes import Processes
 from oisd.trainer import learn
-from tests.tiny_models import tiny_model
 
 PAD, ROWS, MAX_TOKENS = 12, 11, 8
 AGGREGATIONS = ["token-mean", "sequence-mean", "dr-grpo"]
@@ -63,52 +59,6 @@ def config_of(*, tokens=10**6, aggregation="token-mean", run=None, **oisd):
         optimizer=OptimizerConfig(learning_rate=1e-2, max_grad_norm=1e9),
         run=RunConfig(tokens_per_microbatch=tokens, steps=100, **(run or {})),
     )
-
-
-def test_attention_that_cannot_be_compared_is_refused_with_the_settings_of_a_run():
-    """`Taps` speaks of its own arguments, which a recipe does not have."""
-    model = tiny_model("gemma2", attn_implementation="sdpa")
-    policy = Policy(model, arithmetic_tokenizer(), torch.float32)
-    with pytest.raises(UnsupportedModelError) as refused:
-        Objective(policy, config_of(student_layers=(2,)))
-    text = str(refused.value)
-    assert 'set model.attn_implementation = "eager", or set oisd.attention_weight = 0' in text
-    assert "attention=False" not in text and "call " not in text
-    Objective(policy, config_of(student_layers=(2,), attention_weight=0.0))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (dict(student_layers=(4,)), r"^oisd\.student_layers must lie in 1\.\.3 .*, got 4$"),
-        (
-            dict(student_layers=(2,), attention_student=(4,)),
-            r"^oisd\.attention_student must lie in 1\.\.3, below the teacher's layer 4, got 4$",
-        ),
-        (
-            dict(student_layers=(2,), attention_teacher=9),
-            r"^oisd\.attention_teacher must lie in 2\.\.4, got 9$",
-        ),
-    ],
-    ids=["student", "attention student", "attention teacher"],
-)
-def test_a_layer_that_the_model_lacks_is_named_as_its_setting(policy, options, message):
-    with pytest.raises(ConfigError, match=message):
-        Objective(policy, config_of(**options))
-
-
-def test_fused_attention_that_the_update_cannot_run_is_refused_when_the_run_is_made():
-    """Dropout is on in training mode alone, where the taps have not looked."""
-    model = arithmetic_model(0, num_hidden_layers=3, attention_dropout=0.2).train()
-    policy = Policy(model, arithmetic_tokenizer(), torch.float32)
-    fused = config_of(attention_kernel="fused", student_layers=(2,))
-    before = torch.get_rng_state()
-    with pytest.raises(UnsupportedModelError, match="oisd.attention_kernel: .*dropout to 0"):
-        Objective(policy, fused)
-    assert torch.equal(torch.get_rng_state(), before) and model.training
-    Objective(policy, config_of(attention_kernel="separate", student_layers=(2,)))
-    set_dropout(model, 0.0)
-    Objective(policy, fused)
 
 
 @pytest.fixture(scope="module")

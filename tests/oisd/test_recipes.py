@@ -101,6 +101,9 @@ FROM: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "scratch-multiplication": (
         "scratch-modular", {
             "data": {"source": "multiplication:digits=2,by=2"},
+            "rollout": {"prompts_per_step": 32},
+            "optimizer": {"learning_rate": 4e-4},
+            "run": {"steps": 60},
             "warmup": {"stop_at": 0.2},
             "eval": {"source": "multiplication:digits=2,by=2"},
         },

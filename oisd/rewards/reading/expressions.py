@@ -149,7 +149,8 @@ class ExpressionReader:
             above, _, below = self.take(), self.take(), self.take()
             if below.kind == "number" and above.value and below.value:
                 if above.value < below.value and above.places is below.places is None:
-                    return ("add", whole, ("div", num(above.value), num(below.value)))
+                    value = ("add", whole, ("div", num(above.value), num(below.value)))
+                    return ("pct", value) if self.accept("%") else value
         self.at = start
         return None
 
@@ -270,7 +271,8 @@ class ExpressionReader:
             sign = self.take().text if self.sees("^") and self.peek(1).text in "+-*" else ""
             sign += self.take().text if self.sees("+", "-", "*") and sign else ""
             if self.sees("_", "/", "[", "(", "^"):  # Z_2, Z/nZ, Q(i), R^3
-                return ("sym", name[3] + ("_" + self.raw_group() if self.accept("_") else ""))
+                name = name[3] + sign.replace("^", "")
+                return ("sym", name + ("_" + self.raw_group() if self.accept("_") else ""))
             return ("space", name[3] + sign.replace("^", ""))
         if name in ("imath", "jmath"):
             name = name[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from fractions import Fraction
 
 from oisd.rewards.reading.trees import Tree
@@ -54,6 +55,13 @@ _WHOLE: dict[str, Tree] = {
             all real values"""),
         (("space", "Z"), """all integers|integers|set of integers|set of all integers|any integer|
             every integer"""),
+        (("space", "N"), """all positive integers|positive integers|set of positive integers|
+            set of all positive integers|any positive integer|every positive integer|
+            all natural numbers|natural numbers|set of natural numbers"""),
+        (("space", "W"), """all non negative integers|non negative integers|
+            all nonnegative integers|nonnegative integers|set of nonnegative integers|
+            set of non negative integers|all whole numbers|whole numbers"""),
+        (("space", "Z-"), """all negative integers|negative integers|set of negative integers"""),
         (("space", "Q"), "all rational numbers|rational numbers|set of rational numbers"),
         (("text", "does not exist"), """dne|does not exist|limit does not exist|
             it does not exist|doesnt exist"""),
@@ -94,15 +102,53 @@ _DATE = re.compile(
     rf"|(?P<month_>{_MONTH})\.? (?P<day_>\d{{1,2}}))"
     r"(?:,? (?P<year>\d{4}))?"
 )
+_WEEKDAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+_WEEKDAY = re.compile(rf"({'|'.join(_WEEKDAYS)}),? (?=\S)")
+_MONTH_ALONE = re.compile(rf"(?P<month>{_MONTH})\.?(?:,| of)? (?P<year>\d{{4}})")
+_YEAR_FIRST = re.compile(r"(\d{4})([-/.])(\d{1,2})\2(\d{1,2})")
+_YEAR_LAST = re.compile(r"(\d{1,2})([-/.])(\d{1,2})\2(\d{4})")
 
 
 def _date(phrase: str) -> Tree | None:
-    """A day with its month in words, in either order, with or without a year."""
-    found = _DATE.fullmatch(" ".join(phrase.replace(" ,", ",").split()))
+    """A day with its month in words, in either order, with or without a year; or a month of a year.
+
+    A day of the week in front must be that of the date.
+    """
+    text = " ".join(phrase.replace(" ,", ",").split())
+    if found := _MONTH_ALONE.fullmatch(text):
+        return ("date", found["year"], found["month"][:3], None)
+    weekday = _WEEKDAY.match(text)
+    found = _DATE.fullmatch(text[weekday.end() :] if weekday else text)
     if not found:
         return None
     day, month = int(found["day"] or found["day_"]), found["month"] or found["month_"]
+    if weekday and weekday[1] != _weekday(found["year"], month[:3], day):
+        return None
     return ("date", found["year"], month[:3], day) if 1 <= day <= 31 else None
+
+
+def _weekday(year: str | None, month: str, day: int) -> str:
+    names = [name[:3] for name in _MONTHS.split()]
+    try:
+        return _WEEKDAYS[date(int(year or 0), names.index(month) + 1, day).weekday()]
+    except ValueError:
+        return ""
+
+
+def numeric_date(text: str) -> Tree | None:
+    """The date of 1776-07-04 and of 25/12/2000; None for 04/07/1776, which has two readings."""
+    if found := _YEAR_FIRST.fullmatch(text):
+        readings = {(int(found[3]), int(found[4]))}
+    elif found := _YEAR_LAST.fullmatch(text):
+        first, second = int(found[1]), int(found[3])
+        readings = {(first, second), (second, first)}
+    else:
+        return None
+    days = [(month, day) for month, day in readings if 1 <= month <= 12 and 1 <= day <= 31]
+    if len(days) != 1:
+        return None
+    year = found[1] if len(found[1]) == 4 else found[4]
+    return ("date", year, _MONTHS.split()[days[0][0] - 1][:3], days[0][1])
 
 
 def whole_phrase(text: str) -> Tree | None:

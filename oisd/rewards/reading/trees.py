@@ -12,7 +12,7 @@ Shapes, which `verdicts.compare` compares:
     ("union" | "inter" | "minus", a, b), ("space", "R"), ("rel", sides, signs), ("dots",),
     ("matrix", kind, rows), ("quantity", value, Unit), ("ratio", *numbers), ("based", digits, base),
     ("time", minutes, half of the day or None, numbers), ("choice", letter, rest or None),
-    ("date", year or None, month, day), ("text", words), ("label", words),
+    ("date", year or None, month, day or None), ("text", words), ("label", words),
     ("mod", name or None, residue, modulus)
 """
 

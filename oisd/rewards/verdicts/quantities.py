@@ -39,9 +39,21 @@ def same_quantity(gold: Tree, answer: Tree, same: Same) -> bool:
         if angle[0] == "quantity" and angle[2].is_angle and other[0] in EXPRESSIONS:
             if ("const", "π") in nodes(other) and angle[2].pi == 0:
                 return equal(("deg", times(angle[1], angle[2].factor)), other)
+    if _is_compound(gold):  # 3 h 20 min: a number alone may be of hours or of minutes
+        return False
     return same(
         gold[1] if gold[0] == "quantity" else gold, answer[1] if answer[0] == "quantity" else answer
     )
+
+
+def _is_compound(tree: Tree) -> bool:
+    """Whether a quantity was written in several units, other than those of an angle."""
+    if tree[0] != "quantity" or tree[1][0] != "add" or tree[2].is_angle:
+        return False
+    first = tree[1]
+    while first[0] == "add":
+        first = first[1]
+    return first == num(0)
 
 
 def same_percent(gold: Tree, answer: Tree, same: Same) -> bool:

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from oisd.rewards.reading.trees import Tree, has, num
 from oisd.rewards.verdicts.equality import EXPRESSIONS, equal, is_constant
-from oisd.rewards.verdicts.values import TooBig, Undefined, value
+from oisd.rewards.verdicts.values import TooBig, Undefined, exact, value
 
 _NAMES = frozenset("sym label call".split())
 
@@ -127,20 +127,17 @@ def _numbers(tree: Tree) -> Tree:
     """The set that {1, 2, 3, ...} or {..., -1, 0, 1, ...} is; another one as it stands."""
     open_below, open_above = tree[1] == ("dots",), tree[-1] == ("dots",)
     items = tree[1 + open_below : len(tree) - open_above]
-    found = [value(item) if is_constant(item) else None for item in items]
-    consecutive = len(found) >= 3 and all(
-        isinstance(n, Fraction) and n == i for i, n in enumerate(found, _first(found))
-    )
-    if not (open_above and consecutive):
+    found = [exact(item) if is_constant(item) else None for item in items]
+    if len(found) < 3 or not (open_below or open_above) or found[0] is None:
         return tree
-    if open_below:
-        return ("space", "Z") if num(0) in items else tree
-    return ("space", "N") if _first(found) == 1 else tree
-
-
-def _first(values: Sequence[object]) -> int:
-    first = values[0]
-    return int(first) if isinstance(first, Fraction) and first.denominator == 1 else 0
+    rising = found == [found[0] + i for i in range(len(found))]
+    if rising and open_above:
+        if open_below:
+            return ("space", "Z") if 0 in found else tree
+        return {1: ("space", "N"), 0: ("space", "W")}.get(int(found[0]), tree)
+    falling = [*reversed(found)] if open_below else found
+    down = falling == [-1 - i for i in range(len(found))]
+    return ("space", "Z-") if down and open_below != open_above else tree
 
 
 def items_of(tree: Tree) -> tuple[Tree, ...]:

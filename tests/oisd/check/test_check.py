@@ -9,9 +9,11 @@ from transformers import PreTrainedTokenizerFast
 
 from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.check.findings import Finding, attempted, of_guard
+from oisd.check.settings import options_named
 from oisd.cli import main
 from oisd.models.guards import Guard
 from oisd.objective import Objective
+from oisd.rollout.model_copy import ModelCopy
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<end>", "<unk>"]
 CHARACTERS = [*string.ascii_letters, *string.digits, *string.punctuation, " ", "\n"]
@@ -352,3 +354,26 @@ def test_a_fault_of_the_model_is_a_failing_row(tmp_path, check):
     assert "rollout.batch_size = 1" in rows["left padding"]["remedy"]
     assert rows["causality"]["status"] == rows["right padding"]["status"] == "pass"
     assert rows["attention"]["status"] == "fail"
+    assert rows["attention"]["remedy"] == "set oisd.attention_weight = 0: the think term needs none"
+    assert "attention_weight" not in rows["attention"]["found"]
+
+
+def test_engines_share_one_copy_in_half_precision(sums, check, monkeypatch):
+    filled = []
+    fill = ModelCopy.filled
+    monkeypatch.setattr(ModelCopy, "filled", lambda self: filled.append(1) or fill(self))
+    status, rows, _ = check(sums, "--dtype", "bfloat16", "--engine", "auto")
+    assert status == 0 and len(filled) == 1
+    engines = [rows[f"sampler {engine}"] for engine in ("generate", "continuous")]
+    assert all(row["status"] == "pass" and row["value"] > 1e-6 for row in engines)
+
+
+def test_settings_that_rows_name_are_said_as_options(sums, check, tmp_path):
+    path = rows_of(tmp_path / "d.jsonl", [{"problem": "1" * 30, "answer": "3"}] * 2)
+    fields = ["--prompt-field", "problem", "--answer-field", "answer"]
+    _, rows, printed = check(sums, "--data", path, *fields, "--max-prompt-tokens", "8")
+    assert "data.max_prompt_tokens" in rows["prompt lengths"]["remedy"]
+    assert "here data.max_prompt_tokens is --max-prompt-tokens" in " ".join(printed.split())
+    assert options_named(["set oisd.student_layers within 1..3", "set model.dropout = 0"]) == {
+        "oisd.student_layers": "--layer"
+    }

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 
+from oisd.arithmetic import arithmetic_tokenizer
 from oisd.integrations import model_guards
 from oisd.integrations.model_guards import guard_model
 from oisd.models.guards import Guard
@@ -23,6 +24,16 @@ def test_padding_without_position_ids_is_warned_of():
     """TRL's update passes none."""
     with pytest.warns(UserWarning, match="left padding.*without position ids.*Pass position_ids"):
         guard_model(other_model("gpt2"))
+
+
+def test_attention_that_cannot_be_compared_is_refused_with_the_option_that_helps(tmp_path):
+    tokens = arithmetic_tokenizer()
+    ids = dict(eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id)
+    model = tiny_model("gemma2", vocab_size=len(tokens), bos_token_id=None, **ids)
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match="SDPA ignores .*, or set attention_weight=0$"):
+        make(str(tmp_path), keywords={"model": model})
+    make(str(tmp_path), keywords={"model": model}, attention_weight=0.0)
 
 
 @pytest.mark.skipif(is_mended() is not False, reason="known to see the future in 5.10")

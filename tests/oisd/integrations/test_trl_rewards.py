@@ -179,7 +179,7 @@ def test_a_step_on_its_rewards(conversational, tmp_path):
     trainer.train()
     row = trainer.state.log_history[0]
     assert row["reward"] == 0.5 and row["rewards/math_reward/mean"] == 0.5
-    assert row["frac_timeouts"] == 0.0
+    assert row["frac_timeouts"] == 0.0 and row["frac_gold"] == 1.0
     assert row["loss/think"] != 0
     after = trainer.model.parameters()
     moved = [torch.linalg.norm(p - b) for p, b in zip(after, before, strict=True)]
@@ -234,6 +234,7 @@ HEALTHY = {"reward": 0.5, "frac_reward_zero_std": 0.3, "completions/clipped_rati
         ("entropy_low", {"entropy": 0.002}, 10),
         ("reward_timeouts", {"frac_timeouts": 0.25}, 3),
         ("think_share", {"share/think": 0.004}, 3),
+        ("no_gold", {"frac_gold": 0.0}, 5),
     ],
 )
 def test_each_quantity_of_trls_log(name, changes, step, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from oisd.cli import main
 from oisd.lens import LayerLens, Lens, _before_feed_forward, plots, summarise
 from oisd.lens.attention import LayerAttention
 from oisd.lens.plots import shown_layers, visible_controls
-from oisd.models import Taps
+from oisd.models import Taps, attending
 from oisd_kernels import reference
 from tests.tiny_models import LAYERS, TINY, VOCAB, tiny_model
 
@@ -212,6 +213,24 @@ def test_a_shallower_model_to_compare_with(tmp_path, capsys):
     capsys.readouterr()
     assert main([*command, "--layer", "3"]) == 2
     assert "--layer must lie in 1..1, below the final layer of every" in capsys.readouterr().err
+
+
+def test_a_command_probes_its_model_once(tmp_path, monkeypatch):
+    arithmetic_model(1).save_pretrained(tmp_path / "m")
+    arithmetic_tokenizer().save_pretrained(tmp_path / "m")
+    counted = Counter()
+    for name in ("find_layout", "find_attention"):
+        found = getattr(attending, name)
+
+        def count(*args, name=name, found=found):
+            counted[name] += 1
+            return found(*args)
+
+        monkeypatch.setattr(attending, name, count)
+    rest = [str(tmp_path / "m"), "--prompt", "12+34=", "--output-dir"]
+    assert main(["attention", *rest, str(tmp_path / "a")]) == 0
+    assert main(["lens", *rest, str(tmp_path / "l")]) == 0
+    assert counted == {"find_layout": 2, "find_attention": 2}
 
 
 def test_attention_that_cannot_be_read_is_said(tmp_path, capsys):

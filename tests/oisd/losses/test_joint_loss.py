@@ -71,9 +71,6 @@ def test_both_losses_at_once(on_policy, layers, impl):
     torch.testing.assert_close(both[1].double(), think.double())
     entropy = both[2].pop("entropy/policy")
     assert entropy.item() == pytest.approx(logprob.entropy.mean().item())
-    gap = both[2].pop("sampler_gap")
-    before = logprob.logprob.view(B, T) if old is None else old
-    assert gap.item() == pytest.approx((before - rollout).abs().mean().item()) and gap.item() > 0.1
     assert both[2].keys() == metrics.keys()
     for name, mean in metrics.items():
         assert both[2][name].item() == pytest.approx(mean.item(), rel=1e-6), name

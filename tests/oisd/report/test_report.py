@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from oisd.cli import main
+from oisd.config import TrainConfig
 from oisd.report import curves
 from oisd.report.curves import BUCKETS, Curve
 from oisd.report.numbers import mean_interval
@@ -254,17 +255,20 @@ def test_inside_compares_checkpoints(tmp_path):
 
     from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
     from oisd.lens import LayerLens, summarise
+    from oisd.optimizer import Optimizer
     from oisd.run.folder import RunFolder
+    from oisd.run.processes import Processes
 
     folder = write(tmp_path / "run", warmup={"steps": 1})
     run, tokenizer = RunFolder(folder), arithmetic_tokenizer()
     texts = [["2", "2"], ["40", "4"]]
     write_evaluation(folder, 40, [problem(n + 1, [1.0, 0.0], t) for n, t in enumerate(texts)])
     run.checkpoints.mkdir()
-    model = arithmetic_model(seed=0).eval()
+    model, processes = arithmetic_model(seed=0).eval(), Processes("cpu")
+    optimizer = Optimizer(model, TrainConfig(), processes)
     entropies = []
     for step in (0, 40):
-        run.save(step, model, tokenizer, {}, keep=2)
+        run.save(step, model, tokenizer, optimizer, processes, {}, keep=2)
         texts = [tokenizer(text)["input_ids"] for text in ("1+1=2", "2+2=40")]
         entropies.append(summarise([LayerLens(model)(ids) for ids in texts]).entropy)
         with torch.no_grad():

@@ -65,7 +65,9 @@ def test_the_interpreter_passes_the_long_cases():
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @outside
-@pytest.mark.parametrize("name", ["test_attention_torch", "test_flash_attention"])
+@pytest.mark.parametrize(
+    "name", ["test_attention_torch", "test_flash_attention", "test_flash_attention_arguments"]
+)
 def test_the_public_functions_pass_on_triton(name):
     """The tests that are written for every implementation."""
     file = Path(__file__).with_name(f"{name}.py")

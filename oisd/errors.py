@@ -1,0 +1,61 @@
+"""What a command says of an error: in one line if it is explained, else where its traceback is."""
+
+from __future__ import annotations
+
+import tempfile
+import traceback
+
+from oisd.schema import one_line
+
+
+def is_explained(error: Exception) -> bool:
+    """Whether the message tells the user enough, so that a traceback would be noise."""
+    from oisd.data import DataError
+    from oisd.models import UnsupportedModelError
+    from oisd.objective import NonFiniteError
+    from oisd.rewards import RewardError
+    from oisd.run.folder import RunFolderError
+
+    return isinstance(
+        error, RunFolderError | DataError | UnsupportedModelError | RewardError | NonFiniteError
+    )
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether nothing was done, because what a folder holds is not what was asked for."""
+    from oisd.run.folder import OtherRunError
+
+    return isinstance(error, OtherRunError)
+
+
+def from_outside(error: Exception) -> str:
+    """What a machine or an installation lacks, in one line; "" for another error."""
+    reason = shortened(error)
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"out of memory: {reason}; take a smaller batch size or number of tokens, or see "
+            f"`oisd plan`"
+        )
+    if isinstance(error, ImportError):
+        return f"a package is missing or broken: {reason}"
+    if isinstance(error, OSError):
+        return f"{type(error).__name__}: {reason}"
+    return ""
+
+
+def of_defect(error: Exception) -> str:
+    """One line about an error that nobody foresaw; its traceback goes into a file."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="oisd-traceback-", suffix=".txt", delete=False, encoding="utf-8"
+    ) as file:
+        traceback.print_exception(error, file=file)
+    return (
+        f"unexpected {type(error).__name__}: {shortened(error)}; its traceback is in {file.name} "
+        f"(--debug shows it at once)"
+    )
+
+
+def shortened(error: Exception) -> str:
+    """The message in one line of at most 300 characters."""
+    text = one_line(error)
+    return text if len(text) <= 300 else text[:299] + "\u2026"
