@@ -121,8 +121,9 @@ def count(grade: Grade, answers: Sequence[Answer]) -> Row:
     these are is counted too. `mistakes` lists (box, gold, right) of the differences.
     """
     found: dict[str, Any] = dict.fromkeys(
-        ("right", "wrong", "right_refused", "wrong_accepted", "skipped", "raised",
-         "integer_right", "integer_wrong", "integer_right_refused", "integer_wrong_accepted"), 0
+        ("right_answers", "wrong_answers", "right_refused", "wrong_accepted", "skipped", "raised",
+         "integer_right_answers", "integer_wrong_answers", "integer_right_refused",
+         "integer_wrong_accepted"), 0
     )  # fmt: skip
     mistakes: list[Answer] = []
     for box, gold, right in answers:
@@ -135,7 +136,7 @@ def count(grade: Grade, answers: Sequence[Answer]) -> Row:
         found["skipped"] += verdict is None
         groups = ("", "integer_") if INTEGER.fullmatch(gold) else ("",)
         for group in groups:
-            found[f"{group}{'right' if right else 'wrong'}"] += 1
+            found[f"{group}{'right' if right else 'wrong'}_answers"] += 1
             if right and not verdict:
                 found[f"{group}right_refused"] += 1
             elif verdict and not right:

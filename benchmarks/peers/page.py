@@ -74,7 +74,7 @@ Some of the answers; "yes" is a reward:
 
 
 def read(file: Path) -> list[Row]:
-    """The latest row of each part, peer and architecture.
+    """The latest row of each part, peer and architecture; absence replaces no measured row.
 
     Raises ValueError if there is no such file.
     """
@@ -83,8 +83,10 @@ def read(file: Path) -> list[Row]:
     rows: dict[tuple[str, ...], Row] = {}
     for text in file.read_text(encoding="utf-8").splitlines():
         row = json.loads(text)
-        named = (row.get(key, "") for key in ("part", "peer", "lens", "grader", "architecture"))
-        rows[tuple(named)] = row
+        keys = ("part", "peer", "lens", "grader", "architecture")
+        named = tuple(row.get(key, "") for key in keys)
+        if "absent" not in row or named not in rows:
+            rows[named] = row
     return list(rows.values())
 
 
@@ -102,8 +104,8 @@ def line(row: Row) -> str:
     if row["part"] == "cost":
         return f"{name}: {row['seconds']:.2f} s, {row['mib']:,.0f} MiB"
     return (
-        f"{name}: accepts {row['wrong_accepted']} of {row['wrong']} wrong answers, refuses "
-        f"{row['right_refused']} of {row['right']} right ones"
+        f"{name}: accepts {row['wrong_accepted']} of {row['wrong_answers']} wrong answers, refuses "
+        f"{row['right_refused']} of {row['right_answers']} right ones"
     )
 
 
@@ -208,7 +210,7 @@ def text(rows: Sequence[Row]) -> str:
         out += _COST.format(tokens=timed[0]["tokens"], rounds=rounds) + cost_table(cost)
     counted = [row for row in graders if "absent" not in row]
     if counted:
-        out += _GRADERS.format(right=f"{counted[0]['right']:,}", wrong=f"{counted[0]['wrong']:,}")
+        out += _GRADERS.format(right=f"{counted[0]['right_answers']:,}", wrong=f"{counted[0]['wrong_answers']:,}")
         out += grader_table(graders) + _EXAMPLES + example_table(graders)
     return out
 
