@@ -60,13 +60,14 @@ class Absent(Exception):
 
 def load(module: str, package: str) -> Any:
     """A peer's module; raises Absent."""
-    if why := missing(module, package):
-        raise Absent(why)
     try:
-        return importlib.import_module(module)
+        why = missing(module, package)  # this imports the package of a submodule
+        if why is None:
+            return importlib.import_module(module)
     except Exception as error:  # whatever a peer's own imports raise
         first = (str(error).splitlines() or [""])[0]
         raise Absent(f"{package} cannot be imported: {type(error).__name__}: {first}") from error
+    raise Absent(why)
 
 
 def model_of(architecture: str) -> nn.Module:

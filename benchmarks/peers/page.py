@@ -18,9 +18,10 @@ CPU. A project that is not installed is named as absent. The page is made of the
 
 ```bash
 pip install transformer-lens nnsight math-verify trl lm-eval
-pip install --no-deps verl ray                 # its scorers import little; it wants another TRL
-python -m benchmarks peers                     # or some of: lens cost graders
-python -m benchmarks peers --write-docs        # this page
+python -m benchmarks peers                                 # or some of: lens cost graders
+pip install --no-deps verl && pip install ray hydra-core codetiming tensordict==0.10.0
+python -m benchmarks peers graders                         # in an environment of verl's own
+python -m benchmarks peers --write-docs                    # this page
 ```
 
 """
@@ -49,8 +50,8 @@ are checked against float64 first.
 The time is processor time, because the machine is shared: it leaves out other work on the core, but
 not what that work does to caches and memory bandwidth, so the spread stays wide. Memory is the peak
 of resident memory beyond model and libraries. Without options TransformerLens returns all
-log-probabilities, [13, tokens, 50,257] of them if the embedding counts; with `top_k=1` it returns
-what we return, less the divergence.
+log-probabilities, which take 589 MiB here; with `top_k=1` it returns what we return, less the
+divergence. Code inside nnsight's trace does so for one layer at a time.
 
 """
 _GRADERS = """
@@ -210,7 +211,8 @@ def text(rows: Sequence[Row]) -> str:
         out += _COST.format(tokens=timed[0]["tokens"], rounds=rounds) + cost_table(cost)
     counted = [row for row in graders if "absent" not in row]
     if counted:
-        out += _GRADERS.format(right=f"{counted[0]['right_answers']:,}", wrong=f"{counted[0]['wrong_answers']:,}")
+        right, wrong = (f"{counted[0][key]:,}" for key in ("right_answers", "wrong_answers"))
+        out += _GRADERS.format(right=right, wrong=wrong)
         out += grader_table(graders) + _EXAMPLES + example_table(graders)
     return out
 

@@ -42,6 +42,14 @@ def test_a_module_whose_own_imports_fail_is_absent_with_the_reason(tmp_path, mon
         lenses.load("half_installed", "half")
 
 
+def test_a_package_that_raises_anything_is_absent(tmp_path, monkeypatch):
+    (tmp_path / "other_antlr").mkdir()
+    (tmp_path / "other_antlr" / "__init__.py").write_text("raise Exception('version 3')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Absent, match="^other cannot be imported: Exception: version 3$"):
+        lenses.load("other_antlr.scores", "other")
+
+
 def test_absent_peers_are_rows_and_no_errors(tmp_path, monkeypatch, capsys):
     peers = {"a lens": not_there}
     monkeypatch.setattr(command.lenses, "agreement", lambda own=lenses.agreement: own(peers))
