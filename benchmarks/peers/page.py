@@ -65,7 +65,8 @@ the answers are rare forms on purpose.
 
 verl's and lm-eval's scorers, like our `boxed_string`, compare normalised strings, and refuse what
 is written differently by design. `math_dapo` was made for golds that are integers, which have
-columns of their own. TRL requires well-formed LaTeX, so `\\frac12` earns nothing there.
+columns of their own. TRL requires well-formed LaTeX, so `\\frac12` earns nothing there; of the
+forms that its gold could take, `$g$` does best.
 
 math-verify's verdicts depend on the version of antlr4. With 4.9.3, which verl needs through
 omegaconf, it refuses 592 of these answers; with 4.13.2 it refuses 580. What differs is percentages.
