@@ -1,0 +1,1 @@
+"""`python -m benchmarks peers`: other projects' logit lenses and graders beside ours."""
