@@ -56,8 +56,8 @@ def main() -> None:
             f"{row['ratio']:.3f} of one  gradient norm apart {off:.1e}",
             flush=True,
         )
-    if arguments.out:
-        append(arguments.out / "sharding.jsonl", rows, describe("cpu", 1))
+        if arguments.out:
+            append(arguments.out / "sharding.jsonl", [row], describe("cpu", 1))
 
 
 def _in_processes(count: int, dtype: str, layers: int) -> dict[str, Any]:

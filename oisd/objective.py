@@ -95,7 +95,14 @@ class Objective:
 
     def split(self) -> None:
         """Split the model over all processes, which then run each forward together."""
-        shard(self.policy.model, self.taps.layers, self.policy.dtype)
+        model = self.policy.model
+        shard(model, self.taps.layers, self.policy.dtype)
+        # FSDP2 settles dtypes in the first forward, by the parameters that are trained then. That
+        # of a KL term may run without the adapters, when none is.
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=self.policy.device)
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), self.policy.autocast():
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        release(model)
 
     def sampled_by(self, engine: str) -> None:
         """Weight the tokens of that engine's rollouts as `grpo.tis_cap` says."""

@@ -93,6 +93,9 @@ class AlignmentConfig:
             require(on, key, f'"none" with oisd.{term}_weight = 0', share)
             wanted = f"at least 1 with {key}, which needs measurements"
             require(share is None or self.share_every > 0, "oisd.share_every", wanted, 0)
+            key, schedule = f"oisd.{term}_schedule", getattr(self, f"{term}_schedule")
+            on = schedule == "constant" or getattr(self, f"{term}_weight") > 0
+            require(on, key, f'"constant" with oisd.{term}_weight = 0', schedule)
 
     def _check_attention_layers(self) -> None:
         own, teacher = self.attention_student, self.attention_teacher

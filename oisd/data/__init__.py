@@ -22,7 +22,7 @@ from oisd.data.examples import DataError, Example, Message, permutation, prompt_
 from oisd.data.prompts import EncodedPrompts, check_vocabulary, encode_prompts, render_prompt
 from oisd.data.reasoning import is_reasoning, reasoning_examples
 from oisd.data.sums import arithmetic_examples
-from oisd.data.tasks import is_task, task_examples
+from oisd.data.tasks import TASKS, is_task, task_examples
 from oisd.rewards.answers import last_boxed
 
 __all__ = [
@@ -91,6 +91,10 @@ def load_examples(
         raise DataError("load_examples: the source is empty; pass a file, a folder or a Hub id")
     resolved = catalogue.resolve(source)
     known = resolved.data_set
+    if known is None and ":" in source and not Path(source).exists():
+        name = source.partition(":")[0]
+        if meant := difflib.get_close_matches(name, TASKS, n=1, cutoff=0.8):
+            raise DataError(f"{source}: no task is called {name!r}; did you mean {meant[0]!r}?")
     prompt_field = prompt_field or (known.prompt_field if known else "question")
     answer_field = answer_field or (known.answer_field if known else "answer")
     answer_pattern = answer_pattern or (known.answer_pattern if known else None)

@@ -103,7 +103,9 @@ def token_ids_of(
             found = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False)
         except Exception as error:  # tokenizers raises no class of its own
             raise DataError(
-                f"the tokenizer cannot encode a prompt or the system prompt: {error}"
+                f"the tokenizer cannot encode a prompt or the system prompt, such as {texts[0]!r}: "
+                f"{' '.join(str(error).split())}; take a model whose tokenizer has its characters; "
+                'model.path = "scratch" makes one from the data'
             ) from error
         return [list(ids) for ids in found["input_ids"]]
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from oisd.adapters import attach
+from oisd.adapters import attach, disabled
 from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.batch import Batch, assemble
 from oisd.config import TrainConfig, from_tables
@@ -138,6 +138,9 @@ def main(out: str, *names: str) -> None:
             exact = run(Objective(single, config), batch, alone, totals)["gradient"]
         objective = Objective(policy, config)
         objective.split()
+        if "lora" in case:  # as a KL term does, before anything else
+            with disabled(policy.model):
+                objective.logprobs(batch)
         first = case.get("rows") == "first"
         mine = range(ROWS)[:: processes.size] if not first else range(ROWS)
         index = [i + (0 if first else processes.rank) for i in mine]

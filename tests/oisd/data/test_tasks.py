@@ -124,3 +124,8 @@ def test_other_splits_and_columns_are_refused():
         load_examples("modular", split="validation")
     with pytest.raises(DataError, match="has no answer_field"):
         load_examples("modular", answer_field="x")
+
+
+def test_a_typo_in_a_tasks_name():
+    with pytest.raises(DataError, match="no task is called 'multiplicaton'; did you mean 'multi"):
+        load_examples("multiplicaton:digits=3")
