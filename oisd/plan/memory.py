@@ -31,7 +31,8 @@ those of the root: embedding, last norm and head.
                   parameters among them a layer's gradient c E before it is reduced, and 4 E of it
                   in float32 on its way into the reduction
     root          c R from the beginning of the forward to the end of the backward; where it is
-                  trained its gradient c R, and 4 R in float32 on its way into the reduction
+                  trained its gradient c R, and 4 R in float32 on its way into the reduction, when
+                  the unembedding's 4 V D are gone
     sampling copy 2 P in bf16 and 4 P in float32: the sampler of each process is a whole model
 
 Activations, head, maps, cache and sampling are as above; each process has its own rows. The parts
@@ -168,7 +169,8 @@ def memory_plan(config: TrainConfig, shape: Shape, processes: int | None = None)
         "activations": checkpointed if on else full,
         "head": DEFAULT_BYTES["cuda"]
         + 4 * ((s if think else 0) + 1) * shape.width * tokens
-        + (0 if adapters else 4 * shape.vocabulary * shape.width),
+        # In shards it is gone when the root's gradient is reduced, which takes as much or more.
+        + (0 if adapters or sharded else 4 * shape.vocabulary * shape.width),
         "attention maps": compared * tokens * rows_bytes * attention,
         "shares": 4 * min(_share(trained, shards), MOST_NUMBERS) * (think + attention) * measured,
     }

@@ -236,7 +236,7 @@ def test_qwen3_8b_over_four_cards_by_hand():
     assert plan.rollout["sampling copy"] == 2 * p
     assert plan.rollout["key-value cache"] == 24 * 9216 * 36 * 8 * 128 * 4
     assert plan.peak / GIB == pytest.approx(68.6, abs=0.1)  # the rollout's
-    assert (plan.held + sum(plan.update.values())) / GIB == pytest.approx(59.1, abs=0.1)
+    assert (plan.held + sum(plan.update.values())) / GIB == pytest.approx(56.8, abs=0.1)
 
 
 @pytest.mark.parametrize("model", ["qwen3-8b", "octothinker-8b"])
