@@ -137,7 +137,6 @@ def test_a_shared_model_trains_as_a_whole_one(shared_run, tmp_path):
     assert len(state) == len(alone.optimizer.parameters)
 
 
-@pytest.mark.slow
 def test_a_part_that_cannot_be_written_leaves_the_checkpoint_before(shared_run, tmp_path):
     run = tmp_path / "run"
     done = launch(run, FULL, launcher=TORCHRUN, **SHARED)

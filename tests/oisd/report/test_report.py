@@ -186,7 +186,11 @@ def test_one_run_writes_into_its_folder(tmp_path, capsys):
         (["."], "'.' is not a run of `oisd train`, because it has no config.toml"),
         (["empty"], "empty holds a run without a finished step"),
         (["run", "run/"], "is named twice"),
-        (["damaged"], "damaged/metrics.jsonl is damaged: wanted a JSON object with a step"),
+        (
+            ["damaged"],
+            "damaged/metrics.jsonl is damaged: wanted a JSON object with a step in each ",
+        ),
+        (["damaged"], "in each line, got line 2, which is not JSON"),
         (["stepless"], "stepless/metrics.jsonl is damaged"),
         (["run", "--output", "run/config.toml/x.html"], "x.html' cannot be written"),
         (["run", "--inside-texts", "0"], "--inside-texts must be at least 1, got 0"),
