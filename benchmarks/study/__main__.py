@@ -6,7 +6,8 @@
     python -m benchmarks.study --report            write the results into docs/study.md
 
 Each row goes to benchmarks/results/study_TASK.jsonl when its cell is done. A cell that was stopped
-continues from its checkpoint. Rows of another protocol than this one are refused.
+continues from its checkpoint. Rows of another protocol than this one are refused. Processes of
+their own may run different tasks at a time: `--tasks sums running` and `--tasks modular`.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ def main(argv: Sequence[str] | None = None, protocol: Protocol = STUDY) -> None:
     parser.add_argument("--list", action="store_true", help="what is done and what is missing")
     parser.add_argument("--cell", metavar="TASK/ARM/SEED", help="repeat one recorded cell")
     parser.add_argument("--report", action="store_true", help="write the results into the page")
+    parser.add_argument(
+        "--tasks", nargs="+", metavar="TASK", choices=list(protocol.tasks), default=[],
+        help="run the cells of these tasks alone",
+    )  # fmt: skip
     parser.add_argument("--minutes", type=float, help="start no cell after so many minutes")
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder of the runs")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
@@ -103,10 +108,11 @@ def run_missing(
 ) -> None:
     """Run the missing cells in their order; each row is written when its cell is done."""
     began = time.monotonic()
-    for task in protocol.tasks:
+    tasks = options.tasks or list(protocol.tasks)
+    for task in tasks:
         _drop_half_row(results_file(options.results, task))
     for cell in protocol.cells():
-        if cell in done:
+        if cell in done or cell.task not in tasks:
             continue
         if options.minutes is not None and time.monotonic() - began >= 60 * options.minutes:
             print(f"{options.minutes:g} minutes are over; {cell} is next")

@@ -197,6 +197,17 @@ def test_what_is_done_and_what_is_missing(ran, capsys):
     assert "missing  modular/both-30/1" in capsys.readouterr().out
 
 
+def test_the_tasks_that_are_named_are_run_alone(tmp_path, capsys):
+    two = replace(TINY, tasks={"other": TASK, "modular": TASK})
+    arguments = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--minutes", "0"]
+    study.main([*arguments, "--tasks", "modular"], two)
+    assert "modular/grpo/1 is next" in capsys.readouterr().out
+    study.main(arguments, two)
+    assert "other/grpo/1 is next" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        study.main([*arguments, "--tasks", "sums"], two)
+
+
 def test_no_cell_begins_after_its_time(tmp_path, capsys):
     arguments = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--minutes", "0"]
     study.main(arguments, TINY)
