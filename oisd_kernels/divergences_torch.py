@@ -22,6 +22,21 @@ import math
 import torch
 from torch import Tensor
 
+LOG2_E = math.log2(math.e)
+
+
+def exp_(x: Tensor) -> Tensor:
+    """e^x in place, off by up to |x| roundings of 1: not for the terms of a KL, which cancel.
+
+    On a CPU torch takes 2^x in a third of the time of e^x.
+    """
+    return x.mul_(LOG2_E).exp2_()
+
+
+def exp(x: Tensor, out: Tensor) -> Tensor:
+    """As `exp_`, elsewhere."""
+    return torch.mul(x, LOG2_E, out=out).exp2_()
+
 
 def row_terms(
     out: Tensor,
@@ -87,4 +102,4 @@ def _shifted(d: Tensor, beta: float) -> Tensor:
 
 
 def _log1p_exp_neg_abs(x: Tensor, out: Tensor) -> Tensor:
-    return torch.abs(x, out=out).neg_().exp_().log1p_()
+    return exp_(torch.abs(x, out=out).neg_()).log1p_()

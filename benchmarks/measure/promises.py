@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.cases.case import size
 from benchmarks.measure.counting import Allocations, equivalents
 from oisd_kernels import linear_logprob, logit_lens_divergence, policy_head
+from oisd_kernels.lens.chunked.workspace import release
 
 N, D, V = 48, 16, 640
 MIB = 2**20
@@ -116,6 +117,7 @@ def logprob(to_weight: bool) -> float:
 def chunked_workspace(budget: int) -> float:
     """MiB beside outputs, gradients and the lists of rows, with so many MiB allowed."""
     hidden, final, weight = tensors(2, width=64, vocabulary=20011)
+    release()  # what an earlier call has left would serve this one
     with Allocations(hidden, final, weight) as counted:
         logit_lens_divergence(hidden, final, weight, max_bytes=budget * MIB, impl="chunked")
     rows = 2 * N

@@ -130,7 +130,20 @@ def plan(layers: int, tokens: int, factor: Tensor | None, every_token: bool, cap
 
 
 def _split(ends: Tensor, rows_end: Tensor, capacity: int) -> list[Chunk]:
-    """Greedy runs of tokens; `ends` counts rows of both kinds up to and with each token."""
+    """Runs of tokens; `ends` counts rows of both kinds up to and with each token.
+
+    As few chunks as greedy runs make, of even sizes: the rest would be a slow matmul of few rows.
+    """
+    chunks = _runs_of(ends, rows_end, capacity)
+    if len(chunks) < 2:
+        return chunks
+    largest = int(ends.diff(prepend=ends.new_zeros(1)).max())
+    share = -(-int(ends[-1]) // len(chunks))
+    return _runs_of(ends, rows_end, min(share + largest - 1, capacity))
+
+
+def _runs_of(ends: Tensor, rows_end: Tensor, capacity: int) -> list[Chunk]:
+    """Greedy runs."""
     chunks, start, used, row = [], 0, 0, 0
     while start < len(ends):
         stop = int(torch.searchsorted(ends, used + capacity, right=True))

@@ -33,6 +33,7 @@ from oisd_kernels.lens.chunked.chunks import Chunk
 from oisd_kernels.lens.chunked.projection import Projection
 from oisd_kernels.lens.chunked.record import HeadCall, HeadResult, allocate
 from oisd_kernels.lens.chunked.rows import FinalRows, RowMath, Rows
+from oisd_kernels.lens.chunked.workspace import logits_buffer
 from oisd_kernels.lens.policy_loss import policy_loss, policy_slope
 from oisd_kernels.op import custom_op, keep, kept, without_tensors
 from oisd_kernels.reference import with_masked_labels
@@ -244,7 +245,8 @@ class _Pass:
         if len(self.buffer) < rows:
             # The old one goes first: two would be over the budget.
             self.buffer = self.buffer.new_empty(0)
-            self.buffer = self.buffer.new_empty(rows, chunks.padded(vocabulary))
+            columns = chunks.padded(vocabulary)
+            self.buffer = logits_buffer(rows, columns, self.compute, self.buffer.device)
         return self.buffer[:rows, :vocabulary]
 
 

@@ -5,12 +5,13 @@ rows of one token together, so that the teacher's exponentials are taken once. T
 those of `divergences_torch`, whose docstring names the letters.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from oisd_kernels.divergences_torch import row_gradient, row_terms
+from oisd_kernels.divergences_torch import exp, exp_, row_gradient, row_terms
 from oisd_kernels.lens.chunked.chunks import SCRATCH_ROWS, tile_rows
 from oisd_kernels.lens.chunked.rows import FinalRows, RowMath, StudentRows
 
@@ -37,7 +38,7 @@ def final_rows(
             largest, top1[tile] = likeliest(z[tile])
         else:
             largest = z[tile].amax(-1)
-        torch.exp(z[tile].sub_(largest[:, None]), out=e)
+        exp(z[tile].sub_(largest[:, None]), e)
         label = None if labels is None else labels[tile, None]
         own = torch.zeros_like(largest) if label is None else take_out(e, label)
         others = e.sum(-1)
@@ -85,7 +86,7 @@ def final_gradient(
         tile_z = z[tile]
         if math_.softcap is not None:
             slope(torch.add(tile_z, final.logsumexp[tile, None], out=cap_slope), math_)
-        tile_z.exp_().mul_(-row_factor[tile])
+        exp_(tile_z).mul_(-row_factor[tile])
         tile_z.scatter_(1, labels[tile, None], rest[tile] * row_factor[tile])
         if math_.softcap is not None:
             tile_z.mul_(cap_slope)
@@ -111,8 +112,9 @@ def student_rows(
     kind = math_.divergence, math_.beta
     capped = gradient and math_.softcap is not None
     step, scratch = tile_scratch(z, SCRATCH_ROWS)
-    p_of = None  # the teacher row whose exponentials the scratch holds
-    for tile, shared in _pieces(slot, step):
+    p_of = None  # the teacher rows whose exponentials the scratch holds
+    jsd = math_.divergence == "jsd"
+    for tile, teachers in _pieces(slot, step):
         tile_z = z[tile]
         q, d, p, t, cap_slope = scratch[:, : len(tile_z)].unbind()
         scores(tile_z, bias, math_)
@@ -123,20 +125,19 @@ def student_rows(
         else:
             largest = tile_z.amax(-1)
         log_sums[tile], sums = _log_softmax(tile_z, largest, q)
-        if math_.divergence == "jsd":
+        if jsd:
             q.mul_(sums.reciprocal_()[:, None])  # its terms forgive what `tile_z` is rounded by
         else:
             torch.exp(tile_z, out=q)  # of the rounded logarithm: the terms of a KL rely on that
-        if shared is None:
-            torch.index_select(z_final, 0, slot[tile], out=d)
-            torch.exp(d, out=p)
-            d.sub_(tile_z)  # D
+        if teachers is None:
+            lp = torch.index_select(z_final, 0, slot[tile], out=d)
         else:
-            p, lp = p[:1], z_final[shared : shared + 1]
-            if p_of != shared:
-                torch.exp(lp, out=p)
-            torch.sub(lp, tile_z, out=d)
-        p_of = shared
+            lp = z_final[teachers]
+            p = p[: len(lp)]
+        if teachers is None or teachers != p_of:
+            exp(lp, p) if jsd else torch.exp(lp, out=p)
+        p_of = teachers
+        torch.sub(lp, tile_z, out=d)  # D
         if stats:
             entropy[tile] = -tile_z.mul_(q).sum(-1)
         divergence[tile], mean = row_terms(tile_z, q, d, p, t, *kind, gradient)
@@ -150,22 +151,28 @@ def student_rows(
     return StudentRows(divergence, entropy, agreement, top1, -log_sums, d_logits, z.new_zeros(0))
 
 
-def _pieces(slot: Tensor, step: int) -> Iterator[tuple[slice, int | None]]:
-    """At most `step` rows at a time: of one teacher row, which is told, or each of its own."""
+def _pieces(slot: Tensor, step: int) -> Iterator[tuple[slice, slice | None]]:
+    """At most `step` rows at a time, and their teachers: one, a row each, or None if scattered."""
     start = row = 0
-    teachers, counts = torch.unique_consecutive(slot, return_counts=True)
-    for teacher, count in zip(teachers.tolist(), counts.tolist(), strict=True):
+    place = slot.tolist()
+
+    def own(stop: int) -> Iterator[tuple[slice, slice | None]]:
+        if stop > start:
+            first, last = place[start], place[stop - 1]
+            together = last - first == stop - start - 1  # they ascend
+            yield slice(start, stop), slice(first, last + 1) if together else None
+
+    for teacher, students in itertools.groupby(place):
+        count = len(list(students))
         if count > 1 or row - start == step:
-            if row > start:
-                yield slice(start, row), None
+            yield from own(row)
             start = row
         if count > 1:
             for first in range(row, row + count, step):
-                yield slice(first, min(first + step, row + count)), teacher
+                yield slice(first, min(first + step, row + count)), slice(teacher, teacher + 1)
             start = row + count
         row += count
-    if row > start:
-        yield slice(start, row), None
+    yield from own(row)
 
 
 def tiles(z: Tensor, scratch: int) -> Iterator[tuple[slice, list[Tensor]]]:
@@ -223,7 +230,7 @@ def slope(z: Tensor, math_: RowMath) -> None:
 
 def _log_softmax(z: Tensor, largest: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
     """Scores to log-probabilities, in place; e = exp(scores - largest) -> (log of its sum, sum)."""
-    sums = torch.exp(z.sub_(largest[:, None]), out=e).sum(-1)
+    sums = exp(z.sub_(largest[:, None]), e).sum(-1)
     log_sums = sums.log()
     subtract_log(z, log_sums)
     return log_sums, sums

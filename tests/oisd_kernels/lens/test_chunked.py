@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from oisd_kernels import PolicyTerms, linear_logprob, logit_lens_divergence, policy_head
 from oisd_kernels.lens.chunked import chunks
 from oisd_kernels.lens.chunked.record import HeadCall
+from oisd_kernels.lens.chunked.workspace import release
 from oisd_kernels.lens.policy_loss import policy_loss, policy_slope
 from tests.oisd_kernels.test_reference import (
     DIVERGENCES,
@@ -384,7 +385,8 @@ def test_matmuls_are_counted(layers):
 
 
 def peak_memory(run) -> int:
-    """Bytes that `run` holds at once at most, beyond what is there before."""
+    """Bytes that `run` holds at once at most; the workspace of an earlier call is given back."""
+    release()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     live = peak = 0
