@@ -12,12 +12,11 @@ import sys
 import pytest
 import torch
 from torch.autograd import gradcheck
-from torch.profiler import ProfilerActivity, profile
 
 from oisd_kernels import distillation_divergence, logit_lens_divergence
 from oisd_kernels.lens.chunked.record import HeadCall
 from tests import ROOT
-from tests.oisd_kernels.lens.test_chunked import budget, compare, matmuls
+from tests.oisd_kernels.lens.test_chunked import budget, compare, matmuls, peak_memory
 from tests.oisd_kernels.test_reference import (
     DIVERGENCES,
     GRADIENT_BOUND,
@@ -283,13 +282,11 @@ def test_workspace_keeps_to_its_budget(softcap):
     N, D, V, max_bytes = 300, 16, 20_011, 4 << 20
     inputs = [normal(*n, seed=i).float() for i, n in enumerate([(N, D), (V, D)] * 2)]
     inputs[0].requires_grad_()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        distillation_divergence(*inputs, logit_softcap=softcap, max_bytes=max_bytes, **CHUNKED)
-    live = peak = 0
-    for event in sorted(recorded.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
+    peak = peak_memory(
+        lambda: distillation_divergence(
+            *inputs, logit_softcap=softcap, max_bytes=max_bytes, **CHUNKED
+        )
+    )
     outputs = N * (D + 8) * 4
     index = 6 * N * 8
     assert max_bytes / 2 < peak <= max_bytes + outputs + index
