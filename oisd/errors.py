@@ -11,13 +11,20 @@ from oisd.schema import one_line
 def is_explained(error: Exception) -> bool:
     """Whether the message tells the user enough, so that a traceback would be noise."""
     from oisd.data import DataError
+    from oisd.jsonl import DamagedFileError
     from oisd.models import UnsupportedModelError
     from oisd.objective import NonFiniteError
     from oisd.rewards import RewardError
     from oisd.run.folder import RunFolderError
 
     return isinstance(
-        error, RunFolderError | DataError | UnsupportedModelError | RewardError | NonFiniteError
+        error,
+        RunFolderError
+        | DamagedFileError
+        | DataError
+        | UnsupportedModelError
+        | RewardError
+        | NonFiniteError,
     )
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from oisd.data import Example
+from oisd.jsonl import read_rows
 from oisd.policy import Policy
-from oisd.run.jsonl import read_rows
 
 Reward = Callable[[list[str], list[str]], list[float]]
 

@@ -29,8 +29,8 @@ import tomli_w
 
 from oisd.config import ConfigError, TrainConfig, differences, load_recipe, to_tables
 from oisd.data import Example
+from oisd.jsonl import DamagedFileError, read_rows
 from oisd.run import checkpoints, provenance
-from oisd.run.jsonl import read_rows
 from oisd.run.processes import Processes
 
 # Settings that may change between a run and its continuation: they say how long and how often, not
@@ -255,7 +255,22 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, without an unfinished last line."""
-        return read_rows(self.metrics_file)[0]
+        return self.read_metrics()[0]
+
+    def read_metrics(self) -> tuple[list[dict[str, Any]], bool]:
+        """The rows of metrics.jsonl, and whether an unfinished line follows them.
+
+        Raises DamagedFileError for a line that is no JSON object with a step.
+        """
+        rows, size = read_rows(self.metrics_file)
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row.get("step"), int):
+                raise DamagedFileError(
+                    f"{self.metrics_file} is damaged: wanted a step in each row, got none in row "
+                    f"{number}; mend or delete that line"
+                )
+        is_cut = self.metrics_file.exists() and self.metrics_file.stat().st_size > size
+        return rows, is_cut
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl; what is not finite is written as null."""
