@@ -158,6 +158,11 @@ def _named(arguments: Sequence[str]) -> tuple[str, list[str]]:
 def _parse_shown(arguments: Sequence[str], command: str) -> TrainConfig | None:
     """The configuration; None if `--show` is given, which prints it instead."""
     config = parse_train([a for a in arguments if a != "--show"], command)
+    if "--show" not in arguments and command == "train":
+        return config  # whose data is read first of all
+    from oisd.data.problems import check_names
+
+    check_names(config)
     if "--show" not in arguments:
         return config
     import tomli_w

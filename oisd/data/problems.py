@@ -6,12 +6,27 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from oisd.config import DataConfig
-from oisd.data import encode_prompts, load_examples
+from oisd.config import DataConfig, TrainConfig
+from oisd.data import check_source, encode_prompts, load_examples
 from oisd.data.examples import Example
-from oisd.rewards import MathReward
+from oisd.rewards import MathReward, check_reward
+from oisd.schema import naming, require_no_misspelt_blank
 
 _SETTINGS = ("split", "subset", "prompt_field", "answer_field", "answer_pattern", "limit")
+
+
+def check_names(config: TrainConfig) -> None:
+    """Raise ConfigError or DataError for names that a run would refuse before any work.
+
+    Names and settings of built-in tasks, reasoning-gym, named data sets, rewards and blank models.
+    """
+    require_no_misspelt_blank(config.model.path)
+    with naming("reward.function"):
+        check_reward(config.reward.function)
+    for settings in (config.data, config.eval):
+        if settings.source is not None:
+            given = {name: getattr(settings, name) for name in _SETTINGS if name != "limit"}
+            check_source(settings.source, **given)
 
 
 def load_problems(source: str, settings: Any, seed: int) -> list[Example]:
