@@ -303,8 +303,6 @@ class ScratchSizes:
     """Heads of keys and values; 0 for as many as `heads`."""
     feed_forward: int = 0
     """Width of the feed-forward blocks; 0 for 8/3 of `width`, rounded to a multiple of 16."""
-    positions: int = 1024
-    """Written to the model's configuration; rotary positions themselves have no limit."""
 
     @property
     def key_heads(self) -> int:
