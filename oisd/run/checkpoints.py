@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,7 +113,10 @@ def load_optimizer(checkpoint: Path, state: Mapping[str, Any], optimizer: Resuma
     if (checkpoint / _PARTS).is_dir():
         parts = optimizer.blank_parts()
         # Each process reads what it needs by itself.
-        load(parts, checkpoint_id=checkpoint / _PARTS, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            # That one process does so alone, as is meant where it resumes the run of several.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load(parts, checkpoint_id=checkpoint / _PARTS, no_dist=not dist.is_initialized())
     optimizer.load_state_dict(state["learner"], parts)
 
 
