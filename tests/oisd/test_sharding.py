@@ -67,6 +67,7 @@ def check(case: dict) -> None:
     assert case["norm"] > 1 and case["sharded"] == 1
     if case["error of the whole"] == 0:  # itself in float32
         assert case["error"] < 1e-5
+        assert case["norms"][0]["grad_norm"] == pytest.approx(case["norm"], rel=1e-5)
         assert case["logprobs"] < 2e-5
         bound = 1e-4
     else:
