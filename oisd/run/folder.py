@@ -20,7 +20,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -276,7 +277,7 @@ class RunFolder:
         """Append a row to metrics.jsonl; what is not finite is written as null."""
         bad = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
         finite = row | dict.fromkeys(bad)
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with _writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 
     def write_completions(self, step: int, **columns: Iterable[Any]) -> None:
@@ -284,7 +285,9 @@ class RunFolder:
         rows = islice(zip(*columns.values(), strict=True), 64)
         table = [dict(zip(columns, row, strict=True)) for row in rows]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
-        _write_atomically(self.completions / f"step-{step}.jsonl", text)
+        file = self.completions / f"step-{step}.jsonl"
+        with _writing(file):
+            _write_atomically(file, text)
 
     def write_nonfinite(self, step: int, rank: int, found: str, rows: dict[int, str]) -> Path:
         """Write down what a process found not to be finite, with the texts that had it."""
@@ -292,6 +295,18 @@ class RunFolder:
         report = {"step": step, "found": found, "completions": rows}
         file.write_text(json.dumps(report, indent=1), encoding="utf-8")
         return file
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """Names the file that cannot be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{file} could not be written: {error.strerror or error}; checkpoints are intact: mend "
+            "that and run the same command again"
+        ) from error
 
 
 def _write_atomically(path: Path, text: str) -> None:
