@@ -32,8 +32,8 @@ from matplotlib.figure import Figure
 from benchmarks.measure.machine import append, describe
 from oisd.cli import parse_train
 from oisd.config import differences, load_recipe
+from oisd.jsonl import read_rows
 from oisd.plots import BLUE, GREEN, INK, ORANGE, save_figure, style_axes
-from oisd.run.jsonl import read_rows
 
 ARMS = {
     "GRPO": (0.0, 0.0),

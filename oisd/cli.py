@@ -3,22 +3,23 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from oisd.config import ConfigError, TrainConfig, from_tables, load_recipe, to_tables
-from oisd.errors import from_outside, is_explained, is_refusal, of_defect, shortened
+from oisd.errors import is_explained, report, shortened, speaks_for_all
 from oisd.schema import nearest, recipe_path, require, require_device, with_none_spelled
 
 _USAGE = """\
-usage: oisd train [RECIPE] [--show] [--table.key value ...]
+usage: oisd train [RECIPE] [--processes N] [--show] [--table.key value ...]
        oisd plan [RECIPE] [--processes N] [--show] [--table.key value ...]
        oisd check MODEL [--recipe NAME] [--data SOURCE] [--option value ...]
-       oisd eval MODEL [--benchmark NAME ...] [--option value ...]
+       oisd eval MODEL [--benchmark NAME ...] [--processes N] [--option value ...]
        oisd compare FOLDER ... [--output-dir FOLDER]
        oisd lens MODEL --prompt TEXT | --data SOURCE [--option value ...]
        oisd attention MODEL --prompt TEXT | --data SOURCE [--option value ...]
@@ -36,7 +37,8 @@ attention  how far each layer's attention overlaps with the final layer's
 report     a web page about a run's folder, or about several side by side
 
 `oisd COMMAND --help` lists all settings; "none" turns off one that says None. RECIPE is a name such
-as qwen3-4b, or a TOML file.
+as qwen3-4b, or a TOML file. --processes N shares the work among N processes of this machine, a GPU
+each, as torchrun does; `oisd plan` plans for so many.
 With --debug, any command shows the traceback of an error that it did not foresee.
 """
 
@@ -93,19 +95,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141  # as a shell says it: 128 + SIGPIPE
     except KeyboardInterrupt:
         then = _AFTER_INTERRUPT.get(arguments[0], "run the same command again")
-        print(f"oisd: interrupted; {then}", file=sys.stderr)
+        if speaks_for_all():
+            print(f"oisd: interrupted; {then}", file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, ConfigError):
-            print(f"oisd: {' '.join(str(error).split())}", file=sys.stderr)
-            return 2
-        if is_explained(error):
-            print(f"oisd: {error}", file=sys.stderr)
-            return 2 if is_refusal(error) else 1
-        if debug:
+        if debug and not is_explained(error):
             raise
-        print(f"oisd: {from_outside(error) or of_defect(error)}", file=sys.stderr)
-        return 1
+        return report(error)
+
+
+def _parsed(kind: Any, without_flags: bool = False, **options: Any) -> Any:
+    """What tyro makes of a command line; of several processes, one says what is wrong with it.
+
+    without_flags: a bool is set by a word, as in `--run.restart True`.
+    """
+    import tyro  # `oisd --help` need not wait for it
+
+    if without_flags:
+        options["config"] = (tyro.conf.FlagConversionOff,)
+
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return tyro.cli(kind, **options)
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            return tyro.cli(kind, **options)
+    except SystemExit as end:
+        if end.code and speaks_for_all():
+            print(said.getvalue(), end="", file=sys.stderr)
+        raise
 
 
 def _discard_output() -> None:
@@ -131,19 +149,18 @@ def _quiet() -> None:
 
 def parse_train(arguments: Sequence[str], command: str = "train") -> TrainConfig:
     """The configuration of a recipe, or of recipes/arithmetic.toml, with overrides."""
-    import tyro  # `oisd --help` need not wait for it
-
     name, options = _named(arguments)
-    config = tyro.cli(
+    config = _parsed(
         TrainConfig,
         prog=f"oisd {command} [RECIPE]",
         description="Train with GRPO and internal self-distillation. The recipe (by default "
         "arithmetic) gives the settings that the command line does not. --show prints all of them "
-        f"as TOML, to start your own recipe from, and does not {command}."
-        + (" --processes N plans for one of N processes." if command == "plan" else ""),
+        f"as TOML, to start your own recipe from, and does not {command}. "
+        f"--processes N {'plans for one of' if command == 'plan' else 'shares the work among'} N "
+        "processes.",
         args=with_none_spelled(TrainConfig, options),
         default=load_recipe(recipe_path(name or "arithmetic")),
-        config=(tyro.conf.FlagConversionOff,),
+        without_flags=True,
     )
     # The same checks as for a file: tyro knows the types, not what "none" or a list may be.
     return from_tables(to_tables(config), where="command line")
@@ -158,18 +175,27 @@ def _named(arguments: Sequence[str]) -> tuple[str, list[str]]:
 def _parse_shown(arguments: Sequence[str], command: str) -> TrainConfig | None:
     """The configuration; None if `--show` is given, which prints it instead."""
     config = parse_train([a for a in arguments if a != "--show"], command)
+    if "--show" not in arguments and command == "train":
+        return config  # whose data is read first of all
+    from oisd.data.problems import check_names
+
+    check_names(config)
     if "--show" not in arguments:
         return config
     import tomli_w
 
-    print(tomli_w.dumps(to_tables(config)), end="")
+    if os.environ.get("RANK", "0") == "0":
+        print(tomli_w.dumps(to_tables(config)), end="")
     return None
 
 
 def _train(arguments: Sequence[str]) -> int:
-    config = _parse_shown(arguments, "train")
+    processes, own = _processes(arguments)
+    config = _parse_shown(own, "train")
     if config is None:
         return 0
+    if processes is not None:
+        return _launch(processes, ["train", *own])
     _quiet()
     _check_machine("run.seed", config.run)
     from oisd.trainer import Trainer  # torch and transformers: --help need not wait for them
@@ -178,6 +204,12 @@ def _train(arguments: Sequence[str]) -> int:
     if summary:
         _print_table(f"oisd train: {config.run.output_dir}", _train_rows(summary))
     return 0
+
+
+def _launch(processes: int, arguments: Sequence[str]) -> int:
+    from oisd.run.launch import run_on_processes
+
+    return run_on_processes(processes, [sys.executable, "-m", "oisd.cli", *arguments])
 
 
 def _plan(arguments: Sequence[str]) -> int:
@@ -214,13 +246,11 @@ def _is_count(argument: str) -> bool:
 
 def _parse_model(arguments: Sequence[str], command: str, kind: Any, text: str) -> tuple[str, Any]:
     """The model, and the settings of a command as a dataclass `kind`."""
-    import tyro
-
     model, options = _named(arguments)
     if not model and not {"-h", "--help"} & set(options):
         raise ConfigError(f"oisd {command}: MODEL is missing: a checkpoint folder or Hub id")
     options = with_none_spelled(kind, options)
-    config = tyro.cli(kind, prog=f"oisd {command} MODEL", description=text, args=options)
+    config = _parsed(kind, prog=f"oisd {command} MODEL", description=text, args=options)
     _quiet()
     _check_machine("--seed", config)
     return model, config
@@ -229,8 +259,14 @@ def _parse_model(arguments: Sequence[str], command: str, kind: Any, text: str) -
 def _eval(arguments: Sequence[str]) -> int:
     from oisd.options import EvalRun
 
-    text = "Avg@K and Pass@K with bootstrap intervals; run it again to resume where it stopped."
+    text = (
+        "Avg@K and Pass@K with bootstrap intervals; run it again to resume where it stopped. "
+        "--processes N shares the work among N processes."
+    )
+    processes, arguments = _processes(arguments)
     model, config = _parse_model(arguments, "eval", EvalRun, text)
+    if processes is not None:
+        return _launch(processes, ["eval", *arguments])
     from oisd.evaluate.run import benchmark_names, run
 
     if "--benchmark" in arguments and not config.benchmark:
@@ -377,8 +413,6 @@ def _attention(arguments: Sequence[str]) -> int:
 
 
 def _report(arguments: Sequence[str]) -> int:
-    import tyro
-
     from oisd.options import ReportRun
 
     count = next((i for i, a in enumerate(arguments) if a.startswith("-")), len(arguments))
@@ -386,7 +420,7 @@ def _report(arguments: Sequence[str]) -> int:
     if not folders and not {"-h", "--help"} & set(options):
         raise ConfigError("oisd report: RUN is missing: the folder of a run of `oisd train`")
     text = "One web page about a run of `oisd train`, or about several side by side."
-    config = tyro.cli(ReportRun, prog="oisd report RUN [RUN ...]", description=text, args=options)
+    config = _parsed(ReportRun, prog="oisd report RUN [RUN ...]", description=text, args=options)
     _quiet()
     from oisd.report.page import write_report
 

@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 import traceback
 
-from oisd.schema import one_line
+from oisd.schema import ConfigError, one_line
+
+
+def report(error: Exception) -> int:
+    """Print one line about an error, on one process of those that share a run.
+
+    Returns the exit status: 2 for an impossible request, else 1.
+    """
+    explained, outside = is_explained(error), from_outside(error)
+    if speaks_for_all(may_follow=not (explained or outside)):
+        said = one_line(error) if isinstance(error, ConfigError) else str(error)
+        print(f"oisd: {said if explained else outside or of_defect(error)}", file=sys.stderr)
+    return 2 if isinstance(error, ConfigError) or is_refusal(error) else 1
+
+
+def speaks_for_all(may_follow: bool = False) -> bool:
+    """Whether this process says what is wrong, as one of those that torchrun has started does.
+
+    may_follow: as `oisd.run.processes.is_first_to_fail` takes it.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from oisd.run.processes import is_first_to_fail  # with torch
+
+    return is_first_to_fail(may_follow)
 
 
 def is_explained(error: Exception) -> bool:
     """Whether the message tells the user enough, so that a traceback would be noise."""
+    if isinstance(error, ConfigError):
+        return True
     from oisd.data import DataError
+    from oisd.jsonl import DamagedFileError
     from oisd.models import UnsupportedModelError
     from oisd.objective import NonFiniteError
     from oisd.rewards import RewardError
     from oisd.run.folder import RunFolderError
 
     return isinstance(
-        error, RunFolderError | DataError | UnsupportedModelError | RewardError | NonFiniteError
+        error,
+        RunFolderError
+        | DamagedFileError
+        | DataError
+        | UnsupportedModelError
+        | RewardError
+        | NonFiniteError,
     )
 
 

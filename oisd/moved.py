@@ -1,4 +1,4 @@
-"""Module names of version 0.1 that now stand elsewhere: importing one still works, and warns.
+"""Module names of earlier versions that now stand elsewhere: importing one still works, and warns.
 
 The old name is the new module itself, not a copy, so that what a script sets there has its effect.
 """
@@ -24,7 +24,6 @@ MOVED = {
     "oisd.continuous": "oisd.rollout.continuous",
     "oisd.engine_choice": "oisd.run.engine_choice",
     "oisd.evaluation_run": "oisd.evaluate.run",
-    "oisd.jsonl": "oisd.run.jsonl",
     "oisd.layout": "oisd.models.layout",
     "oisd.learner": "oisd.optimizer",
     "oisd.lens_page": "oisd.lens.page",
@@ -33,12 +32,14 @@ MOVED = {
     "oisd.metrics": "oisd.losses.metrics",
     "oisd.processes": "oisd.run.processes",
     "oisd.progress": "oisd.run.progress",
+    "oisd.run.jsonl": "oisd.jsonl",
     "oisd.run_summary": "oisd.run.summary",
     "oisd.sampling": "oisd.rollout.sampling",
     "oisd.stopwatch": "oisd.run.progress",
     "oisd.tables": "oisd.schema",
     "oisd.workers": "oisd.rewards.workers",
 }
+_SINCE = {"oisd.run.jsonl": "0.3"}  # the others since 0.2
 
 
 class _Alias(Loader):
@@ -59,7 +60,8 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if name not in MOVED:
             return None
-        warnings.warn(f"{name} is {MOVED[name]} since oisd 0.2", DeprecationWarning, stacklevel=2)
+        since = f"{name} is {MOVED[name]} since oisd {_SINCE.get(name, '0.2')}"
+        warnings.warn(since, DeprecationWarning, stacklevel=2)
         return ModuleSpec(name, _Alias())
 
 

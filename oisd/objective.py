@@ -42,6 +42,9 @@ class NonFiniteError(RuntimeError):
         super().__init__(found)
         self.found, self.batch = found, batch
 
+    def __reduce__(self) -> tuple[type, tuple[str, Batch]]:
+        return type(self), (self.found, self.batch)  # for another process
+
 
 class Objective:
     """The losses that a configuration asks for.

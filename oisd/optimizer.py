@@ -19,6 +19,7 @@ from transformers import get_scheduler
 
 from oisd.batch import Batch
 from oisd.config import TrainConfig
+from oisd.norms import total_norm
 from oisd.objective import NonFiniteError
 from oisd.run.processes import Processes
 from oisd.sharding import (
@@ -28,7 +29,6 @@ from oisd.sharding import (
     is_sharded,
     on_host,
     own_part,
-    whole,
 )
 
 # Bytes of the moments that are on the card at once, or those of one larger parameter.
@@ -116,7 +116,7 @@ class Optimizer:
         """Sum in place, unless they are parts of sums already; returns the norm of the sum."""
         if not self._sharded:
             self.processes.sum_(gradients)
-        return whole(torch.nn.utils.get_total_norm(gradients))
+        return total_norm(gradients)
 
     def step(self, norm: Tensor) -> None:
         """Clip the gradients, whose norm this is, and take a step with them."""

@@ -7,7 +7,6 @@ Figures are built without pyplot and its global state, so that any thread may dr
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,6 +26,8 @@ from matplotlib.ticker import (
     NullLocator,
     PercentFormatter,
 )
+
+from oisd.jsonl import read_rows
 
 Row = Mapping[str, Any]
 Curves = Mapping[str, Mapping[int, float]]
@@ -135,9 +136,13 @@ def plot_training(metrics: str | Path | Iterable[Row], out_dir: str | Path) -> l
 
     metrics: the run's metrics.jsonl or its rows; a row may lack any metric or hold null.
     A panel without data is left out; of a run without any, nothing is drawn. Of rows with the same
-    step, as a resumed run may leave, the last one counts.
+    step, as a resumed run may leave, the last one counts. A file's last line may be unfinished.
+    Raises ValueError for a file with another damaged line, and OSError for a missing one.
     """
-    rows = _read_rows(Path(metrics)) if isinstance(metrics, (str, Path)) else list(metrics)
+    if isinstance(metrics, (str, Path)):
+        os.stat(metrics)  # to `read_rows` a missing file has no rows
+        metrics = read_rows(Path(metrics))[0]
+    rows = list(metrics)
     panels = [panel for panel in _PANELS if _has_data(panel, rows)]
     if not panels:
         return []
@@ -227,19 +232,6 @@ def _draw_pass_at_k(
     ax.set_ylim(low, max(high, low + _LEAST_PERCENT))
     if len(curves) > 1:
         ax.legend(fontsize=9, labelcolor=INK, framealpha=0.85, edgecolor="none")
-
-
-def _read_rows(path: Path) -> list[Row]:
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            # A run that is being written, or was killed, may end in half a row.
-            if number < len(lines):
-                raise ValueError(f"{path}, line {number}: not a JSON object: {error}") from error
-    return rows
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 import tomllib
 import typing
@@ -302,8 +303,6 @@ class ScratchSizes:
     """Heads of keys and values; 0 for as many as `heads`."""
     feed_forward: int = 0
     """Width of the feed-forward blocks; 0 for 8/3 of `width`, rounded to a multiple of 16."""
-    positions: int = 1024
-    """Written to the model's configuration; rotary positions themselves have no limit."""
 
     @property
     def key_heads(self) -> int:
@@ -317,6 +316,22 @@ class ScratchSizes:
 def is_scratch(path: str) -> bool:
     """Whether a `model.path` asks for a blank model: "scratch", or "scratch:layers=8,..."."""
     return path == "scratch" or path.startswith("scratch:")
+
+
+def require_no_misspelt_blank(path: str) -> None:
+    """Raise ConfigError for a `model.path` that is nearly the name of a built-in blank model.
+
+    Hub ids have a slash, and folders are there.
+    """
+    name, colon, _ = path.partition(":")
+    if is_scratch(path) or path == "arithmetic" or os.path.exists(path):
+        return
+    if meant := difflib.get_close_matches(name, ("arithmetic", "scratch"), n=1, cutoff=0.8):
+        written = "scratch:layers=6,width=176,heads=4" if meant[0] == "scratch" else meant[0]
+        raise ConfigError(
+            f"model.path {path!r}: there is no such folder here, and no blank model of that name; "
+            f"did you mean {meant[0] if not colon else written!r}?"
+        )
 
 
 def scratch_sizes(path: str) -> ScratchSizes:

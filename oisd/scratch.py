@@ -88,7 +88,8 @@ def scratch_model(
         num_attention_heads=sizes.heads,
         num_key_value_heads=sizes.key_heads,
         head_dim=sizes.width // sizes.heads,
-        max_position_embeddings=sizes.positions,
+        # Rotary positions have no limit; other programs take this for the longest text.
+        max_position_embeddings=32_768,
         tie_word_embeddings=False,
         # Wider than the usual 0.02, as for the arithmetic model: 0.15 at a width of 96.
         initializer_range=0.15 * (96 / sizes.width) ** 0.5,

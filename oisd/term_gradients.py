@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from oisd.norms import total_norm
 from oisd.run.processes import Processes
 from oisd.sharding import backward_alone, own_part
 
@@ -150,7 +151,7 @@ class TermGradients:
 
     def _norm(self, gradients: Sequence[Tensor]) -> Tensor:
         """The norm of gradients that are sums already; of all parts, where processes have parts."""
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = total_norm(gradients)
         if not self._sharded:
             return norm
         square = norm.to(self.parameters[0].device).square()

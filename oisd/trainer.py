@@ -25,7 +25,12 @@ from oisd import adapters
 from oisd.batch import Batch, assemble
 from oisd.config import TrainConfig
 from oisd.data import prompt_indices
-from oisd.data.problems import encode_problems, load_problems, warn_of_answers
+from oisd.data.problems import (
+    encode_problems,
+    load_problems,
+    require_fitting_reward,
+    warn_of_answers,
+)
 from oisd.evaluate import evaluate, in_order
 from oisd.losses import Mean, Metrics, add_metrics, frac_zero_std
 from oisd.losses.advantages import completion_advantages, shuffled_advantages
@@ -117,6 +122,7 @@ class Trainer:
         return ReferencePolicy(self.objective, self.folder.reference, split=self._is_sharded)
 
     def _prepare_folder(self) -> None:
+        require_fitting_reward(self.reward, self.config, self.examples)
         self.folder.prepare(self.config)
         self._require_sources()
         warn_of_answers(self.reward, [*self.examples[:256], *self.eval_examples[:256]])

@@ -13,6 +13,7 @@ from transformers import get_scheduler
 from oisd.arithmetic import supervised_batch
 from oisd.config import WarmupConfig
 from oisd.data import Example, prompt_indices
+from oisd.norms import total_norm
 from oisd.policy import Policy
 
 # Batches over which the probability of the right answers is averaged.
@@ -54,7 +55,8 @@ def warm_up(
             logits = model(**batch).logits
         loss, probability = _loss(logits.float(), labels)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, total_norm(gradients))
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

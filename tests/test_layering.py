@@ -16,10 +16,11 @@ STANDARD_LIBRARY = sys.stdlib_module_names
 
 # The modules and packages of `oisd`, each of which imports only those before it.
 LAYERS = (
-    "moved", "schema", "config", "weights", "options", "sharding", "adapters", "models", "rewards",
-    "data", "losses", "rollout", "arithmetic", "scratch", "batch", "policy", "page", "plots", "run",
-    "evaluate", "lens", "report", "objective", "optimizer", "reference_policy", "term_gradients",
-    "warmup", "plan", "check", "trainer", "errors", "cli", "integrations",
+    "moved", "jsonl", "schema", "config", "weights", "options", "sharding", "norms", "adapters",
+    "models", "rewards", "data", "losses", "rollout", "arithmetic", "scratch", "batch", "policy",
+    "page", "plots", "run", "evaluate", "lens", "report", "objective", "optimizer",
+    "reference_policy", "term_gradients", "warmup", "plan", "check", "trainer", "errors", "cli",
+    "integrations",
 )  # fmt: skip
 
 # The files of `oisd` that may import transformers, and no other.

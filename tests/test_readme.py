@@ -166,7 +166,7 @@ def cli_commands() -> set[str]:
 def known_options(command: str) -> set[str]:
     from tests.test_public import options
 
-    return set(options(command)) | {"--output-dir", "--show"}
+    return set(options(command)) | {"--output-dir", "--show", "--processes"}
 
 
 # ---------------------------------------------------------------- names

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from oisd.jsonl import read_rows
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "models.md"
 Row = dict[str, Any]
@@ -41,8 +42,7 @@ python -m benchmarks.models --write-docs   # this page
 def read(file: Path) -> list[Row]:
     """The latest row of each type and version."""
     rows: dict[tuple[str, str], Row] = {}
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        row = json.loads(line)
+    for row in read_rows(file)[0]:
         rows[row["type"], row["transformers"]] = row
     return list(rows.values())
 

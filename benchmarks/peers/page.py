@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from oisd.jsonl import read_rows
 
 PAGE = Path(__file__).parents[2] / "docs" / "peers.md"
 Row = dict[str, Any]
@@ -86,8 +87,7 @@ def read(file: Path) -> list[Row]:
     if not file.exists():
         raise ValueError(f"peers: {file} does not exist; `python -m benchmarks peers` writes it")
     rows: dict[tuple[str, ...], Row] = {}
-    for text in file.read_text(encoding="utf-8").splitlines():
-        row = json.loads(text)
+    for row in read_rows(file)[0]:
         keys = ("part", "peer", "lens", "grader", "architecture")
         named = tuple(row.get(key, "") for key in keys)
         if "absent" not in row or named not in rows:

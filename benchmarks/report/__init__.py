@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.report.bars import Judged, Row, judge
-from oisd.run import jsonl
+from oisd import jsonl
 
 TITLES = {
     "lens": "Lens divergence, with gradient to the hidden states",

@@ -25,7 +25,7 @@ from benchmarks.measure.machine import ROOT, append, describe
 from benchmarks.study.cells import differences, digest_of, folder_of, run_cell, start_of
 from benchmarks.study.protocol import STUDY, Cell, Protocol
 from benchmarks.study.report import write_results
-from oisd.run.jsonl import read_rows
+from oisd.jsonl import read_rows
 
 PAGE = ROOT / "docs" / "study.md"
 

@@ -16,11 +16,11 @@ from benchmarks.study.protocol import Cell, Protocol
 from oisd.config import ModelConfig, TrainConfig
 from oisd.data import Example
 from oisd.data.problems import load_problems
+from oisd.jsonl import read_rows
 from oisd.lens import LayerLens
 from oisd.lens.attention import LayerAttention
 from oisd.objective import NonFiniteError
 from oisd.policy import Policy, load_policy
-from oisd.run.jsonl import read_rows
 from oisd.trainer import Trainer
 
 # What a repetition of a cell has to give again, to the bit.

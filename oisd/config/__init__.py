@@ -25,6 +25,7 @@ from oisd.schema import (
     recipe_chain,
     require,
     require_device,
+    require_no_misspelt_blank,
     scratch_sizes,
 )
 from oisd.schema import differences as differences
@@ -63,6 +64,8 @@ class ModelConfig:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         if is_scratch(self.path):
             scratch_sizes(self.path)
+        elif ":" in self.path:  # without one it may be the name of a folder elsewhere
+            require_no_misspelt_blank(self.path)
         targets = list(self.lora_targets)
         rate = self.dropout
         require(rate is None or 0 <= rate < 1, "model.dropout", 'in [0, 1), or "none"', rate)

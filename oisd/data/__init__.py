@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import difflib
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
@@ -20,15 +21,15 @@ from oisd.data import catalogue, files
 from oisd.data.catalogue import BOXED, DataSet, Source
 from oisd.data.examples import DataError, Example, Message, permutation, prompt_indices
 from oisd.data.prompts import EncodedPrompts, check_vocabulary, encode_prompts, render_prompt
-from oisd.data.reasoning import is_reasoning, reasoning_examples
-from oisd.data.sums import arithmetic_examples
-from oisd.data.tasks import TASKS, is_task, task_examples
+from oisd.data.reasoning import check_reasoning, is_reasoning, reasoning_examples
+from oisd.data.sums import arithmetic_examples, check_arithmetic, is_arithmetic
+from oisd.data.tasks import TASKS, is_task, task_examples, task_settings
 from oisd.rewards.answers import last_boxed
 
 __all__ = [
     "BOXED", "PAPER_SYSTEM_PROMPT", "DataError", "DataSet", "EncodedPrompts", "Example", "Message",
-    "Source", "catalogue", "check_vocabulary", "encode_prompts", "load_examples", "permutation",
-    "prompt_indices", "render_prompt",
+    "Source", "catalogue", "check_source", "check_vocabulary", "encode_prompts", "load_examples",
+    "permutation", "prompt_indices", "render_prompt",
 ]  # fmt: skip
 
 PAPER_SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -71,35 +72,20 @@ def load_examples(
         "answer_pattern": answer_pattern,
         "subset": subset,
     }
-    if source == "arithmetic" or source.startswith("arithmetic:"):
-        match = re.fullmatch(r"arithmetic(?::digits=(\d+))?", source)
-        if match is None:
-            raise DataError(
-                f'{source}: the built-in task is written "arithmetic" or "arithmetic:digits=2"'
-            )
-        _refuse_unused(source, "the built-in task", **columns)
-        return arithmetic_examples(int(match[1] or 2), split=split, limit=limit, seed=seed)
-
+    check_source(source, split=split, **columns)
+    draw: Any = {"split": split, "limit": limit, "seed": seed}
+    if is_arithmetic(source):
+        return arithmetic_examples(check_arithmetic(source, split), **draw)
     if is_task(source):
-        _refuse_unused(source, "the built-in task", **columns)
-        return task_examples(source, split=split, limit=limit, seed=seed)
+        return task_examples(source, **draw)
     if is_reasoning(source):
-        _refuse_unused(source, "a source of reasoning-gym", **columns)
-        return reasoning_examples(source, split=split, limit=limit, seed=seed)
+        return reasoning_examples(source, **draw)
 
-    if not source:
-        raise DataError("load_examples: the source is empty; pass a file, a folder or a Hub id")
     resolved = catalogue.resolve(source)
     known = resolved.data_set
-    if known is None and ":" in source and not Path(source).exists():
-        name = source.partition(":")[0]
-        if meant := difflib.get_close_matches(name, TASKS, n=1, cutoff=0.8):
-            raise DataError(f"{source}: no task is called {name!r}; did you mean {meant[0]!r}?")
     prompt_field = prompt_field or (known.prompt_field if known else "question")
     answer_field = answer_field or (known.answer_field if known else "answer")
     answer_pattern = answer_pattern or (known.answer_pattern if known else None)
-    if answer_pattern not in (None, BOXED):
-        _check_answer_pattern(answer_pattern)
     dataset = _read_source(resolved, split, subset)
     if len(dataset) == 0:
         raise DataError(f"{source}: split {split!r} has no rows")
@@ -124,6 +110,42 @@ def load_examples(
             answer = _extract(answer_pattern, answer, where, answer_field)
         examples.append(Example(prompt, answer, f"{split}/{number}"))
     return examples
+
+
+def check_source(source: str, *, split: str = "train", **columns: str | None) -> None:
+    """Raise what `load_examples` would before it reads or makes a problem: names and settings.
+
+    columns: prompt_field, answer_field, answer_pattern and subset, as `load_examples` takes them.
+    """
+    if is_arithmetic(source):
+        check_arithmetic(source, split)
+    elif is_task(source):
+        task_settings(source, split)
+    elif is_reasoning(source):
+        check_reasoning(source, split)
+    else:
+        _check_name(source, split)
+        pattern = columns.get("answer_pattern")
+        if pattern not in (None, BOXED):
+            _check_answer_pattern(pattern)
+        return
+    what = "a source of reasoning-gym" if is_reasoning(source) else "the built-in task"
+    _refuse_unused(source, what, **columns)
+
+
+def _check_name(source: str, split: str) -> None:
+    """Refuse a named set's unknown split, and what looks like a misspelt name of a set or task."""
+    if not source:
+        raise DataError("load_examples: the source is empty; pass a file, a folder or a Hub id")
+    resolved, name = catalogue.resolve(source), source.partition(":")[0]
+    if resolved.data_set is not None:
+        _hub_split(resolved, split)
+    elif not os.path.exists(source):
+        # A namesake on the Hub would have a slash in its id.
+        names = [*TASKS, "arithmetic", "reasoning-gym", *catalogue.DATA_SETS]
+        if meant := difflib.get_close_matches(name, names, n=1, cutoff=0.8):
+            what = "data set" if meant[0] in catalogue.DATA_SETS else "task"
+            raise DataError(f"{source}: no {what} is called {name!r}; did you mean {meant[0]!r}?")
 
 
 def _refuse_unused(source: str, what: str, **options: str | None) -> None:
@@ -151,12 +173,7 @@ def _read_source(source: Source, split: str, subset: str | None) -> Any:
     known = source.data_set
     if known is None:
         return _read(source.written, split, subset)
-    theirs = catalogue.hub_split(known, split)
-    if theirs is None:
-        raise DataError(
-            f"{source.name}: no split {split!r}; it has {', '.join(known.splits)}. To train on a "
-            f"benchmark, or the other way round, pass its Hub id {known.hub} as the source"
-        )
+    theirs = _hub_split(source, split)
     if source.path is None:
         return _read(known.hub, theirs, subset or known.subset, source.name)
     if not source.path.exists():
@@ -168,6 +185,18 @@ def _read_source(source: Source, split: str, subset: str | None) -> Any:
             f"{source.written}: wanted the rows of {known.hub}, as a file or in its own layout: "
             f"{error}"
         ) from error
+
+
+def _hub_split(source: Source, split: str) -> str:
+    """The Hub's name of a split of a named set."""
+    known = source.data_set
+    assert known is not None
+    if found := catalogue.hub_split(known, split):
+        return found
+    raise DataError(
+        f"{source.name}: no split {split!r}; it has {', '.join(known.splits)}. To train on a "
+        f"benchmark, or the other way round, pass its Hub id {known.hub} as the source"
+    )
 
 
 def _read_local(path: Path, known: DataSet, split: str, subset: str | None) -> Any:

@@ -121,6 +121,26 @@ def _value(text: str) -> Any:
         return text
 
 
+def check_reasoning(source: str, split: str) -> None:
+    """Raise what `reasoning_examples` would before its first problem.
+
+    Without reasoning-gym, whose tasks and settings are then not known, the spelling is checked.
+    """
+    _check_split(source, split)
+    for part in parts_of(source):
+        if _is_installed():
+            _dataset(source, part, _first_seed(part, split, 0), _PATIENCE)
+
+
+def _check_split(source: str, split: str) -> None:
+    if split not in ("train", "test"):
+        raise DataError(f'{source}: split must be "train" or "test", got {split!r}')
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("reasoning_gym") is not None
+
+
 def reasoning_examples(
     source: str, *, split: str = "train", limit: int | None = None, seed: int = 0
 ) -> list[Example]:
@@ -133,10 +153,9 @@ def reasoning_examples(
     Raises DataError for an unknown task or setting, a setting of the wrong type or that the task
     refuses, a task that cannot be trained on, and where reasoning-gym is not installed.
     """
-    if importlib.util.find_spec("reasoning_gym") is None:
+    if not _is_installed():
         raise DataError(f"{source}: reasoning-gym is not installed; {INSTALL}")
-    if split not in ("train", "test"):
-        raise DataError(f'{source}: split must be "train" or "test", got {split!r}')
+    _check_split(source, split)
     parts = parts_of(source)
     seen: set[str] = set()
     examples: list[Example] = []

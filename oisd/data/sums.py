@@ -7,6 +7,7 @@ on one column and one carry.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
 from itertools import islice
 
@@ -28,10 +29,7 @@ def arithmetic_examples(
     limit: number of problems; None: all of them up to two digits, 10,000 beyond.
     Raises DataError for digits or a split outside these.
     """
-    if not 1 <= digits <= 9:
-        raise DataError(f"arithmetic: digits must lie in 1 to 9, got {digits}")
-    if split not in ("train", "test"):
-        raise DataError(f'arithmetic: split must be "train" or "test", got {split!r}')
+    _check(digits, split)
     if limit is None and digits > 2:
         limit = _DEFAULT_LIMIT
     problems = (
@@ -40,6 +38,33 @@ def arithmetic_examples(
         if _is_test(a, b) == (split == "test")
     )
     return list(islice(problems, limit))
+
+
+def is_arithmetic(source: str) -> bool:
+    """Whether a data source names the sums."""
+    return source.partition(":")[0] == "arithmetic"
+
+
+def check_arithmetic(source: str, split: str) -> int:
+    """The digits that a source asks for, "arithmetic" or "arithmetic:digits=2".
+
+    Raises DataError for another way to write it, and for digits or a split that there are not.
+    """
+    match = re.fullmatch(r"arithmetic(?::digits=(\d+))?", source)
+    if match is None:
+        raise DataError(
+            f'{source}: the built-in task is written "arithmetic" or "arithmetic:digits=2"'
+        )
+    digits = int(match[1] or 2)
+    _check(digits, split)
+    return digits
+
+
+def _check(digits: int, split: str) -> None:
+    if not 1 <= digits <= 9:
+        raise DataError(f"arithmetic: digits must lie in 1 to 9, got {digits}")
+    if split not in ("train", "test"):
+        raise DataError(f'arithmetic: split must be "train" or "test", got {split!r}')
 
 
 def _summands(digits: int, seed: int) -> Iterator[tuple[int, int]]:

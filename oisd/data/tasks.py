@@ -154,16 +154,8 @@ def is_task(source: str) -> bool:
     return source.partition(":")[0] in TASKS
 
 
-def task_examples(
-    source: str, *, split: str = "train", limit: int | None = None, seed: int = 0
-) -> list[Example]:
-    """Problems of a built-in task without repetition, in the order that `seed` draws them.
-
-    source: "multiplication", or "multiplication:digits=3,by=3" with settings of `TASKS`.
-    split: "train" or "test", a fixed tenth of all problems.
-    limit: number of problems; None: 20,000. All that there are, where a task has fewer.
-    Raises DataError for an unknown setting, a value out of its range, and another split.
-    """
+def task_settings(source: str, split: str) -> dict[str, int]:
+    """The settings of a source, see `task_examples`, which raises the same errors."""
     name, _, text = source.partition(":")
     task = TASKS[name]
     defaults = {key: default for key, (default, _, _) in task.settings.items()}
@@ -181,6 +173,22 @@ def task_examples(
         )
     if split not in ("train", "test"):
         raise DataError(f'{source}: split must be "train" or "test", got {split!r}')
+    return settings
+
+
+def task_examples(
+    source: str, *, split: str = "train", limit: int | None = None, seed: int = 0
+) -> list[Example]:
+    """Problems of a built-in task without repetition, in the order that `seed` draws them.
+
+    source: "multiplication", or "multiplication:digits=3,by=3" with settings of `TASKS`.
+    split: "train" or "test", a fixed tenth of all problems.
+    limit: number of problems; None: 20,000. All that there are, where a task has fewer.
+    Raises DataError for an unknown setting, a value out of its range, and another split.
+    """
+    settings = task_settings(source, split)
+    name = source.partition(":")[0]
+    task = TASKS[name]
     examples: list[Example] = []
     seen: set[str] = set()
     last_new = 0

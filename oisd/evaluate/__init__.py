@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from oisd.data import Example
+from oisd.jsonl import DamagedFileError, read_rows
 from oisd.policy import Policy
-from oisd.run.jsonl import read_rows
 
 Reward = Callable[[list[str], list[str]], list[float]]
 
@@ -272,7 +272,13 @@ def read_problems(dump: Path) -> list[Problem]:
     if dump.exists() and dump.stat().st_size > size:
         with dump.open("r+b") as file:
             file.truncate(size)
-    return [Problem(**row) for row in rows]
+    try:
+        return [Problem(**row) for row in rows]
+    except TypeError as error:
+        raise DamagedFileError(
+            f"{dump} is damaged: wanted a problem of an evaluation in each line ({error}); delete "
+            "the file to evaluate its problems again"
+        ) from error
 
 
 def read_all(folder: Path) -> dict[str, Problem]:

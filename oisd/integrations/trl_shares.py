@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from oisd.config import AlignmentConfig
+from oisd.norms import total_norm
 from oisd.run.processes import Processes
 from oisd.term_gradients import TermGradients
 from oisd.weights import TERMS, weight_of
@@ -76,4 +77,4 @@ class _Parallel:
         self.processes.sum_(gradients)
         for gradient in gradients:
             gradient /= self.processes.size
-        return torch.nn.utils.get_total_norm(gradients)
+        return total_norm(gradients)

@@ -109,19 +109,29 @@ def last_logits_only(model: nn.Module, input_ids: Tensor) -> dict[str, Any]:
 def learned_positions(model: Any) -> int | None:
     """The longest text that the model has positions for; None where they are computed.
 
-    Positions are an embedding or a table of their own, or (MPT) fixed in the config.
+    Positions are an embedding or a table of their own, or (MPT) fixed in the config. Those of
+    towers for images or sounds count for no text.
     """
     limits = []
+    kinds = {model.config.model_type, model.config.get_text_config().model_type}
+    towers = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and module.config.model_type not in kinds
+    )
     for name, module in model.named_modules():
+        if name.startswith(towers):
+            continue
         if isinstance(module, nn.Embedding) and _POSITIONS.fullmatch(name.rsplit(".", 1)[-1]):
             # The first rows may belong to padding.
             padding = -1 if module.padding_idx is None else module.padding_idx
             limits.append(module.num_embeddings - getattr(module, "offset", padding + 1))
     for name, table in model.named_buffers():
-        if name.rsplit(".", 1)[-1] in ("embed_positions", "pos_encoding"):
+        last = name.rsplit(".", 1)[-1]
+        if last in ("embed_positions", "pos_encoding") and not name.startswith(towers):
             limits.append(table.shape[0])
-    if model.config.model_type == "mpt":
-        limits.append(model.config.max_seq_len)
+    if "mpt" in kinds:
+        limits.append(model.config.get_text_config().max_seq_len)
     return min(limits, default=None)
 
 

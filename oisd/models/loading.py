@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as bars
 
 from oisd.config import ConfigError
-from oisd.schema import one_line
+from oisd.schema import one_line, require_no_misspelt_blank
 
 _LFS = b"version https://git-lfs"
 _FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
@@ -44,6 +44,7 @@ def read_model(source: str | Path, named: str, **options: Any) -> Any:
     """
     if problem := folder_problem(source):
         raise ConfigError(f"{named} cannot be loaded: {problem}")
+    require_no_misspelt_blank(str(source))
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from oisd.models.guards import Guard, default_tolerance, difference, judged, logits, undisturbed
 from oisd.models.layout import unwrap
+from oisd.norms import total_norm
 from oisd.schema import one_line
 
 _NO_CKPT = "leave model.gradient_checkpointing off, and lower run.tokens_per_microbatch instead"
@@ -154,9 +155,9 @@ def checkpointed_gradients(
                 inner.gradient_checkpointing_disable()
             for parameter in frozen:
                 parameter.requires_grad_(False)
-    norm = float(torch.stack([g.norm() for g in plain]).norm())
-    apart = [(a - b).norm() for a, b in zip(plain, checkpointed, strict=True)]
-    value = float(torch.stack(apart).norm()) / max(norm, 1e-30)
+    norm = float(total_norm(plain))
+    apart = (float(total_norm([a - b])) for a, b in zip(plain, checkpointed, strict=True))
+    value = math.hypot(*apart) / max(norm, 1e-30)
     words = f"gradients (norm {norm:.2g}) with and without checkpointing"
     if value <= bound:
         return Guard("checkpointing", value, bound, f"{words} agree")

@@ -12,8 +12,8 @@ from typing import Any
 
 from oisd.config import ConfigError
 from oisd.evaluate import Problem
+from oisd.jsonl import read_rows
 from oisd.report.runs import Run
-from oisd.run.jsonl import read_rows
 
 SHOWN = 3
 _LONGEST = 900

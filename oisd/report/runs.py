@@ -19,8 +19,8 @@ from typing import Any
 
 from oisd.config import ConfigError, TrainConfig, load_recipe, to_tables
 from oisd.evaluate import Problem
+from oisd.jsonl import DamagedFileError, read_rows
 from oisd.run.folder import RunFolder, may_change
-from oisd.run.jsonl import read_rows
 
 _LARGEST_TAIL = 10
 
@@ -155,23 +155,15 @@ def _read_run(path: Path) -> Run | None:
         )
     folder = RunFolder(path)
     try:
-        found, size = read_rows(folder.metrics_file)
-        rows = {int(row["step"]): row for row in found}
-        in_order = [rows[step] for step in sorted(rows)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{folder.metrics_file} is damaged: wanted a JSON object with a step in each line, got "
-            f"{error}"
-        ) from error
-    if not in_order:
+        found, is_cut = folder.read_metrics()
+    except DamagedFileError as error:
+        raise ConfigError(str(error)) from error
+    rows = {row["step"]: row for row in found}
+    if not rows:
         return None
-    return Run(
-        folder,
-        load_recipe(path / "config.toml"),
-        in_order,
-        folder.metrics_file.stat().st_size > size,
-        _read_json(folder.sources),
-    )
+    in_order = [rows[step] for step in sorted(rows)]
+    config = load_recipe(path / "config.toml")
+    return Run(folder, config, in_order, is_cut, _read_json(folder.sources))
 
 
 def _read_json(file: Path) -> dict[str, Any]:

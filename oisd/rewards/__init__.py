@@ -19,13 +19,15 @@ Partial credit and format rewards are left out on purpose. Write your own functi
 name it `module:function`, see `load_reward`.
 """
 
+import difflib
 import json
 import math
 
 from oisd.rewards.answers import last_boxed, same_string
 from oisd.rewards.function import RewardError, RewardFunction, check_batch
 from oisd.rewards.grading import MAX_BOX_CHARACTERS, MathReward
-from oisd.rewards.reasoning import ReasoningGymReward, is_reasoning_reward
+from oisd.rewards.reasoning import NAME as REASONING_GYM
+from oisd.rewards.reasoning import ReasoningGymReward, check_options, is_reasoning_reward
 from oisd.rewards.steps import CountdownReward, FinalReward, countdown_reward, final_reward
 from oisd.rewards.user import UserReward
 
@@ -42,6 +44,7 @@ __all__ = [
     "UserReward",
     "boxed_string_reward",
     "check_answers",
+    "check_reward",
     "countdown_reward",
     "exact_reward",
     "final_reward",
@@ -69,6 +72,7 @@ class ExactReward(RewardFunction):
         return exact_reward(completions, answers)
 
 
+_MATH = "math", "math_verify"
 _OWN = {
     reward.name: reward for reward in (BoxedStringReward, ExactReward, FinalReward, CountdownReward)
 }
@@ -146,16 +150,31 @@ def load_reward(name: str, timeout_s: float = 5.0) -> RewardFunction:
     """
     if not 0 < timeout_s < math.inf:
         raise ValueError(f"load_reward: timeout_s must be positive and finite, got {timeout_s}")
-    if name in ("math", "math_verify"):
+    check_reward(name)
+    if name in _MATH:
         return MathReward(timeout_s)
     if is_reasoning_reward(name):
         return ReasoningGymReward(name, timeout_s)
-    if name in _OWN:
-        return _OWN[name]()
-    module, colon, function = name.partition(":")
-    if not (module and colon and function):
-        raise ValueError(
-            f'load_reward: wanted "math", {", ".join(json.dumps(own) for own in _OWN)}, '
-            f'"reasoning-gym" or "module:function", got {name!r}'
-        )
-    return UserReward(name, timeout_s)
+    return _OWN[name]() if name in _OWN else UserReward(name, timeout_s)
+
+
+def fitting_rewards(completions: list[str], answers: list[str]) -> list[str]:
+    """Names of those of our rewards that compare strings and give all of these 1."""
+    return [name for name, kind in _OWN.items() if min(kind()(completions, answers)) == 1]
+
+
+def check_reward(name: str) -> None:
+    """Raise ValueError for a name that `load_reward` does not know; imports no module of yours."""
+    if is_reasoning_reward(name):
+        check_options(name)
+        return
+    known = [*_MATH, *_OWN, REASONING_GYM]
+    module, _, function = name.partition(":")
+    if name in known or (module and function):
+        return
+    meant = difflib.get_close_matches(module, known, n=1, cutoff=0.6)
+    raise ValueError(
+        f'load_reward: wanted "math", {", ".join(json.dumps(own) for own in _OWN)}, '
+        f'"reasoning-gym" or "module:function", got {name!r}'
+        + (f"; did you mean {meant[0]!r}?" if meant else "")
+    )

@@ -10,6 +10,10 @@ class RewardError(RuntimeError):
         super().__init__(f"reward {function}: {problem}")
         self.function = function
         self.index = index
+        self._given = function, problem, index
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, int | None]]:
+        return type(self), self._given  # for another process
 
 
 def check_batch(name: str, completions: Sequence[str], answers: Sequence[str]) -> None:

@@ -26,6 +26,7 @@ from pebble import ProcessExpired
 from oisd.rewards.answers import last_boxed
 from oisd.rewards.function import RewardError, RewardFunction, check_batch
 from oisd.rewards.workers import Workers, WorkersError
+from oisd.schema import nearest
 
 NAME = "reasoning-gym"
 _OPTIONS = ("whole", "shaped")
@@ -35,6 +36,18 @@ _FIELDS = ("answer", "task", "settings", "question", "metadata")
 def is_reasoning_reward(name: str) -> bool:
     """Whether a reward's name is one of the module's."""
     return name.partition(":")[0] == NAME
+
+
+def check_options(name: str) -> list[str]:
+    """The options in a reward's name, see the module. Raises ValueError for any other."""
+    options = name.partition(":")[2].split("+") if ":" in name else []
+    unknown = [option for option in options if option not in _OPTIONS]
+    if unknown or not is_reasoning_reward(name):
+        raise ValueError(
+            f'wanted "{NAME}", "{NAME}:shaped", "{NAME}:whole" or "{NAME}:whole+shaped", got '
+            f"{name!r}{nearest(unknown[0], _OPTIONS) if unknown else ''}"
+        )
+    return options
 
 
 # ---- inside the worker -----------------------------------------------------------------------
@@ -87,12 +100,7 @@ class ReasoningGymReward(RewardFunction):
 
     def __init__(self, name: str = NAME, timeout_s: float = 5.0, workers: int | None = None):
         super().__init__()
-        options = name.partition(":")[2].split("+") if ":" in name else []
-        if not is_reasoning_reward(name) or not {*options} <= {*_OPTIONS}:
-            raise ValueError(
-                f'wanted "{NAME}", "{NAME}:shaped", "{NAME}:whole" or "{NAME}:whole+shaped", got '
-                f"{name!r}"
-            )
+        options = check_options(name)
         if importlib.util.find_spec("reasoning_gym") is None:
             raise ValueError(f"{name}: reasoning-gym is not installed; pip install 'oisd[{NAME}]'")
         self.name = name

@@ -16,13 +16,16 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -86,16 +89,21 @@ def save_model(model: Any, tokenizer: Any, folder: Path, processes: Processes) -
     """Write a model as transformers or PEFT does; all processes call it, and the first one writes.
 
     The weights of one in shards are gathered one by one, and meet in the first process's memory on
-    the host.
+    the host. Raises OSError on all of them where the weights cannot be written.
     """
     adapted = adapters.is_adapted(model)
     weights = _gathered(model, adapted, processes.is_first) if is_sharded(model) else None
 
     def write_model() -> None:
-        if adapted:
-            adapters.save(model, folder, weights)
-        else:
-            model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
+        try:
+            if adapted:
+                adapters.save(model, folder, weights)
+            else:
+                model.save_pretrained(folder, safe_serialization=True, state_dict=weights)
+        except SafetensorError as error:  # which is no OSError, even where the disk is full
+            found = re.search(r"(?:I/O error: )?([^:]*) \(os error (\d+)\)", str(error))
+            what = (int(found[2]), found[1]) if found else (errno.EIO, str(error))
+            raise OSError(*what, str(folder)) from error
         tokenizer.save_pretrained(folder)
 
     processes.on_first(write_model)
@@ -112,7 +120,10 @@ def load_optimizer(checkpoint: Path, state: Mapping[str, Any], optimizer: Resuma
     if (checkpoint / _PARTS).is_dir():
         parts = optimizer.blank_parts()
         # Each process reads what it needs by itself.
-        load(parts, checkpoint_id=checkpoint / _PARTS, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            # That one process does so alone, as is meant where it resumes the run of several.
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load(parts, checkpoint_id=checkpoint / _PARTS, no_dist=not dist.is_initialized())
     optimizer.load_state_dict(state["learner"], parts)
 
 

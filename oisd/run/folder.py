@@ -20,7 +20,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ import tomli_w
 
 from oisd.config import ConfigError, TrainConfig, differences, load_recipe, to_tables
 from oisd.data import Example
+from oisd.jsonl import DamagedFileError, read_rows
 from oisd.run import checkpoints, provenance
-from oisd.run.jsonl import read_rows
 from oisd.run.processes import Processes
 
 # Settings that may change between a run and its continuation: they say how long and how often, not
@@ -255,13 +256,28 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, without an unfinished last line."""
-        return read_rows(self.metrics_file)[0]
+        return self.read_metrics()[0]
+
+    def read_metrics(self) -> tuple[list[dict[str, Any]], bool]:
+        """The rows of metrics.jsonl, and whether an unfinished line follows them.
+
+        Raises DamagedFileError for a line that is no JSON object with a step.
+        """
+        rows, size = read_rows(self.metrics_file)
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row.get("step"), int):
+                raise DamagedFileError(
+                    f"{self.metrics_file} is damaged: wanted a step in each row, got none in row "
+                    f"{number}; mend or delete that line"
+                )
+        is_cut = self.metrics_file.exists() and self.metrics_file.stat().st_size > size
+        return rows, is_cut
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row to metrics.jsonl; what is not finite is written as null."""
         bad = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
         finite = row | dict.fromkeys(bad)
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with _writing(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
 
     def write_completions(self, step: int, **columns: Iterable[Any]) -> None:
@@ -269,7 +285,9 @@ class RunFolder:
         rows = islice(zip(*columns.values(), strict=True), 64)
         table = [dict(zip(columns, row, strict=True)) for row in rows]
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table)
-        _write_atomically(self.completions / f"step-{step}.jsonl", text)
+        file = self.completions / f"step-{step}.jsonl"
+        with _writing(file):
+            _write_atomically(file, text)
 
     def write_nonfinite(self, step: int, rank: int, found: str, rows: dict[int, str]) -> Path:
         """Write down what a process found not to be finite, with the texts that had it."""
@@ -277,6 +295,18 @@ class RunFolder:
         report = {"step": step, "found": found, "completions": rows}
         file.write_text(json.dumps(report, indent=1), encoding="utf-8")
         return file
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """Names the file that cannot be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{file} could not be written: {error.strerror or error}; checkpoints are intact: mend "
+            "that and run the same command again"
+        ) from error
 
 
 def _write_atomically(path: Path, text: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pickle
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -15,11 +17,36 @@ from torch import Tensor
 from oisd.losses.metrics import Metrics, add_metrics
 
 T = TypeVar("T")
+_PATIENCE_S = 3.0  # for another process, where something has gone wrong
 
 
 def device_named(name: str) -> str:
     """The device of a setting: "auto" is a GPU where there is one, else the CPU."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def is_first_to_fail(may_follow: bool = False) -> bool:
+    """Whether this process is the one of its run that says what is wrong; call it once.
+
+    Under torchrun that is the first one that asks: the others have the same trouble, or lost it.
+
+    may_follow: it may be that another process is lost, which is given some seconds to say why.
+    """
+    if may_follow:
+        time.sleep(_PATIENCE_S)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        wait = timedelta(seconds=_PATIENCE_S)
+        try:
+            store = dist.TCPStore(  # pyright: ignore
+                address, port, timeout=wait, wait_for_workers=False
+            )
+            if store.add(f"oisd/failed/{restart}", 1) > 1:
+                return False
+        except (RuntimeError, dist.DistError):  # the store has gone with its process
+            pass
+    return True
 
 
 class Processes:
@@ -93,7 +120,7 @@ class Processes:
             try:
                 found = work(), None
             except Exception as error:  # or the others would wait for this process
-                found = None, error
+                found = None, _portable(error)
         result, error = self.gather(found)[0]
         if error is not None:
             raise error
@@ -105,7 +132,7 @@ class Processes:
         try:
             found = work(), None
         except Exception as error:
-            found = None, error
+            found = None, _portable(error)
         everything = self.gather(found)
         for _, error in everything:
             if error is not None:
@@ -131,3 +158,12 @@ class Processes:
         """Leave the process group, if this object made it."""
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _portable(error: Exception) -> Exception:
+    """The error, or one with its words where it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from oisd import norms
 from oisd.adapters import attach, disabled
 from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.batch import Batch, assemble
@@ -50,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
         "oisd": {"think_weight": 0.0, "attention_weight": 0.0},
         "grpo": {"internal_layer": 2, "internal_steps": 9},
     },
+    "long tensors": dict(large=(500, 64)),
     "adapters": dict(lora=["q_proj", "down_proj"]),
     "gpt2": dict(kind="gpt2"),
     "gemma3": dict(kind="gemma3"),
@@ -59,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt2 in bfloat16": dict(kind="gpt2", dtype="bfloat16"),
     "adapters in bfloat16": dict(lora=["q_proj", "down_proj"], dtype="bfloat16"),
 }
-_OURS = ("model", "checkpointing", "lora", "kind", "rows", "dtype")
+_OURS = ("model", "checkpointing", "lora", "kind", "rows", "dtype", "large")
 
 
 class Recorder(Optimizer):
@@ -114,9 +116,9 @@ def batch_of(policy: Policy) -> Batch:
 
 def run(objective: Objective, batch: Batch, processes: Processes, totals: Totals) -> dict:
     optimizer = Recorder(objective.policy.model, objective.config, processes)
-    metrics, norms = learn(objective, optimizer, [(batch, totals)], step=0)
+    metrics, numbers = learn(objective, optimizer, [(batch, totals)], step=0)
     losses = {n: m for n, m in metrics.items() if n.startswith(("loss/", "js/"))}
-    return {"gradient": optimizer.gradient, "norms": norms, "metrics": losses}
+    return {"gradient": optimizer.gradient, "norms": numbers, "metrics": losses}
 
 
 def main(out: str, *names: str) -> None:
@@ -127,6 +129,7 @@ def main(out: str, *names: str) -> None:
     for name in names:
         case = CASES[name]
         dtype = getattr(torch, case.get("dtype", "float32"))
+        norms.LARGE, norms._SLICE = case.get("large", (1 << 20, 1 << 16))
         policy, config = policy_of(case, dtype), config_of(case)
         batch = batch_of(policy)
         totals = Totals(ROWS, int(batch.predicts.sum()))

@@ -3,12 +3,23 @@
 import errno
 import json
 import re
+import resource
+from pathlib import Path
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from oisd.arithmetic import arithmetic_model, arithmetic_tokenizer
 from oisd.cli import main
+from oisd.config import from_tables
+from oisd.data import load_examples
+from oisd.data.problems import require_fitting_reward
+from oisd.evaluate import read_problems
+from oisd.jsonl import DamagedFileError
+from oisd.rewards import load_reward
+from oisd.run import checkpoints
+from oisd.run.folder import RunFolder, RunFolderError
+from oisd.run.processes import Processes
 
 SMALL = [
     "train",
@@ -172,6 +183,75 @@ def test_full_disk_keeps_the_checkpoint_before(in_tmp_path, monkeypatch, capsys)
     assert main(SMALL) == 0
     steps = [json.loads(x)["step"] for x in (in_tmp_path / "run" / "metrics.jsonl").open()]
     assert steps == [1, 2]
+
+
+@pytest.fixture
+def no_large_files():
+    """A disk that is full after a hundred kilobytes of each file, as the system itself says it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_weights_that_cannot_be_written_are_an_error_of_the_disk(in_tmp_path, no_large_files):
+    with pytest.raises(OSError, match="File too large: 'here'") as error:
+        checkpoints.save_model(
+            arithmetic_model(), arithmetic_tokenizer(), Path("here"), Processes()
+        )
+    assert error.value.errno == errno.EFBIG
+
+
+def test_a_run_whose_weights_cannot_be_written_says_so(in_tmp_path, no_large_files, capsys):
+    assert main(SMALL) == 1
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert "oisd: checkpoint step-1 could not be written to run/checkpoints: " in printed
+    assert "File too large" in printed and "earlier checkpoints are intact" in printed
+    assert not list((in_tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_metrics_that_cannot_be_written_are_named(in_tmp_path):
+    folder = RunFolder(in_tmp_path)
+    (in_tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    wanted = "metrics.jsonl could not be written: No space left on device; checkpoints are intact"
+    with pytest.raises(RunFolderError, match=wanted):
+        folder.log({"step": 1})
+    with pytest.raises(RunFolderError, match="step-1.jsonl could not be written: No such file"):
+        folder.write_completions(1, prompt=["1+1="])
+
+
+@pytest.mark.parametrize("source", ["modular:terms=3", "countdown", "base:digits=2"])
+def test_a_reward_that_no_worked_solution_earns_is_refused(source, in_tmp_path, capsys):
+    given = ["train", "--model.path", "scratch:layers=2,width=16,heads=2", "--data.source", source]
+    given += ["--eval.source", "none", "--oisd.student-layers", "1"]
+    assert main([*given, "--reward.function", "exact"]) == 2
+    printed = capsys.readouterr().err
+    fitting = "countdown" if source == "countdown" else "final"
+    assert f'oisd: reward.function must be "{fitting}" for {source}, on whose' in printed
+    assert printed.count("\n") == 1 and not (in_tmp_path / "runs").exists()
+
+
+def test_a_reward_that_fits_or_is_the_users_own_is_not_refused(in_tmp_path):
+    (in_tmp_path / "own.py").write_text("def grade(c, a): return [0.0] * len(c)\n")
+    for reward, source, steps in [
+        ("final", "modular", 3), ("exact", "modular", 0), ("countdown", "countdown", 3),
+        ("exact", "arithmetic", 3), ("own:grade", "modular", 3),
+        ("exact", "multiplication:by=1", 3),
+    ]:  # fmt: skip
+        config = from_tables(
+            {"data": {"source": source}, "reward": {"function": reward}, "warmup": {"steps": steps}}
+        )
+        graded = load_reward(reward)
+        require_fitting_reward(graded, config, load_examples(source, limit=9))
+        graded.close()
+
+
+@pytest.mark.parametrize("line", ['{"id": "a"}', "3", '{"id": '], ids=["fields", "number", "half"])
+def test_a_damaged_dump_of_an_evaluation_is_named(line, in_tmp_path):
+    dump = in_tmp_path / "problems-0-of-1.jsonl"
+    dump.write_text(f"{line}\n")
+    with pytest.raises(DamagedFileError, match="problems-0-of-1.jsonl is damaged: wanted a"):
+        read_problems(dump)
 
 
 def test_disk_too_small_for_the_checkpoints_is_found_at_once(monkeypatch, capsys, in_tmp_path):

@@ -8,7 +8,8 @@ import tomllib
 import pytest
 
 from oisd.cli import main, parse_train
-from oisd.config import load_recipe
+from oisd.config import ConfigError, from_tables, load_recipe
+from oisd.data.problems import check_names
 
 RUN = [
     "train",
@@ -75,6 +76,63 @@ def test_show_trains_nothing(tmp_path, capsys):
     assert not folder.exists()
     with pytest.raises(SystemExit, match="2"):
         main(["train", "--show", "--grpo.clip-low", "1.5"])
+
+
+TYPOS = {
+    "setting of a task": (
+        ["--data.source", "modular:terms=x"], 1, "terms must be a whole number, got 'x'"
+    ),
+    "name of a setting": (["--data.source", "modular:term=3"], 1, "did you mean 'terms'?"),
+    "out of range": (["--eval.source", "running_sum:digits=10"], 1, "digits must lie in 1 to 9"),
+    "task": (["--data.source", "modulr:terms=3"], 1, "did you mean 'modular'?"),
+    "task without settings": (["--data.source", "modulr"], 1, "did you mean 'modular'?"),
+    "data set": (["--eval.source", "gsm8"], 1, "called 'gsm8'; did you mean 'gsm8k'?"),
+    "split": (["--data.split", "tset"], 1, "split must be \"train\" or \"test\", got 'tset'"),
+    "split of a set": (["--eval.source", "math500", "--eval.split", "train"], 1, "it has test."),
+    "unused field": (["--data.answer-field", "gold"], 1, "has no answer_field, got 'gold'"),
+    "pattern": (["--data.source", "x/y", "--data.answer-pattern", "("], 1,
+                "answer_pattern '(' is not a regular expression"),
+    "reward": (["--reward.function", "exat"], 2, "did you mean 'exact'?"),
+    "option of a reward": (
+        ["--data.source", "reasoning-gym:gcd", "--eval.source", "none",
+         "--reward.function", "reasoning-gym:shapd"], 2, "did you mean 'shaped'?"
+    ),
+    "blank model": (["--model.path", "aritmetic"], 2, "did you mean 'arithmetic'?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments, status, message", TYPOS.values(), ids=TYPOS)
+def test_show_refuses_a_misspelt_name_as_training_does(
+    arguments, status, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for given in (["train", "--show"], ["plan", "--show"], ["train"]):
+        assert main([*given, *arguments]) == status
+        found = capsys.readouterr()
+        said.append(found.err)
+        assert message in found.err and not found.out and found.err.count("\n") == 1
+    assert said[0] == said[1]
+    assert said[0] == said[2] or "--model.path" in arguments  # which is read after the data
+
+
+@pytest.mark.parametrize(
+    "path, meant", [("scrach:layers=3", "scratch:"), ("arithmetic:digits=2", "arithmetic'")]
+)
+def test_a_blank_model_is_known_by_its_name_before_its_settings(path, meant):
+    with pytest.raises(ConfigError, match=f"did you mean '{meant}"):
+        from_tables({"model": {"path": path}})
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--show", "--model.path", path])
+
+
+def test_the_name_of_a_folder_or_of_a_model_elsewhere_is_no_misspelt_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("scratches", "modulars"):
+        (tmp_path / name).mkdir()
+        found = from_tables({"model": {"path": name}, "data": {"source": name}})
+        check_names(found)
+    check_names(from_tables({"model": {"path": "me/scratch1"}, "data": {"source": "me/modulars"}}))
 
 
 def test_overrides_go_over_the_recipe():

@@ -1,4 +1,4 @@
-"""Module names of version 0.1 still import, as the module that has taken their place."""
+"""Module names of earlier versions still import, as the module that has taken their place."""
 
 import importlib
 import subprocess
@@ -16,6 +16,14 @@ def test_an_old_name_is_the_new_module(old):
         module = importlib.import_module(old)
     assert module is importlib.import_module(MOVED[old])
     assert module.__name__ == module.__spec__.name == MOVED[old]
+
+
+def test_a_module_that_moved_back_is_no_old_name(recwarn):
+    module = importlib.import_module("oisd.jsonl")
+    assert module.__name__ == "oisd.jsonl" and not recwarn
+    with pytest.warns(DeprecationWarning, match="oisd.run.jsonl is oisd.jsonl since oisd 0.3"):
+        sys.modules.pop("oisd.run.jsonl", None)
+        assert importlib.import_module("oisd.run.jsonl") is module
 
 
 def test_what_is_set_there_has_its_effect(monkeypatch):

@@ -155,8 +155,13 @@ def test_half_a_row_at_the_end_is_forgiven(tmp_path, drawn):
     path.write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "rew')
     assert len(plots.plot_training(path, tmp_path)) == 2
     path.write_text('{"step": 1, "rew\n{"step": 2, "reward": 0.5}\n')
-    with pytest.raises(ValueError, match="line 1"):
+    with pytest.raises(ValueError, match="metrics.jsonl is damaged: .*line 1, which is not JSON"):
         plots.plot_training(path, tmp_path)
+    path.write_text('{"step": 1, "reward": 0.5}\n{"step": 2, "reward": 0.25, "a": "\u2028"}\n3\n')
+    with pytest.raises(ValueError, match="line 3, which is no object"):
+        plots.plot_training(path, tmp_path)
+    with pytest.raises(FileNotFoundError):
+        plots.plot_training(tmp_path / "nowhere.jsonl", tmp_path)
 
 
 def test_pass_at_k_file(tmp_path):

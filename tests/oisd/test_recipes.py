@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.study.protocol import STUDY, Cell
 from oisd.config import ConfigError, TrainConfig, differences, load_recipe, to_tables
 from oisd.schema import recipe_chain
 from tests import ROOT
@@ -108,6 +109,17 @@ FROM: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
             "eval": {"source": "multiplication:digits=2,by=2"},
         },
     ),
+    "scratch-running": (
+        "scratch-modular", {
+            "data": {"source": "running_sum:terms=8,digits=1"},
+            "oisd": {"think_weight": 1.0, "attention_weight": 0.1, "share_every": 5},
+            "warmup": {"stop_at": 0.35},
+            "eval": {
+                "source": "running_sum:terms=8,digits=1", "limit": 128, "samples": 8, "every": 10,
+            },
+            "run": {"save_every": 20},
+        },
+    ),
     "qwen3-4b-grpo": ("qwen3-4b", {"oisd": GRPO}),
     "qwen3-4b-think": ("qwen3-4b", {"oisd": {"attention_weight": 0.0}}),
     "qwen3-4b-attention": ("qwen3-4b", {"oisd": {"think_weight": 0.0}}),
@@ -200,6 +212,19 @@ def test_what_each_recipe_is(recipe):
         for table, values in {**changes, "run": run}.items()
     }
     assert load_recipe(recipe) == dataclasses.replace(config, **parts)
+
+
+# What a user of a recipe wants otherwise than the study; "auto" is "separate" on a CPU.
+STUDYS_OWN = {"oisd.attention_kernel", "warmup.steps", "model.path", "run.output_dir", "run.seed",
+              "run.keep_checkpoints", "run.completions_every", "run.trackers"}  # fmt: skip
+
+
+def test_a_recipe_of_the_study_is_its_run():
+    recipe = load_recipe(ROOT / "recipes" / "scratch-running.toml")
+    study = STUDY.run(Cell("running", "paper", 11), "start", "out")
+    assert {line.split(":")[0] for line in differences(recipe, study)} == STUDYS_OWN
+    start = STUDY.warm_up("running", 11, "start")
+    assert (recipe.warmup, recipe.model) == (start.warmup, start.model)
 
 
 def write(folder, **recipes: str) -> None:

@@ -38,12 +38,30 @@ def test_sizes_are_those_of_the_path():
         ("scratch:layers=0", "layers must be at least 1, got 0"),
         ("scratch:width=100,heads=3", "width must be a multiple of 2 x heads = 6"),
         ("scratch:width=96,heads=4,kv_heads=3", "kv_heads must divide heads = 4, got 3"),
+        (
+            "scratch:positions=64",
+            "unknown setting 'positions'; known: feed_forward, heads, kv_heads",
+        ),
         ("scratch:width=wide", "width must be a whole number, got 'wide'"),
     ],
 )
 def test_bad_sizes_are_refused_with_the_recipe(path, message):
     with pytest.raises(ConfigError, match=message):
         ModelConfig(path=path)
+
+
+def test_a_blank_model_reads_texts_of_any_length():
+    """Rotary scores depend on distances alone: far behind in a text, as at its beginning."""
+    policy = load_policy(ModelConfig(path=TINY), seed=3)
+    ids = policy.tokenizer("12+34=46", return_tensors="pt").input_ids
+    policy.require_positions([[1] * 40_000], 8192, "rollout.max_completion_tokens")
+    with torch.no_grad():
+        near, far = (
+            policy.model(ids, position_ids=torch.arange(start, start + ids.shape[1])[None]).logits
+            for start in (0, 40_000)
+        )
+    assert near.std() > 0.1
+    torch.testing.assert_close(far, near, rtol=0, atol=2e-3)
 
 
 def test_a_blank_model_has_no_adapters():

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from oisd.config import ConfigError, from_tables
-from oisd.data import DataError, load_examples
+from oisd.data import DataError, check_source, load_examples
 from oisd.data.reasoning import REFUSED, is_held_out, parts_of
-from oisd.rewards import RewardError, load_reward
+from oisd.rewards import RewardError, check_reward, load_reward
 from oisd.rewards.reasoning import ReasoningGymReward
 
 try:
@@ -72,6 +73,11 @@ def test_without_the_package_the_remedy_is_named(monkeypatch):
         load_examples("reasoning-gym:gcd")
     with pytest.raises(ValueError, match=r"pip install 'oisd\[reasoning-gym\]'"):
         load_reward("reasoning-gym")
+    # What is written can be checked, but for names that only the package knows.
+    check_source("reasoning-gym:gcb?x=1")
+    check_reward("reasoning-gym:shaped")
+    with pytest.raises(DataError, match="the setting 'x' of gcd has no value"):
+        check_source("reasoning-gym:gcd?x")
 
 
 # ---- problems --------------------------------------------------------------------------------
@@ -118,8 +124,9 @@ def test_training_and_test_problems_never_overlap_whatever_their_seeds():
     ],
 )
 def test_unknown_tasks_and_settings_are_named(source, message):
-    with pytest.raises(DataError, match=re.escape(message)):
-        load_examples(f"reasoning-gym:{source}", limit=2)
+    for read in (check_source, partial(load_examples, limit=2)):
+        with pytest.raises(DataError, match=re.escape(message)):
+            read(f"reasoning-gym:{source}")
 
 
 # ---- the reward ------------------------------------------------------------------------------

@@ -320,6 +320,45 @@ def test_the_longest_text_of_learned_positions(name):
             forward(limit + 1)
 
 
+TEXT = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+            num_key_value_heads=2, head_dim=8, vocab_size=64)  # fmt: skip
+# A picture of 28 pixels in patches of 14: four positions, or five with that of the whole.
+VISION = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+              image_size=28, patch_size=14)  # fmt: skip
+CLIP = dict(VISION, model_type="clip_vision_model", projection_dim=32)
+MULTIMODAL = {
+    "gemma3": (dict(text_config=dict(TEXT, sliding_window=8), vision_config=VISION,
+                    mm_tokens_per_image=4, image_token_index=60), None),
+    "llava": (dict(text_config=dict(TEXT, model_type="llama"), vision_config=CLIP,
+                   image_token_index=60), None),
+    "idefics3": (dict(text_config=dict(TEXT, model_type="llama"), vision_config=VISION,
+                      image_token_id=60), None),
+    # One whose text has learned positions, beside fewer of the picture.
+    "git": (dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+                 vocab_size=64, bos_token_id=1, eos_token_id=2, max_position_embeddings=40,
+                 vision_config=VISION), 40),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_positions_of_a_picture_limit_no_text(name):
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    size, limit = MULTIMODAL[name]
+    config = AutoConfig.for_model(name, **size)
+    kind = AutoModelForCausalLM if name == "git" else AutoModelForImageTextToText
+    model = kind.from_config(config).eval()
+    vision = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding)
+              and "vision" in n and m.num_embeddings < 6]  # fmt: skip
+    assert vision and learned_positions(model) == limit
+    ids = torch.full((1, limit or 50), 5)
+    with torch.no_grad():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    if limit:
+        with torch.no_grad(), pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, limit + 1), 5))
+
+
 @pytest.mark.parametrize("engine", ["generate", "continuous"])
 def test_a_completion_may_fill_the_learned_positions(engine, tmp_path):
     folder = tmp_path / "gpt2"

@@ -188,10 +188,14 @@ def test_one_run_writes_into_its_folder(tmp_path, capsys):
         (["run", "run/"], "is named twice"),
         (
             ["damaged"],
-            "damaged/metrics.jsonl is damaged: wanted a JSON object with a step in each ",
+            "damaged/metrics.jsonl is damaged: wanted a JSON object in each line, got line 2",
         ),
         (["damaged"], "in each line, got line 2, which is not JSON"),
-        (["stepless"], "stepless/metrics.jsonl is damaged"),
+        (["listed"], "in each line, got line 2, which is no object"),
+        (
+            ["stepless"],
+            "stepless/metrics.jsonl is damaged: wanted a step in each row, got none in row 1",
+        ),
         (["run", "--output", "run/config.toml/x.html"], "x.html' cannot be written"),
         (["run", "--inside-texts", "0"], "--inside-texts must be at least 1, got 0"),
         (["run", "--device", "cudda"], '--device must be "auto", "cpu"'),
@@ -202,6 +206,8 @@ def test_refuses(arguments, message, tmp_path, monkeypatch, capsys):
     write(tmp_path / "run")
     write(tmp_path / "empty", [])
     write(tmp_path / "stepless", [{"reward": 1.0}])
+    listed = write(tmp_path / "listed")
+    (listed / "metrics.jsonl").write_text('{"step": 1}\n[2]\n')
     damaged = write(tmp_path / "damaged")
     (damaged / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     assert main(["report", *arguments]) == 2
