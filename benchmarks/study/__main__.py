@@ -142,10 +142,12 @@ def _require_start(
     pair = [row for other, row in done.items() if other[::2] == cell[::2]]
     start = digest_of(start_of(protocol, cell.task, cell.seed, options.out))
     if any(row["start"] != start for row in pair):
+        commit = pair[-1]["commit"][:12] or "that is in their rows"
         raise SystemExit(
             f"the start of {cell.task}, seed {cell.seed}, is not that of its {len(pair)} recorded "
-            f"cells (another machine, or other versions): go on where they were run, or delete "
-            f"their rows from {results_file(options.results, cell.task)} to run the seed here"
+            f"cells (another machine, or other versions): go on where they were run, in a working "
+            f"tree of commit {commit}, or delete their rows from "
+            f"{results_file(options.results, cell.task)} to run the seed here"
         )
 
 

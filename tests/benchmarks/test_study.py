@@ -232,10 +232,11 @@ def test_half_a_row_is_dropped(ran, tmp_path):
 def test_a_seed_is_not_continued_from_another_start(ran, tmp_path):
     folder, arguments, *_ = ran
     rows = rows_of(folder)[:2]
-    rows[0]["start"] = "another"
+    rows[0]["start"], rows[1]["commit"] = "another", "c0ffee"
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "study_modular.jsonl").write_text(text)
-    with pytest.raises(SystemExit, match="of modular, seed 1, is not that of its 2 recorded"):
+    refusal = "of modular, seed 1, is not that of its 2 recorded .* working tree of commit c0ffee"
+    with pytest.raises(SystemExit, match=refusal):
         study.main([*arguments[:2], "--results", str(tmp_path)], TINY)
 
 
