@@ -264,13 +264,18 @@ def forms(package: str) -> dict[str, str]:
 
 
 def changed(now: str, known: list[str]) -> str:
-    """What a new form lacks and has more than the one that we saw last."""
+    """What a new form lacks and has more than the known one that is nearest."""
     if now.startswith("GONE") or not known:
         return now
-    before, after = known[-1].split(", "), now.split(", ")
-    less = [f"-{part}" for part in before if part not in after]
-    more = [f"+{part}" for part in after if part not in before]
-    return " ".join(less + more) or f"another order: {now}"
+    after = now.split(", ")
+
+    def difference(form: str) -> list[str]:
+        before = form.split(", ")
+        less = [f"-{part}" for part in before if part not in after]
+        return less + [f"+{part}" for part in after if part not in before]
+
+    nearest = min(map(difference, known), key=len)
+    return " ".join(nearest) or f"another order: {now}"
 
 
 class Line(NamedTuple):

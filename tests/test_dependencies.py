@@ -73,7 +73,7 @@ def test_a_change_is_the_commands_exit_status(monkeypatch, capsys):
     shown = capsys.readouterr().out.splitlines()
     assert len(shown) == 2  # a line for each call
     assert shown[0].startswith("pebble ") and f" {pinned('pebble')} tested " in shown[0]
-    assert shown[1].endswith("1 of 3 changed: pebble.ProcessExpired -msg -code=0 -pid=None +code")
+    assert shown[1].endswith("1 of 3 changed: pebble.ProcessExpired -msg -code=0 +code")
 
 
 def test_a_new_form_is_accepted_and_what_is_gone_is_not(tmp_path, monkeypatch):
