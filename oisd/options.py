@@ -7,7 +7,7 @@ Standard library only, so that `--help` does not wait for torch. Apart from `ois
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ class EvalRun:
     """Folder for the completions, the summary and the plot, or for one such folder per benchmark;
     by default under runs/eval."""
 
-    # These may change when an evaluation is resumed: they do not change a result.
-    _free: ClassVar = ("benchmark", "timeout", "batch_size", "device", "threads", "output_dir")
+    # These may change when an evaluation is resumed: they do not change a result. Without an
+    # annotation, because tyro 0.9 takes a ClassVar for an option.
+    _free = ("benchmark", "timeout", "batch_size", "device", "threads", "output_dir")
 
 
 @dataclass(frozen=True)

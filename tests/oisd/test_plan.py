@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -139,8 +140,11 @@ def test_cache_of_keys_and_values_and_the_copy_that_samples(half, tied):
     model, tokens = tiny_model("qwen3", tie_word_embeddings=tied), 40
     cache = DynamicCache(config=model.config)
     samples = ModelCopy(model, torch.bfloat16).fill() if half else model
+    renamed = "cache" in inspect.signature(model.forward).parameters  # since transformers 5.23
     with torch.no_grad():
-        samples(torch.randint(3, 100, (2, tokens)), past_key_values=cache)
+        samples(
+            torch.randint(3, 100, (2, tokens)), **{"cache" if renamed else "past_key_values": cache}
+        )
     size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     copied = sum({p.data_ptr(): p.nbytes for p in samples.parameters()}.values()) * half
     config = load_recipe(recipe_path("arithmetic"))
