@@ -23,6 +23,10 @@ REQUIRED = {
 }  # fmt: skip
 OPTIONAL = {
     "liger-kernel": "rival of the lens: Liger fused_linear_jsd",
+    "nvidia-cutlass-dsl": "rival of the lens: Liger fused_linear_jsd, CuTe",
+    "orda-kernel": "rival of the lens: ORDA skew_js",
+    "unsloth-zoo": "rival of the lens: Unsloth fused_linear_jsd",
+    "unsloth": "needed by unsloth-zoo",
     "trl": "rival of the lens: TRL chunked divergence",
     "datasets": "needed by trl",
     "flash-attn": "rival of attention; torch has its kernels as SDPA flash",
@@ -71,5 +75,5 @@ def report(have: set[str] | None, carried: set[str]) -> tuple[str, list[str]]:
                 absent.append(name)
             elif where == "ABSENT":
                 where = "absent"
-            lines.append(f"{name:<16} {where:<20} {what} {purpose}")
+            lines.append(f"{name:<18} {where:<20} {what} {purpose}")
     return "\n".join(lines), absent
