@@ -97,8 +97,12 @@ def gpu_shapes() -> list[Shape]:
     four = partial(Shape, HEADS["qwen3-4b"], "qwen3-4b")
     best = [
         Bar("ours: chunked", "median_s", 0.5, peer)
-        for peer in ("Liger fused_linear_jsd", "Liger fused_linear_jsd, CuTe", "Liger chunked JSD",
-                     "TRL chunked divergence")
+        for peer in (
+            "Liger fused_linear_jsd",
+            "Liger fused_linear_jsd, CuTe",
+            "Liger chunked JSD",
+            "TRL chunked divergence",
+        )
     ]
     best += [Bar("ours: chunked", "peak_mib", 1.0, bar.against) for bar in best]
     headline = (

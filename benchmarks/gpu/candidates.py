@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler; unset it")
-    chosen = [entry for entry in ENTRIES
-              if not options.entry or any(word in entry.name for word in options.entry)]  # fmt: skip
+    words = options.entry or [""]
+    chosen = [entry for entry in ENTRIES if any(word in entry.name for word in words)]
     if not chosen:
         parser.error(f"--entry must be parts of {', '.join(entry.name for entry in ENTRIES)}")
     record = audit.Record(options.record)
