@@ -46,7 +46,7 @@ CSRC = [
                 f"WARPGROUPS with {engine}" if place else 'impl="cuda" is right',
                 after=(BUILD,))
       for place, (engine, work) in enumerate(zip(ENGINES, WORKS, strict=True))),
-    _together("tiles: check", "sweep:check", 90, "which tiles are timed"),
+    _together("tiles: check", "sweep:check", 120, "which tiles are timed"),
     _alone("csrc: times", "csrc:times", 50, '"auto" becomes "cuda" where it is faster',
            after=(BUILD,)),
 ]  # fmt: skip
