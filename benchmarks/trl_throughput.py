@@ -55,6 +55,21 @@ class Round:
     dropped: float = 0.0
 
 
+class Clock:
+    """Times from the end of one step to the end of the next, so that all between them counts."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, float]] = []
+
+    def mark(self) -> None:
+        self.marks.append((time.perf_counter(), time.process_time()))
+
+    def timed(self) -> tuple[list[float], list[float]]:
+        """(seconds, seconds of the processor) of the steps that count."""
+        pairs = list(zip(self.marks, self.marks[1:], strict=False))[UNTIMED - 1 :]
+        return [b[0] - a[0] for a, b in pairs], [b[1] - a[1] for a, b in pairs]
+
+
 def main() -> None:
     """Measure, print a table, append rows to a JSONL file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -125,20 +140,18 @@ def ours(start: Path, steps: int, *, align: bool, skip: bool = True) -> Round:
         trainer = Trainer(from_tables(tables))
         trainer._finish = dict  # type: ignore[method-assign]  # no plots
         trainer._save = lambda: None  # type: ignore[method-assign]
-        step, processor = trainer._train_step, []
+        step, clock = trainer._train_step, Clock()
 
         def timed(progress: Any) -> dict[str, Any]:
-            begun = time.process_time()
             row = step(progress)
-            processor.append(time.process_time() - begun)
+            clock.mark()
             return row
 
         trainer._train_step = timed  # type: ignore[method-assign]
         trainer.train()
         rows = trainer.folder.metrics()[UNTIMED:]
     return Round(
-        [row["time/step"] for row in rows],
-        processor[UNTIMED:],
+        *clock.timed(),
         statistics.mean(row["reward"] for row in rows),
         statistics.mean(row["frac_zero_std"] for row in rows) if skip else 0.0,
     )
@@ -155,23 +168,19 @@ def trl(start: Path, steps: int) -> Round:
         rewards.append(statistics.mean(graded))
         return graded
 
-    class Clock(transformers.TrainerCallback):
-        """Times from the end of one step to the end of the next."""
-
-        def __init__(self) -> None:
-            self.marks: list[tuple[float, float]] = []
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.marks.append((time.perf_counter(), time.process_time()))
-
     clock = Clock()
+
+    class Marking(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            clock.mark()
+
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=transformers.AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32),
             processing_class=tokenizer,
             reward_funcs=exact,
             train_dataset=Dataset.from_list([{"prompt": p} for p in answers]),
-            callbacks=[clock],
+            callbacks=[Marking()],
             args=GRPOConfig(
                 output_dir=folder,
                 per_device_train_batch_size=PROMPTS * COMPLETIONS,
@@ -192,9 +201,7 @@ def trl(start: Path, steps: int) -> Round:
             ),
         )
         trainer.train()
-    pairs = list(zip(clock.marks, clock.marks[1:], strict=False))[UNTIMED - 1 :]
-    seconds, processor = ([b[kind] - a[kind] for a, b in pairs] for kind in (0, 1))
-    return Round(seconds, processor, statistics.mean(rewards[UNTIMED:]))
+    return Round(*clock.timed(), statistics.mean(rewards[UNTIMED:]))
 
 
 def summarize(name: str, rounds: list[Round], accuracy: float) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Entry:
 # compiles them: none may spill.
 ENTRIES = [
     Entry("attention", ("dkdv align", "half", 128), "fused",
-          ((16, 128, 8, 3), (16, 64, 8, 2), (32, 32, 8, 2, False, 255))),
+          ((32, 32, 8, 2, False, 255), (32, 32, 8, 3, False, 255), (16, 64, 8, 2))),
     Entry("attention", ("dq align", "half", 128), "fused",
           ((128, 32, 8, 2), (64, 32, 8, 3), (128, 32, 8, 3))),
     Entry("attention", ("statistics", "half", 128), "divergence",

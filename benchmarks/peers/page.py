@@ -62,8 +62,9 @@ The arithmetic task's model after its warm-up, 16 prompts x 16 completions of at
 sampling included, one optimizer step a batch, no KL, one thread, float32: TRL's `GRPOTrainer` and
 our trainer on the same prompts and rewards. They take turns ({rounds} rounds, {steps} steps each,
 medians with the range from p20 to p80). The learning rate is so small that all sample from the same
-policy, and each must find that policy's accuracy, {accuracy:.3f}. `python -m
-benchmarks.trl_throughput` is the same measurement by itself.
+policy, and each must find that policy's accuracy, {accuracy:.3f}. A step is counted from the end of
+the one before it. Processor time is what to compare: much other work ran, and the clock's time is
+mostly waiting for a core. `python -m benchmarks.trl_throughput` is the same measurement by itself.
 
 Completions whose advantage is 0 have no gradient, so our trainer leaves them out of the update;
 *dropped* is their share. In the rows "all completions" it computes them, as TRL does.
