@@ -79,7 +79,7 @@ ENTRIES = [
     Entry("attention", ("dq align", "half", 128), "fused",
           ((128, 32, 8, 2), (64, 32, 8, 3), (128, 32, 8, 3))),
     Entry("attention", ("statistics", "half", 128), "divergence",
-          ((128, 64, 8, 2), (64, 64, 4, 3), (128, 128, 8, 2))),
+          ((128, 64, 8, 2), (64, 64, 4, 3), (128, 32, 8, 3))),
     Entry("attention", ("dkdv", "half", 128), "plain",
           ((32, 128, 8, 3), (32, 64, 8, 2, True), (16, 128, 8, 2, True))),
     Entry("attention", ("dq", "half", 128), "plain",
