@@ -13,8 +13,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import tempfile
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,6 +124,8 @@ def _orda_lens(inputs: Inputs) -> Run:
 
 def _unsloth_lens(inputs: Inputs) -> Run:
     os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")  # as unsloth sets it before it imports this
+    # Else it makes a folder where it is run.
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir(), "unsloth")))
     module = importlib.import_module("unsloth_zoo.fused_losses.fused_linear")
     final, weight = inputs["final"], inputs["weight"].detach()
     options = {"beta": 0.5, "num_items_in_batch": 1}  # the sum, divided by 1
