@@ -10,6 +10,9 @@ without a time.
 
 Our trainer leaves completions of advantage 0 out of the update (their gradient is 0); `dropped` is
 their share. TRL computes them, and so does our trainer in the rows "all completions".
+
+Beside the time of the clock stands the processor time, which leaves out other work on the core.
+`python -m benchmarks peers step` is the same for the page of other projects.
 """
 
 from __future__ import annotations
@@ -47,8 +50,24 @@ class Round:
     """What one trainer did in one round."""
 
     seconds: list[float]
+    processor: list[float]
     reward: float
     dropped: float = 0.0
+
+
+class Clock:
+    """Times from the end of one step to the end of the next, so that all between them counts."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, float]] = []
+
+    def mark(self) -> None:
+        self.marks.append((time.perf_counter(), time.process_time()))
+
+    def timed(self) -> tuple[list[float], list[float]]:
+        """(seconds, seconds of the processor) of the steps that count."""
+        pairs = list(zip(self.marks, self.marks[1:], strict=False))[UNTIMED - 1 :]
+        return [b[0] - a[0] for a, b in pairs], [b[1] - a[1] for a, b in pairs]
 
 
 def main() -> None:
@@ -59,24 +78,29 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="folder for throughput.jsonl")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    rows = measure(arguments.steps, arguments.rounds)
+    report(rows)
+    if arguments.out:
+        append(arguments.out / "throughput.jsonl", rows, describe("cpu", 1))
+
+
+def measure(steps: int, count: int) -> list[dict[str, Any]]:
+    """A row for each trainer: `steps` timed steps in each of `count` rounds."""
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "start"
         accuracy = make_start(start)
         trainers = {
-            "TRL GRPOTrainer": partial(trl, start, arguments.steps),
-            "GRPO": partial(ours, start, arguments.steps, align=False),
-            "OISD": partial(ours, start, arguments.steps, align=True),
-            "GRPO, all completions": partial(ours, start, arguments.steps, align=False, skip=False),
-            "OISD, all completions": partial(ours, start, arguments.steps, align=True, skip=False),
+            "TRL GRPOTrainer": partial(trl, start, steps),
+            "GRPO": partial(ours, start, steps, align=False),
+            "OISD": partial(ours, start, steps, align=True),
+            "GRPO, all completions": partial(ours, start, steps, align=False, skip=False),
+            "OISD, all completions": partial(ours, start, steps, align=True, skip=False),
         }
         rounds: dict[str, list[Round]] = {name: [] for name in trainers}
-        for _ in range(arguments.rounds):
+        for _ in range(count):
             for name, run in trainers.items():
                 rounds[name].append(run())
-    rows = [summarize(name, found, accuracy) for name, found in rounds.items()]
-    report(rows)
-    if arguments.out:
-        append(arguments.out / "throughput.jsonl", rows, describe("cpu", 1))
+    return [summarize(name, found, accuracy) for name, found in rounds.items()]
 
 
 def make_start(folder: Path) -> float:
@@ -116,10 +140,18 @@ def ours(start: Path, steps: int, *, align: bool, skip: bool = True) -> Round:
         trainer = Trainer(from_tables(tables))
         trainer._finish = dict  # type: ignore[method-assign]  # no plots
         trainer._save = lambda: None  # type: ignore[method-assign]
+        step, clock = trainer._train_step, Clock()
+
+        def timed(progress: Any) -> dict[str, Any]:
+            row = step(progress)
+            clock.mark()
+            return row
+
+        trainer._train_step = timed  # type: ignore[method-assign]
         trainer.train()
         rows = trainer.folder.metrics()[UNTIMED:]
     return Round(
-        [row["time/step"] for row in rows],
+        *clock.timed(),
         statistics.mean(row["reward"] for row in rows),
         statistics.mean(row["frac_zero_std"] for row in rows) if skip else 0.0,
     )
@@ -136,23 +168,19 @@ def trl(start: Path, steps: int) -> Round:
         rewards.append(statistics.mean(graded))
         return graded
 
-    class Clock(transformers.TrainerCallback):
-        """Times from the end of one step to the end of the next."""
-
-        def __init__(self) -> None:
-            self.marks: list[float] = []
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.marks.append(time.perf_counter())
-
     clock = Clock()
+
+    class Marking(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            clock.mark()
+
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             model=transformers.AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32),
             processing_class=tokenizer,
             reward_funcs=exact,
             train_dataset=Dataset.from_list([{"prompt": p} for p in answers]),
-            callbacks=[clock],
+            callbacks=[Marking()],
             args=GRPOConfig(
                 output_dir=folder,
                 per_device_train_batch_size=PROMPTS * COMPLETIONS,
@@ -173,8 +201,7 @@ def trl(start: Path, steps: int) -> Round:
             ),
         )
         trainer.train()
-    seconds = [b - a for a, b in zip(clock.marks, clock.marks[1:], strict=False)]
-    return Round(seconds[UNTIMED - 1 :], statistics.mean(rewards[UNTIMED:]))
+    return Round(*clock.timed(), statistics.mean(rewards[UNTIMED:]))
 
 
 def summarize(name: str, rounds: list[Round], accuracy: float) -> dict[str, Any]:
@@ -189,6 +216,9 @@ def summarize(name: str, rounds: list[Round], accuracy: float) -> dict[str, Any]
     if right:
         row |= dict(zip(("median_s", "p20_s", "p80_s"), spread(seconds), strict=True))
         row["completions_per_s"] = PROMPTS * COMPLETIONS / row["median_s"]
+        processor = spread([s for r in rounds for s in r.processor])
+        row |= dict(zip(("processor_s", "processor_p20_s", "processor_p80_s"), processor,
+                        strict=True))  # fmt: skip
     return row
 
 

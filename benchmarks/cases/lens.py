@@ -97,7 +97,12 @@ def gpu_shapes() -> list[Shape]:
     four = partial(Shape, HEADS["qwen3-4b"], "qwen3-4b")
     best = [
         Bar("ours: chunked", "median_s", 0.5, peer)
-        for peer in ("Liger fused_linear_jsd", "Liger chunked JSD", "TRL chunked divergence")
+        for peer in (
+            "Liger fused_linear_jsd",
+            "Liger fused_linear_jsd, CuTe",
+            "Liger chunked JSD",
+            "TRL chunked divergence",
+        )
     ]
     best += [Bar("ours: chunked", "peak_mib", 1.0, bar.against) for bar in best]
     headline = (
@@ -188,6 +193,7 @@ def implementations(shape: Shape, device: str, dtype: torch.dtype) -> list[Imple
         found += peers.lens(device, dtype)
     if shape.rivals is None:
         return found
+    found += peers.lens_by_name(device, dtype)
     chosen = ("ours: chunked", *shape.rivals)
     return [i for i in found if i.name in chosen]
 

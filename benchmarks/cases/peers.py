@@ -2,15 +2,21 @@
 
 Each is imported when it is used. One that is not installed, or does not run on the device, is
 listed as absent. Written against Liger 0.8.5, TRL 1.16, cut-cross-entropy 25.1, flash-attn 2.8 and
-4, torch 2.13.
+4, orda-kernel 0.1, unsloth-zoo 2026.10, torch 2.13.
+
+Left out: Liger's cuTile form, which asks for sm_100; sdpo-rl 0.0.3, whose divergence is over the
+top k of logits that are there already.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import tempfile
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,10 +59,14 @@ def peer(
 def lens(device: str, dtype: torch.dtype) -> list[Implementation]:
     """Peers of the lens divergence; all of them compute one layer at a time."""
     on_gpu = device == "cuda"
+    no_gpu = None if on_gpu else TRITON_ONLY
     return [
-        peer("Liger fused_linear_jsd", _liger_lens, dtype, "liger-kernel",
-             no_gpu=None if on_gpu else TRITON_ONLY, weighted=False,
-             note="no weight per token; bf16 logits"),
+        peer("Liger fused_linear_jsd", partial(_liger_lens, impl="nvidia-triton"), dtype,
+             "liger-kernel", no_gpu=no_gpu, weighted=False, note="no weight per token"),
+        # Which Liger prefers by itself from sm_90 on, where CUTLASS's package is there.
+        peer("Liger fused_linear_jsd, CuTe", partial(_liger_lens, impl="nvidia-cutedsl"), dtype,
+             "liger-kernel", no_gpu=no_gpu or missing("cutlass", "nvidia-cutlass-dsl"),
+             weighted=False, note="no weight per token"),
         peer("Liger chunked JSD", partial(_liger_chunked_lens, compiled=on_gpu), dtype,
              "liger-kernel", weighted=False, compiles=on_gpu,
              note="no weight per token; always the unembedding's gradient"),
@@ -64,20 +74,64 @@ def lens(device: str, dtype: torch.dtype) -> list[Implementation]:
     ]  # fmt: skip
 
 
+def lens_by_name(device: str, dtype: torch.dtype) -> list[Implementation]:
+    """More peers, for cases that name them: importing unsloth-zoo changes other packages."""
+    no_gpu = None if device == "cuda" else TRITON_ONLY
+    return [
+        peer("ORDA skew_js", _orda_lens, dtype, "orda-kernel", no_gpu=no_gpu, weighted=False,
+             note="no weight per token"),
+        peer("Unsloth fused_linear_jsd", _unsloth_lens, dtype, "unsloth-zoo",
+             no_gpu=no_gpu or missing("unsloth", "unsloth"), weighted=False,
+             note="no weight per token"),
+    ]  # fmt: skip
+
+
 def _by_layer(hidden: Tensor, mean: Callable[[Tensor], Tensor]) -> Run:
     """Of a function that gives a layer's mean over tokens."""
+    return _summed(hidden, lambda h: mean(h) * h.shape[0])
+
+
+def _summed(hidden: Tensor, total: Callable[[Tensor], Tensor]) -> Run:
+    """Of a function that gives a layer's sum over tokens."""
 
     def forward() -> Tensor:
-        return torch.stack([mean(h) * h.shape[0] for h in hidden.unbind(0)]).sum()
+        return torch.stack([total(h) for h in hidden.unbind(0)]).sum()
 
     return forward_backward(forward, hidden=hidden)
 
 
-def _liger_lens(inputs: Inputs) -> Run:
-    apply = importlib.import_module("liger_kernel.ops").LigerFusedLinearJSDFunction.apply
+def _liger_lens(inputs: Inputs, impl: str) -> Run:
+    jsd = importlib.import_module("liger_kernel.functional").fused_linear_jsd
     final, weight = inputs["final"], inputs["weight"].detach()
-    rest = (weight, final, weight, None, 0.5, -100, 1.0, None, None, None)
-    return _by_layer(inputs["hidden"], lambda h: apply(h, *rest))
+    return _by_layer(inputs["hidden"], lambda h: jsd(h, weight, final, weight, impl=impl))
+
+
+def _orda_lens(inputs: Inputs) -> Run:
+    orda = importlib.import_module("orda_kernel")
+    final, weight = inputs["final"], inputs["weight"].detach()
+    labels = torch.zeros(len(final), dtype=torch.int64, device=final.device)
+    options = {"student_ce_weight": 0.0, "teacher_ce_weight": 0.0, "kl_weight": 1.0,
+               "kl_divergence": "skew_js", "kl_beta": 0.5, "reduction": "sum",
+               "backend": "triton" if final.is_cuda else "torch"}  # fmt: skip
+
+    def total(h: Tensor) -> Tensor:
+        return orda.distillation_loss(
+            h, weight, labels, orda.TiedTeacher(hidden=final), **options
+        ).loss
+
+    return _summed(inputs["hidden"], total)
+
+
+def _unsloth_lens(inputs: Inputs) -> Run:
+    os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")  # as unsloth sets it before it imports this
+    # Else it makes a folder where it is run.
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(tempfile.gettempdir(), "unsloth")))
+    module = importlib.import_module("unsloth_zoo.fused_losses.fused_linear")
+    final, weight = inputs["final"], inputs["weight"].detach()
+    options = {"beta": 0.5, "num_items_in_batch": 1}  # the sum, divided by 1
+    return _summed(
+        inputs["hidden"], lambda h: module.fused_linear_jsd(h, weight, final, weight, **options)
+    )
 
 
 def _liger_chunked_lens(inputs: Inputs, compiled: bool) -> Run:

@@ -6,8 +6,9 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 from benchmarks.gpu import packages, results
@@ -37,10 +38,21 @@ def main(argv: Sequence[str], begun: float) -> int:
         # Read when Triton is imported, which this process has not done; a CPU alone is rehearsed.
         os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
         os.environ |= {"OMP_NUM_THREADS": "1"}
-    # Else torch would ask the driver in the process that is forked, and break it for the others.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    prepare(os.environ)
     end = begun + 60 * options.minutes
     return run(steps, options.out.resolve(), end, options.rehearse)
+
+
+def prepare(environment: MutableMapping[str, str]) -> None:
+    """What all processes of the queue share; what is set already stands."""
+    # Else torch would ask the driver in the process that is forked, and break it for the others.
+    environment.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    # Nothing here is fetched, and a machine without a network may wait long for an answer.
+    environment.setdefault("HF_HUB_OFFLINE", "1")
+    # The steps share what Triton has compiled, for which its default folder must be writable.
+    home = environment.get("TRITON_HOME") or environment.get("HOME") or ""
+    if "TRITON_CACHE_DIR" not in environment and not os.access(home, os.W_OK):
+        environment["TRITON_CACHE_DIR"] = tempfile.mkdtemp(prefix="triton-")
 
 
 def run(

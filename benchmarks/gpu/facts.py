@@ -18,6 +18,7 @@ from benchmarks.cases.case import Bound, leaves_of, seeded
 from benchmarks.gpu import attention_checks, lens_checks
 from benchmarks.gpu.attention_checks import divergence, flash, other_width
 from benchmarks.gpu.lens_checks import lens, logprob
+from benchmarks.gpu.packages import c_compiler
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.worker import Check, Outcome, Work, Wrong
 from benchmarks.measure.machine import describe
@@ -44,6 +45,7 @@ def machine(work: Work) -> None:
         done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=30)
         found["nvcc"] = (done.stdout.strip().splitlines() or ["?"])[-1]
     found["sanitizer"] = shutil.which("compute-sanitizer")
+    found["c_compiler"] = c_compiler()
     if work.place.device == "cuda":
         found["capability"] = list(torch.cuda.get_device_capability())
         found["memory_gib"] = round(torch.cuda.get_device_properties(0).total_memory / 2**30, 1)

@@ -25,7 +25,9 @@ VERDICTS = {
     "": "checked", "ok": results.PASSED, "wrong": results.WRONG, "failed": results.FAILED,
     "out of memory": results.MEMORY, "absent": results.ABSENT, "skipped": results.SKIPPED,
 }  # fmt: skip
-RIVALS = ("Liger fused_linear_jsd", "TRL chunked divergence")
+RIVALS = ("Liger fused_linear_jsd", "Liger fused_linear_jsd, CuTe", "TRL chunked divergence")
+# In a step of their own: what they do when they are imported, and compile, costs no other step.
+OTHERS = ("Liger fused_linear_jsd", "ORDA skew_js", "Unsloth fused_linear_jsd")
 TOKENS = 8192
 
 
@@ -92,6 +94,16 @@ def lens_case(place: Place, layers: int) -> Case:
     else:
         shape = lens.Shape(HEADS["qwen3-4b"], "qwen3-4b", layers, TOKENS, bars=tuple(bars),
                            rivals=(*rivals, *RIVALS))  # fmt: skip
+    return replace(lens.case(shape, place.device, place.dtype), compiled=False)
+
+
+def others_case(place: Place) -> Case:
+    """Further projects at S = 1, one of the headline's among them, so that they can be compared."""
+    head, tokens = (place.head, 2 * place.tokens) if place.rehearsal else (place.head, TOKENS)
+    model = "rehearsal" if place.rehearsal else "qwen3-4b"
+    bars = [Bar("ours: chunked", metric, limit, rival) for rival in OTHERS[1:]
+            for metric, limit in (("median_s", 0.5), ("peak_mib", 1.0))]  # fmt: skip
+    shape = lens.Shape(head, f"{model}, others", 1, tokens, bars=tuple(bars), rivals=OTHERS)
     return replace(lens.case(shape, place.device, place.dtype), compiled=False)
 
 
@@ -172,4 +184,4 @@ lens_one, lens_four = (_step(partial(lens_case, layers=layers)) for layers in (1
 backward, plain = _step(backward_case), _step(attention_case)
 step, policy_head = _step(step_case), _step(head_case)
 logprob, divergence = _step(logprob_case), _step(divergence_case)
-short_lens = _step(short_lens_case)
+short_lens, others = _step(short_lens_case), _step(others_case)

@@ -6,7 +6,10 @@ A package is there if it is installed, or named in a list (one name a line, with
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import sysconfig
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +26,10 @@ REQUIRED = {
 }  # fmt: skip
 OPTIONAL = {
     "liger-kernel": "rival of the lens: Liger fused_linear_jsd",
+    "nvidia-cutlass-dsl": "rival of the lens: Liger fused_linear_jsd, CuTe",
+    "orda-kernel": "rival of the lens: ORDA skew_js",
+    "unsloth-zoo": "rival of the lens: Unsloth fused_linear_jsd",
+    "unsloth": "needed by unsloth-zoo",
     "trl": "rival of the lens: TRL chunked divergence",
     "datasets": "needed by trl",
     "flash-attn": "rival of attention; torch has its kernels as SDPA flash",
@@ -57,6 +64,14 @@ def installed(name: str) -> bool:
     return True
 
 
+def c_compiler() -> str | None:
+    """Triton's own choice of a compiler, which builds what it launches kernels with; None where it
+    or Python's headers are absent."""
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return found if headers.is_file() else None
+
+
 def report(have: set[str] | None, carried: set[str]) -> tuple[str, list[str]]:
     """A line for each package, and the required ones that are absent.
 
@@ -71,5 +86,10 @@ def report(have: set[str] | None, carried: set[str]) -> tuple[str, list[str]]:
                 absent.append(name)
             elif where == "ABSENT":
                 where = "absent"
-            lines.append(f"{name:<16} {where:<20} {what} {purpose}")
+            lines.append(f"{name:<18} {where:<20} {what} {purpose}")
+    if have is None:
+        there = c_compiler()
+        absent += [] if there else ["a C compiler"]
+        where = "there" if there else "ABSENT"
+        lines.append(f"{'C compiler':<18} {where:<20} needed by Triton, with Python.h")
     return "\n".join(lines), absent

@@ -46,7 +46,7 @@ CSRC = [
                 f"WARPGROUPS with {engine}" if place else 'impl="cuda" is right',
                 after=(BUILD,))
       for place, (engine, work) in enumerate(zip(ENGINES, WORKS, strict=True))),
-    _together("tiles: check", "sweep:check", 90, "which tiles are timed"),
+    _together("tiles: check", "sweep:check", 120, "which tiles are timed"),
     _alone("csrc: times", "csrc:times", 50, '"auto" becomes "cuda" where it is faster',
            after=(BUILD,)),
 ]  # fmt: skip
@@ -56,6 +56,7 @@ REST = [
     _alone("time: log-probability", "headlines:logprob", 50, '"chunked" or "tiled"'),
     _alone("time: attention divergence", "headlines:divergence", 40, "the separate form"),
     _alone("time: lens, 1k tokens", "headlines:short_lens", 30, "short completions"),
+    _alone("time: lens, other projects", "headlines:others", 60, "bar 2 beyond Liger and TRL"),
     _together("tests", "csrc:remaining_tests", 150, "the suite on a GPU", silent=150),
     _together("csrc: reruns", "csrc:reruns", 60, "the same bits in 250 runs", after=(BUILD,)),
     _together(

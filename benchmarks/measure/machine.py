@@ -16,8 +16,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (
-    "torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "flash-attn",
-    "numpy",
+    "torch", "triton", "transformers", "trl", "liger-kernel", "nvidia-cutlass-dsl", "orda-kernel",
+    "unsloth-zoo", "cut-cross-entropy", "flash-attn", "numpy",
 )  # fmt: skip
 
 

@@ -1,1 +1,1 @@
-"""`python -m benchmarks peers`: other projects' logit lenses and graders beside ours."""
+"""`python -m benchmarks peers`: other projects' lenses, graders and training step beside ours."""

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from benchmarks.measure.machine import append, describe, package
-from benchmarks.peers import cost, graders, lenses, page
+from benchmarks.peers import cost, graders, lenses, page, step
 from benchmarks.peers.lenses import Row
 
 FILE = Path(__file__).parents[1] / "results" / "peers.jsonl"
@@ -20,22 +20,24 @@ PACKAGES = (
     "transformer-lens", "nnsight", "math-verify", "sympy", "antlr4-python3-runtime", "trl", "verl",
     "lm-eval",
 )  # fmt: skip
-Part = Literal["lens", "cost", "graders"]
-PARTS: tuple[Part, ...] = ("lens", "cost", "graders")
+Part = Literal["lens", "cost", "graders", "step"]
+PARTS: tuple[Part, ...] = ("lens", "cost", "graders", "step")
 
 
 @dataclass(frozen=True)
 class Peers:
-    """Other projects' logit lenses and graders beside ours; one not installed is named as absent.
+    """Other projects' lenses, graders and training step beside ours; what is not installed is
+    named as absent.
 
     lens: our log-probabilities of every layer against theirs, on ten tiny models.
     cost: time and memory at GPT-2 small's shape, each lens in a process of its own, in turns.
     graders: verdicts on the answers of tests/data/grading.jsonl.
+    step: time of a step of GRPO and of OISD beside TRL's GRPOTrainer, in turns.
     """
 
     parts: Annotated[tuple[Part, ...], tyro.conf.Positional] = PARTS
     rounds: int = 5
-    """Of the part "cost"."""
+    """Of the parts "cost" and "step"."""
     out: Path = FILE
     """File to which rows are appended."""
     write_docs: bool = False
@@ -75,4 +77,6 @@ def rows_of(part: Part, rounds: int) -> Iterator[Row]:
         return lenses.agreement()
     if part == "cost":
         return cost.measure(rounds, say=lambda text: print(text, flush=True))
+    if part == "step":
+        return step.measure(rounds)
     return graders.verdicts()

@@ -8,18 +8,19 @@ from typing import Any
 
 from oisd.jsonl import read_rows
 
+TRL = "TRL GRPOTrainer"
 PAGE = Path(__file__).parents[2] / "docs" / "peers.md"
 Row = dict[str, Any]
 
 _TEXT = """# Beside other projects
 
-`python -m benchmarks peers` compares the lens and the graders with those of other projects, on a
-CPU. A project that is not installed is named as absent. The page is made of the latest rows of
-`benchmarks/results/peers.jsonl`.
+`python -m benchmarks peers` compares the lens, the graders and a training step with those of other
+projects, on a CPU. A project that is not installed is named as absent. The page is made of the
+latest rows of `benchmarks/results/peers.jsonl`.
 
 ```bash
 pip install transformer-lens nnsight math-verify trl lm-eval
-python -m benchmarks peers                                 # or some of: lens cost graders
+python -m benchmarks peers                                 # or some of: lens cost graders step
 pip install --no-deps verl && pip install ray hydra-core codetiming tensordict==0.10.0
 python -m benchmarks peers graders                         # in an environment of verl's own
 python -m benchmarks peers --write-docs                    # this page
@@ -55,6 +56,21 @@ log-probabilities, which take 589 MiB here; with `top_k=1` it returns what we re
 divergence. Code inside nnsight's trace does so for one layer at a time.
 
 """
+_STEP = """
+## A training step
+
+The arithmetic task's model after its warm-up, 16 prompts x 16 completions of at most 6 tokens,
+sampling included, one optimizer step a batch, no KL, one thread, float32: TRL's `GRPOTrainer` and
+our trainer on the same prompts and rewards. They take turns ({rounds} rounds, {steps} steps each,
+medians with the range from p20 to p80). The learning rate is so small that all sample from the same
+policy, and each must find that policy's accuracy, {accuracy:.3f}. A step is counted from the end of
+the one before it. Processor time is what to compare: much other work ran, and the clock's time is
+mostly waiting for a core. `python -m benchmarks.trl_throughput` is the same measurement by itself.
+
+Completions whose advantage is 0 have no gradient, so our trainer leaves them out of the update;
+*dropped* is their share. In the rows "all completions" it computes them, as TRL does.
+
+"""
 _GRADERS = """
 ## Graders
 
@@ -88,7 +104,7 @@ def read(file: Path) -> list[Row]:
         raise ValueError(f"peers: {file} does not exist; `python -m benchmarks peers` writes it")
     rows: dict[tuple[str, ...], Row] = {}
     for row in read_rows(file)[0]:
-        keys = ("part", "peer", "lens", "grader", "architecture")
+        keys = ("part", "peer", "lens", "grader", "trainer", "architecture")
         named = tuple(row.get(key, "") for key in keys)
         if "absent" not in row or named not in rows:
             rows[named] = row
@@ -97,7 +113,7 @@ def read(file: Path) -> list[Row]:
 
 def line(row: Row) -> str:
     """What a row says, for a terminal."""
-    name = row.get("peer") or row.get("lens") or row["grader"]
+    name = next(row[key] for key in ("peer", "lens", "trainer", "grader") if row.get(key))
     if "architecture" in row:
         name = f"{name}, {row['architecture']}"
     for state in ("absent", "failed", "wrong"):
@@ -108,6 +124,8 @@ def line(row: Row) -> str:
         return f"{name}: {verdict}, error {row['error']:.1e}, numbers {row['numbers_error']:.1e}"
     if row["part"] == "cost":
         return f"{name}: {row['seconds']:.2f} s, {row['mib']:,.0f} MiB"
+    if row["part"] == "step":
+        return f"{name}: {row['processor_s']:.3f} s of the processor, {row['median_s']:.3f} s"
     return (
         f"{name}: accepts {row['wrong_accepted']} of {row['wrong_answers']} wrong answers, refuses "
         f"{row['right_refused']} of {row['right_answers']} right ones"
@@ -162,6 +180,26 @@ def cost_table(rows: Sequence[Row]) -> str:
     return table(head, body)
 
 
+def step_table(rows: Sequence[Row]) -> str:
+    """Processor and clock time of a step, and TRL's processor time over it."""
+    peer = next((row for row in rows if row["trainer"] == TRL and "median_s" in row), None)
+    body = []
+    for row in rows:
+        if "median_s" not in row:
+            state = next(key for key in ("absent", "wrong") if key in row)
+            body.append([row["trainer"], state, "", "", "", ""])
+            continue
+        kinds = (("processor_s", "processor_p20_s", "processor_p80_s"),
+                 ("median_s", "p20_s", "p80_s"))  # fmt: skip
+        times = ["{:.3f} s ({:.3f} - {:.3f})".format(*(row[key] for key in kind)) for kind in kinds]
+        ratio = f"{peer['processor_s'] / row['processor_s']:.2f}" if peer else ""
+        body.append(
+            [row["trainer"], *times, ratio, f"{row['reward']:.3f}", f"{row['dropped']:.2f}"]
+        )
+    head = ["trainer", "processor time", "time", "x TRL's processor time", "reward", "dropped"]
+    return table(head, body)
+
+
 def grader_table(rows: Sequence[Row]) -> str:
     keys = ("wrong_accepted", "right_refused", "integer_wrong_accepted", "integer_right_refused")
     body = [
@@ -202,8 +240,8 @@ def made_of(rows: Sequence[Row]) -> str:
 
 def text(rows: Sequence[Row]) -> str:
     """The page; a part without rows is left out."""
-    lens, cost, graders = (
-        [row for row in rows if row["part"] == part] for part in ("lens", "cost", "grader")
+    lens, cost, graders, steps = (
+        [row for row in rows if row["part"] == part] for part in ("lens", "cost", "grader", "step")
     )
     out = _TEXT + made_of(rows)
     if any("error" in row for row in lens):
@@ -213,6 +251,12 @@ def text(rows: Sequence[Row]) -> str:
     if timed:
         rounds = len(timed[0]["all_seconds"])
         out += _COST.format(tokens=timed[0]["tokens"], rounds=rounds) + cost_table(cost)
+    trained = [row for row in steps if "median_s" in row]
+    if trained:
+        first = trained[0]
+        each = first["steps"] // first["rounds"]
+        out += _STEP.format(rounds=first["rounds"], steps=each, accuracy=first["start_accuracy"])
+        out += step_table(steps)
     counted = [row for row in graders if "absent" not in row]
     if counted:
         right, wrong = (f"{counted[0][key]:,}" for key in ("right_answers", "wrong_answers"))

@@ -53,7 +53,7 @@ from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
 import oisd_kernels
-from oisd_kernels.audit.lens_cases import CASES
+from oisd_kernels.audit.lens_cases import CASES, Cases
 
 
 class Limits(NamedTuple):
@@ -185,11 +185,11 @@ def recording(arch: str) -> Iterator[list[tuple[JITFunction, tuple[Any, ...]]]]:
         JITFunction.run = run
 
 
-def launches(arch: str, full: bool = False) -> list[Launch]:
-    """Every distinct launch that the cases make on `arch`."""
+def launches(arch: str, full: bool = False, families: Iterable[Cases] = CASES) -> list[Launch]:
+    """Every distinct launch that the cases of `families` make on `arch`."""
     capability = int(arch.removeprefix("sm_").removeprefix("gfx"))
     found: dict[str, Launch] = {}
-    for case in (case for cases in CASES for case in cases(capability)):
+    for case in (case for cases in families for case in cases(capability)):
         if case.full and not full:
             continue
         with recording(arch) as recorded:
@@ -326,9 +326,13 @@ def _cuobjdump(cubin: Path) -> str:
 
 
 COLUMNS = "{:<28} {:<44} {:<7} {:>5} {:>6} {:>5} {:>6} {:>6} {:>9} {:>5}  {}"
+HEADING = COLUMNS.format(
+    "kernel", "case", "arch", "warps", "stages", "regs", "spills", "stack", "shared", "occ.",
+    "tensor core",
+)  # fmt: skip
 
 
-def _row(usage: Usage) -> str:
+def row(usage: Usage) -> str:
     tensor_core = " ".join(f"{name}:{count}" for name, count in usage.tensor_core.items()) or "-"
     problems = "".join(f"  FAILED: {text}" for text in usage.problems())
     return COLUMNS.format(
@@ -353,8 +357,7 @@ def main(argv: list[str] | None = None) -> int:
 
     usages, missing, swept, record = [], set(), {}, Record(options.record)
     if not options.json:
-        print(COLUMNS.format("kernel", "case", "arch", "warps", "stages", "regs", "spills",
-                             "stack", "shared", "occ.", "tensor core"))  # fmt: skip
+        print(HEADING)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for arch in options.arch:
@@ -365,7 +368,7 @@ def main(argv: list[str] | None = None) -> int:
                     continue
                 usages.append(record.usage(launch, arch))
                 if not options.json:
-                    print(_row(usages[-1]), flush=True)
+                    print(row(usages[-1]), flush=True)
     if options.full and not options.kernel:
         record.keep(swept)
     failed = [usage for usage in usages if usage.problems()]

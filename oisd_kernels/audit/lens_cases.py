@@ -158,7 +158,8 @@ def tiled_gradient_cases(capability: int) -> Iterator[Case]:
         yield Case(f"gradient of {of}, {name}, {options}", run, full)
 
 
-CASES: list[Callable[[int], Iterator[Case]]] = [
+Cases = Callable[[int], Iterator[Case]]
+CASES: list[Cases] = [
     row_cases,
     tiled_cases,
     tiled_gradient_cases,

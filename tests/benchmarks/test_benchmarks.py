@@ -275,7 +275,7 @@ def test_peers_that_are_not_there_say_so(monkeypatch):
         found = {i.name: i.absent for i in peers.lens("cpu", torch.float32)}
     finally:
         peers.missing.cache_clear()
-    assert len(found) == 3 and all("pip install" in (why or "") for why in found.values())
+    assert len(found) == 4 and all("pip install" in (why or "") for why in found.values())
 
 
 HEAD = Head(24, 211)

@@ -299,6 +299,21 @@ def test_a_gpus_table(tmp_path):
     assert len(table.most(many, 60)) == 60 and "41 more" in table.most(many, 60)[-1]
 
 
+def test_what_all_processes_share(tmp_path):
+    """Triton's folder is its own wherever that can be written, so that a second call finds it."""
+    environment = {"HOME": str(tmp_path)}
+    command.prepare(environment)
+    assert environment["HF_HUB_OFFLINE"] == "1" and "TRITON_CACHE_DIR" not in environment
+    environment = {"HOME": str(tmp_path / "none"), "HF_HUB_OFFLINE": "0"}
+    command.prepare(environment)
+    made = environment["TRITON_CACHE_DIR"]
+    assert environment["HF_HUB_OFFLINE"] == "0" and os.path.isdir(made)
+    os.rmdir(made)
+    environment = {"HOME": str(tmp_path / "none"), "TRITON_CACHE_DIR": "elsewhere"}
+    command.prepare(environment)
+    assert environment["TRITON_CACHE_DIR"] == "elsewhere"
+
+
 # Packages
 
 
@@ -311,16 +326,28 @@ def test_what_a_gpu_machine_needs_from_a_wheel_folder(tmp_path):
     have = packages.listed(IMAGE.splitlines())
     text, absent = packages.report(have, set())
     assert absent == ["pebble", "tomli-w"]
-    for name in ("liger-kernel", "trl", "flash-attn"):
+    for name in packages.OPTIONAL.keys() - {"datasets"}:
         (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
         assert line.split()[1] == "absent"
     for name in ("Pebble-5.2.3-py3-none-any.whl", "tomli_w-1.2.0-py3-none-any.whl",
                  "liger_kernel-0.8.5-py3-none-any.whl"):  # fmt: skip
         (tmp_path / name).touch()
     text, absent = packages.report(have, packages.wheels(tmp_path))
-    assert absent == [] and "liger-kernel     in the wheel folder" in text
+    (liger,) = [line for line in text.splitlines() if line.startswith("liger-kernel ")]
+    assert absent == [] and "in the wheel folder" in liger
     assert packages.listed(["torch==2.11.0", "tomli_w >= 1 # x", "a,B.c"]) == {
         "torch", "tomli-w", "a", "b-c"}  # fmt: skip
+
+
+def test_a_machine_without_a_c_compiler_is_told(monkeypatch):
+    assert "a C compiler" not in packages.report(set(), set())[1]  # of another machine
+    for found, told in (("/usr/bin/gcc", False), (None, True)):
+        monkeypatch.setattr(packages, "c_compiler", lambda found=found: found)
+        assert ("a C compiler" in packages.report(None, set())[1]) == told
+    monkeypatch.undo()
+    monkeypatch.setattr(packages.shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert packages.c_compiler() is None
 
 
 def test_nothing_else_is_imported():

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.grading import table
-from benchmarks.peers import command, cost, graders, lenses, page
+from benchmarks.peers import command, cost, graders, lenses, page, step
 from benchmarks.peers.graders import EXAMPLES, Grader
 from benchmarks.peers.lenses import Absent, Statistics
 
@@ -190,6 +190,44 @@ def test_ours_and_math_verify_get_their_own_forms():
         ("6", "5", (False, False)),
     ):
         assert (math(box, gold), plain(box, gold)) == verdicts
+
+
+# ---------------------------------------------------------------- a step
+
+
+def trainer(name, processor, reward=0.8):
+    row = {"trainer": name, "correct": abs(reward - 0.8) < 0.05, "reward": reward}
+    row |= {"start_accuracy": 0.8, "steps": 40, "dropped": 0.25}
+    if row["correct"]:
+        row |= {"processor_s": processor, "processor_p20_s": 0.1, "processor_p80_s": 0.9}
+        row |= {"median_s": 2 * processor, "p20_s": 0.2, "p80_s": 1.8}
+    return row
+
+
+def test_a_step_beside_trls():
+    asked = []
+
+    def planted(steps, rounds):
+        asked.append((steps, rounds))
+        return [trainer(page.TRL, 0.6), trainer("OISD", 0.4), trainer("off", 0.1, reward=0.7)]
+
+    rows = list(step.measure(2, planted))
+    assert asked == [(step.STEPS, 2)]
+    assert page.line(rows[1]) == "OISD: 0.400 s of the processor, 0.800 s"
+    assert page.line(rows[2]) == "off: WRONG: reward 0.700, wanted 0.800"
+    found = page.step_table(rows)
+    wanted = "| OISD | 0.400 s (0.100 - 0.900) | 0.800 s (0.200 - 1.800) | 1.50 | 0.800 | 0.25 |"
+    assert wanted in found and "| off | wrong |" in found
+    machine = {"date": "2026-01-01", "device": "d", "versions": {}}
+    text = page.text([row | machine for row in rows])
+    assert "## A training step" in text and "2 rounds, 20 steps each" in text
+
+
+def test_a_trl_that_is_not_there_is_a_row(monkeypatch):
+    monkeypatch.setattr(step, "load", not_there)
+    (row,) = step.measure(1)
+    assert row == {"part": "step", "trainer": page.TRL, "absent": "not installed: pip install it"}
+    assert page.line(row) == "TRL GRPOTrainer: ABSENT: not installed: pip install it"
 
 
 # ---------------------------------------------------------------- the command
