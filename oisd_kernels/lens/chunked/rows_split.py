@@ -201,11 +201,11 @@ def store_gradient(
         tl.store(dZ + v, dz.to(dZ.dtype.element_ty), mask=v < stride_z)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["C", "R", "S", "LAG", "spare"])
 def split_rows_kernel(
     Z,  # [R, V]
     ZFinal,  # [C, V]
-    dZ,  # [R, V]: Z, or in its memory from row SPARE on
+    dZ,  # [R, V]: Z, or in its memory from row `spare` on
     Bias,  # [V]
     FirstRow,  # [C + 1]: the token's first student row
     Factor,  # [R]
@@ -224,25 +224,26 @@ def split_rows_kernel(
     Parts,  # [C + R, STATISTICS, K], then [R, SUMS, K]
     Numbers,  # [C + R, 2]: largest score and log of the sum; then [R, 2]: <q, inner>, its bound
     Counts,  # [1 + C + 3 R], zeros: programs begun; arrived of each row's stages
-    C, R, S, V, K, LAG, stride_z, stride_f, stride_d,
+    C, R, S, V, K, LAG, spare, stride_z, stride_f, stride_d,
     DIVERGENCE: tl.constexpr, BETA: tl.constexpr, LOG_BETA: tl.constexpr, LOG_1M_BETA: tl.constexpr,
     TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_LABELS: tl.constexpr, GRADIENT: tl.constexpr, SCALED: tl.constexpr, SPARE: tl.constexpr,
+    HAS_LABELS: tl.constexpr, GRADIENT: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr,
     STATISTICS: tl.constexpr, SUMS: tl.constexpr, PARTS: tl.constexpr, PART: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """S is the most student rows of a token. A step has the programs of a token's final row, of its
-    student rows, of the terms LAG tokens before and of the gradient 2 LAG tokens before."""
+    """S is the most student rows of a token. A step has the programs of the gradient at one token,
+    of the terms LAG tokens on, and of the statistics, the final row's too, LAG tokens further.
+    """
     number = tl.atomic_add(Counts, 1, sem="relaxed")
-    part, lane = number % K, number // K % (1 + (3 if GRADIENT else 2) * S)
-    step = number // K // (1 + (3 if GRADIENT else 2) * S)
-    stage = tl.where(lane == 0, 0, (lane - 1) // S)
-    token = (C - 1 - step + stage * LAG).to(tl.int64)
+    STAGES: tl.constexpr = 3 if GRADIENT else 2
+    part, lane, step = number % K, number // K % (1 + STAGES * S), number // K // (1 + STAGES * S)
+    stage = STAGES - 1 - lane // S  # 2: gradient, 1: terms, 0: statistics, -1: of the final row
+    token = (C - 1 - step + tl.maximum(stage, 0) * LAG).to(tl.int64)
     CENTRED: tl.constexpr = GRADIENT and DIVERGENCE != "forward_kl"
     if (token >= 0) & (token < C):
         ZFinal += token * stride_f
         NumbersF = Numbers + 2 * token
-        if lane == 0:
+        if stage < 0:
             label = tl.load(Labels + token).to(tl.int32) if HAS_LABELS else V
             PartsF = Parts + token * STATISTICS * K
             store_statistics(
@@ -269,7 +270,7 @@ def split_rows_kernel(
                     tl.store(LogProb + token + tl.zeros([1], tl.int64), logprob)
                 arrive(Counts + 1 + token)
         else:
-            row = tl.load(FirstRow + token) + (lane - 1) % S
+            row = tl.load(FirstRow + token) + lane % S
             Z += row * stride_z
             Count = Counts + 1 + C + row
             NumbersQ = Numbers + 2 * (C + row)
@@ -329,16 +330,16 @@ def split_rows_kernel(
                         scale, inverse = power_of_two(bound * tl.abs(factor))
                         tl.store(Scale + row, inverse, mask=part == 0)
                         factor *= scale
-                    if SPARE > 0:
-                        if row + SPARE < R:  # what its gradient is made of has been read
-                            wait(Count + 2 * R + SPARE, K - 1)
+                    if SHIFTED:
+                        if row + spare < R:  # what its gradient is made of has been read
+                            wait(Count + 2 * R + spare, K - 1)
                     store_gradient(
                         Z, ZFinal, dZ + row * stride_d, Bias, load_number(NumbersF), log_p,
                         load_number(NumbersQ), log_q, centre, factor, part, V, stride_z, stride_f,
                         DIVERGENCE, BETA, LOG_BETA, LOG_1M_BETA, TEMPERATURE, SOFTCAP, HAS_BIAS,
-                        SPARE == 0, PART, BLOCK,
+                        not SHIFTED, PART, BLOCK,
                     )  # fmt: skip
-                    if SPARE > 0:
+                    if SHIFTED:
                         arrive(Count + 2 * R)
 
 
@@ -359,9 +360,9 @@ class SplitRows:
         """tokens: of a chunk, at most. operand: the gradient's dtype; None: no gradient."""
         self.layers, self.operand = layers, operand
         # Until a logit is read again, LAG tokens pass through each stage, and their gradients.
-        token = (1 + layers) * vocabulary * compute.itemsize
-        passing = 3 * token + (0 if operand is None else layers * vocabulary * operand.itemsize)
-        lag = LAG or int(CACHE_SHARE * cache_bytes(device) - token) // passing
+        token = 3 * (1 + layers) * vocabulary * compute.itemsize
+        token += 0 if operand is None else layers * vocabulary * operand.itemsize
+        lag = LAG or int(CACHE_SHARE * cache_bytes(device)) // token
         self.lag = max(min(lag, tokens), 1)
         # Of a row's own token none, which would be waited for.
         self.spare = 0 if operand in (None, compute) else self.lag * layers
@@ -418,11 +419,11 @@ class SplitRows:
             z, z_final, d_logits, bias, first_row, factor.contiguous(), self.labels,
             final.logsumexp, final.entropy, final.top1, final.logprob, final.top_logprob,
             divergence, entropy, agreement, top1, top_logprob, scale, sums, numbers, counts,
-            tokens, rows, self.layers, vocabulary, parts, self.lag,
+            tokens, rows, self.layers, vocabulary, parts, self.lag, self.spare,
             z.stride(0), z_final.stride(0), d_logits.stride(0),
             **divergence_constants(math_), **score_constants(bias, math_),
             HAS_LABELS=self.labels is not None, GRADIENT=gradient, SCALED=scale.numel() > 0,
-            SPARE=self.spare, STATISTICS=STATISTICS, SUMS=SUMS,
+            SHIFTED=self.spare > 0, STATISTICS=STATISTICS, SUMS=SUMS,
             PARTS=triton.next_power_of_2(parts), PART=part, BLOCK=min(BLOCK, part),
             num_warps=WARPS,
         )  # fmt: skip

@@ -127,6 +127,7 @@ def test_equal_and_disjoint_rows_and_a_nan(kind, monkeypatch):
     z = z_final.clone()
     z[1, :75], z_final[1, 75:] = -9.0, -9.0
     z[2, :75], z_final[2, :60] = -300.0, -300.0  # probabilities of 0, in both and in one
+    z[2, 75:] *= 2
     z_final[3, 140] = math.nan
     slot, math_ = torch.arange(4), PLAIN._replace(divergence=kind)
     truth = lens_truth(
