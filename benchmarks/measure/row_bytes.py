@@ -100,7 +100,7 @@ class Traffic:
     def __init__(self, cache: int, in_order: bool):
         self.cache, self.in_order = cache, in_order
         self.bytes = self.launches = 0
-        self.memory = 0, 0
+        self.memory: tuple[int, int] = 0, 0  # of the logits: where, and how many bytes
         self.programs: list[
             list[tuple[bool, int, int]]
         ] = []  # load, place and bytes of each access

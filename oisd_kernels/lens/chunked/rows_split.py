@@ -236,7 +236,7 @@ def split_rows_kernel(
     of the terms LAG tokens on, and of the statistics, the final row's too, LAG tokens further.
     """
     number = tl.atomic_add(Counts, 1, sem="relaxed")
-    STAGES: tl.constexpr = 3 if GRADIENT else 2
+    STAGES: tl.constexpr = 3 if GRADIENT else 2  # pyright: ignore[reportAssignmentType]
     part, lane, step = number % K, number // K % (1 + STAGES * S), number // K // (1 + STAGES * S)
     stage = STAGES - 1 - lane // S  # 2: gradient, 1: terms, 0: statistics, -1: of the final row
     token = (C - 1 - step + tl.maximum(stage, 0) * LAG).to(tl.int64)
@@ -409,8 +409,8 @@ class SplitRows:
             wide = z.as_strided((rows + self.spare, z.stride(0)), z.stride())
             d_logits = wide.view(operand)[self.spare :, :vocabulary]
         first_row = torch.searchsorted(slot, torch.arange(tokens + 1, device=z.device))
-        part = min(PART * 4 // z.element_size(), triton.next_power_of_2(vocabulary))
-        parts = triton.cdiv(vocabulary, part)
+        part = min(PART * 4 // z.element_size(), int(triton.next_power_of_2(vocabulary)))
+        parts = -(-vocabulary // part)
         lanes = 1 + (3 if gradient else 2) * self.layers
         steps = tokens + (2 if gradient else 1) * self.lag
         sums = z.new_empty(parts * ((tokens + rows) * STATISTICS + rows * SUMS))
@@ -426,7 +426,7 @@ class SplitRows:
             HAS_LABELS=self.labels is not None, GRADIENT=gradient, SCALED=scale.numel() > 0,
             SHIFTED=self.spare > 0, STATISTICS=STATISTICS, SUMS=SUMS,
             PARTS=triton.next_power_of_2(parts), PART=part, BLOCK=min(BLOCK, part),
-            num_warps=WARPS,
+            num_warps=WARPS,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
         d_logits = d_logits if gradient else None
         return StudentRows(divergence, entropy, agreement, top1, top_logprob, d_logits, scale)

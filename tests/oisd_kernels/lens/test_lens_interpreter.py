@@ -32,6 +32,7 @@ HALF_BOUND = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @outside
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("kernels", row_forms.FORMS)
 def test_the_interpreter_passes(kernels):
     passes_in_the_interpreter(__file__, "-k", kernels, timeout=550)

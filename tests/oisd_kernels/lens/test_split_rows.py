@@ -23,6 +23,7 @@ ALL = PLAIN._replace(temperature=0.7, softcap=5.0)
 
 
 @outside
+@pytest.mark.timeout(600)
 def test_the_interpreter_passes():
     passes_in_the_interpreter(__file__, timeout=550)
 
