@@ -16,6 +16,7 @@ from torch import Tensor
 from oisd_kernels.audit.attention_cases import attention_cases
 from oisd_kernels.audit.case import DTYPES, Case
 from oisd_kernels.audit.case import empty as _empty
+from oisd_kernels.gpu import GFX942
 from oisd_kernels.lens.chunked import rows_split, rows_triton
 from oisd_kernels.lens.chunked.rows import FinalRows, RowMath
 from oisd_kernels.lens.tiled import gradient, values
@@ -68,10 +69,10 @@ def row_cases(capability: int) -> Iterator[Case]:
 
 
 def _split_rows(
-    math_: RowMath, operand: torch.dtype | None, labels: bool, everything: bool
+    math_: RowMath, operand: torch.dtype | None, labels: bool, everything: bool, nvidia: bool
 ) -> None:
     device = torch.device("meta")
-    rows = rows_split.SplitRows(1, ROWS, VOCABULARY, torch.float32, operand, device)
+    rows = rows_split.SplitRows(1, ROWS, VOCABULARY, torch.float32, operand, device, nvidia)
     z, z_final = _empty(ROWS + rows.spare, VOCABULARY)[:ROWS], _empty(ROWS, VOCABULARY)
     bias = _empty(VOCABULARY) if everything else None
     factor, index = _empty(ROWS), _empty(ROWS, dtype=torch.int64)
@@ -84,7 +85,7 @@ def _split_rows(
 
 def split_row_cases(capability: int) -> Iterator[Case]:
     """The row kernel of three stages."""
-    del capability
+    nvidia = capability != GFX942
     for options, divergence, (name, operand) in itertools.product(
         (PLAIN, ALL), ("jsd", "forward_kl", "reverse_kl"), {"no": None, **DTYPES}.items()
     ):
@@ -96,7 +97,7 @@ def split_row_cases(capability: int) -> Iterator[Case]:
         for labels in (False, True) if divergence == "jsd" else (everything,):
             yield Case(
                 f"{divergence}, {'' if labels else 'no '}labels, gradient {name}, {options}",
-                partial(_split_rows, math_, operand, labels, everything),
+                partial(_split_rows, math_, operand, labels, everything, nvidia),
                 (divergence, name) != ("jsd", "bf16") or labels != everything,
             )
 

@@ -55,6 +55,7 @@ from oisd_kernels.lens.chunked.rows_triton import (
 )
 
 PART, BLOCK, WARPS = 8192, 1024, 8
+REGISTERS = 64  # at most, for NVIDIA: without a limit ptxas spills a few for a fifth block
 CACHE_SHARE = 0.4  # of the second-level cache for logits between two stages; it may hold them twice
 CACHE_BYTES = 60 << 20  # where there is no GPU to ask: an H200's
 LAG: int | None = None  # tokens between two stages; None: what the cache holds
@@ -356,9 +357,10 @@ class SplitRows:
 
     def __init__(
         self, layers: int, tokens: int, vocabulary: int, compute: torch.dtype,
-        operand: torch.dtype | None, device: torch.device,
+        operand: torch.dtype | None, device: torch.device, nvidia: bool = torch.version.hip is None,
     ):  # fmt: skip
         """tokens: of a chunk, at most. operand: the gradient's dtype; None: no gradient."""
+        self.options = {"num_warps": WARPS} | ({"maxnreg": REGISTERS} if nvidia else {})
         self.layers, self.operand = layers, operand
         # Until a logit is read again, LAG tokens pass through each stage, and their gradients.
         token = 3 * (1 + layers) * vocabulary * compute.itemsize
@@ -426,7 +428,7 @@ class SplitRows:
             HAS_LABELS=self.labels is not None, GRADIENT=gradient, SCALED=scale.numel() > 0,
             SHIFTED=self.spare > 0, STATISTICS=STATISTICS, SUMS=SUMS,
             PARTS=triton.next_power_of_2(parts), PART=part, BLOCK=min(BLOCK, part),
-            num_warps=WARPS,  # pyright: ignore[reportCallIssue]
+            **self.options,
         )  # fmt: skip
         d_logits = d_logits if gradient else None
         return StudentRows(divergence, entropy, agreement, top1, top_logprob, d_logits, scale)
