@@ -39,6 +39,8 @@ Letters: S student layers, C tokens, R student rows, V vocabulary, K parts of a 
 # pyright: reportGeneralTypeIssues=false
 # (pyright believes that a jitted function returns None, which cannot be unpacked)
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -418,17 +420,27 @@ class SplitRows:
         sums = z.new_empty(parts * ((tokens + rows) * STATISTICS + rows * SUMS))
         numbers = z.new_empty(2 * (tokens + 2 * rows))
         counts = torch.zeros(1 + tokens + 3 * rows, dtype=torch.int32, device=z.device)
+        constants: dict[str, Any] = {
+            **divergence_constants(math_),
+            **score_constants(bias, math_),
+            "HAS_LABELS": self.labels is not None,
+            "GRADIENT": gradient,
+            "SCALED": scale.numel() > 0,
+            "SHIFTED": self.spare > 0,
+            "STATISTICS": STATISTICS,
+            "SUMS": SUMS,
+            "PARTS": triton.next_power_of_2(parts),
+            "PART": part,
+            "BLOCK": min(BLOCK, part),
+            **self.options,
+        }
         split_rows_kernel[(steps * lanes * parts,)](
             z, z_final, d_logits, bias, first_row, factor.contiguous(), self.labels,
             final.logsumexp, final.entropy, final.top1, final.logprob, final.top_logprob,
             divergence, entropy, agreement, top1, top_logprob, scale, sums, numbers, counts,
             tokens, rows, self.layers, vocabulary, parts, self.lag, self.spare,
             z.stride(0), z_final.stride(0), d_logits.stride(0),
-            **divergence_constants(math_), **score_constants(bias, math_),
-            HAS_LABELS=self.labels is not None, GRADIENT=gradient, SCALED=scale.numel() > 0,
-            SHIFTED=self.spare > 0, STATISTICS=STATISTICS, SUMS=SUMS,
-            PARTS=triton.next_power_of_2(parts), PART=part, BLOCK=min(BLOCK, part),
-            **self.options,
+            **constants,
         )  # fmt: skip
         d_logits = d_logits if gradient else None
         return StudentRows(divergence, entropy, agreement, top1, top_logprob, d_logits, scale)
