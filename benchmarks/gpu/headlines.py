@@ -198,5 +198,5 @@ short_lens = _step(short_lens_case)
 
 
 def split_rows(work: Work) -> None:
-    for layers in (1, 4):
+    for layers in (1,) if work.place.rehearsal else (1, 4):
         timed(rows_case(work.place, layers), work)
