@@ -25,6 +25,7 @@ from benchmarks.measure.machine import describe
 from oisd_kernels import AttentionAlignment, attention_divergence, flash_attention
 from oisd_kernels import logit_lens_divergence as lens_op
 from oisd_kernels.cuda import build
+from oisd_kernels.lens.chunked import head_pass
 from oisd_kernels.lens.chunked.head_pass import row_functions
 from oisd_kernels.lens.chunked.projection import Projection
 from oisd_kernels.lens.chunked.rows import RowMath
@@ -89,21 +90,27 @@ def logits_in_float32(place: Place) -> Outcome:
     return Outcome({"logits": out}, {"logits": truth}, Bound(1e-5, 1e-5))
 
 
-def in_place_gradient(place: Place, fewer: int = 0) -> Outcome | str:
-    """The row kernel's gradient in half precision overwrites the logits it is made of: the same
-    bits in every run, and those of float32 rounded. V less by `fewer` ends in the midst of a
-    block."""
+def in_place_gradient(place: Place, fewer: int = 0, split: bool = False) -> Outcome | str:
+    """The row kernel's gradient in half precision overwrites the logits it is made of, or with
+    `split` those of later rows: the same bits in every run, and those of float32 rounded. V less by
+    `fewer` ends in the midst of a block."""
     rows, vocabulary = place.tokens, place.head.vocabulary - fewer
     generator = seeded(4, place.device)
     stride = -(-vocabulary // 64) * 64
     logits = torch.randn(2, rows, stride, generator=generator, device=place.device) * 3
     math = RowMath("jsd", 0.5, 1.0, None)
-    functions = row_functions(logits.device)
     slot = torch.arange(rows, device=place.device)
     factor = torch.ones(rows, device=place.device)
 
     def gradient(operand: torch.dtype) -> Tensor:
-        z, z_final = (x[:, :vocabulary] for x in logits.clone())
+        functions, spare = row_functions(logits.device), 0
+        if split:
+            from oisd_kernels.lens.chunked.rows_split import SplitRows
+
+            functions = SplitRows(1, rows, vocabulary, F32, operand, logits.device)
+            spare = functions.spare
+        buffer = torch.cat([logits.flatten(0, 1), logits[0, :spare]])
+        z_final, z = buffer[:rows, :vocabulary], buffer[rows : 2 * rows, :vocabulary]
         final = functions.final_rows(z_final, None, None, math, False, True)
         got = functions.student_rows(
             z, z_final, final, None, slot, factor, math, True, False, operand
@@ -256,6 +263,21 @@ def facts(work: Work) -> None:
             Check("repeats: attention, fused", attention_repeats),
         ]
     )
+
+
+def split_rows(work: Work) -> None:
+    """The row kernels of three stages, which `SPLIT_ROWS` chooses for this process."""
+    head_pass.SPLIT_ROWS = True
+    gradient = partial(in_place_gradient, split=True)
+    work.checks(
+        [
+            *(Check(check.name.replace("chunked", "split rows"), check.run)
+              for check in lens_checks.checks("chunked") if "log-prob" not in check.name),
+            Check("gradient over later rows", gradient),
+            Check("gradient over later rows, odd V", partial(gradient, fewer=7)),
+            Check("repeats: lens, split rows", partial(repeats, impl="chunked")),
+        ]
+    )  # fmt: skip
 
 
 def float32(work: Work) -> None:

@@ -10,15 +10,17 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from unittest import mock
 
 from benchmarks.cases import aligned, attention, head, lens
-from benchmarks.cases.case import Bar, Case
+from benchmarks.cases.case import Bar, Case, Inputs, Result, Run
 from benchmarks.cases.shapes import ATTENTIONS, HEADS
 from benchmarks.gpu import results
 from benchmarks.gpu.place import Place
 from benchmarks.gpu.results import Row
 from benchmarks.gpu.worker import Work
 from benchmarks.runner import Listener, Options, run_case
+from oisd_kernels.lens.chunked import head_pass
 
 OURS = ("ours", "OISD", "GRPO")
 VERDICTS = {
@@ -107,6 +109,26 @@ def others_case(place: Place) -> Case:
     return replace(lens.case(shape, place.device, place.dtype), compiled=False)
 
 
+def rows_case(place: Place, layers: int) -> Case:
+    """Both forms of the row kernels, in turns."""
+    case = chosen(lens_case(place, layers), ["ours: chunked"])
+    (whole,) = case.implementations
+    split = replace(whole, name="ours: split rows", make=partial(with_split_rows, whole.make))
+    # A gain below 3 % is not worth a second form.
+    bars = (Bar(split.name, "median_s", 0.97, whole.name),)
+    return replace(case, name=f"{case.name}/rows", implementations=[whole, split], bars=bars)
+
+
+def with_split_rows(make: Callable[[Inputs], Run], inputs: Inputs) -> Run:
+    run = make(inputs)
+
+    def split() -> Result:
+        with mock.patch.object(head_pass, "SPLIT_ROWS", True):
+            return run()
+
+    return split
+
+
 def backward_case(place: Place) -> Case:
     """Of a student layer's attention."""
     names = [f"ours: {kind}" for kind in ("plain", "with alignment", "separate")]
@@ -185,3 +207,8 @@ backward, plain = _step(backward_case), _step(attention_case)
 step, policy_head = _step(step_case), _step(head_case)
 logprob, divergence = _step(logprob_case), _step(divergence_case)
 short_lens, others = _step(short_lens_case), _step(others_case)
+
+
+def split_rows(work: Work) -> None:
+    for layers in (1,) if work.place.rehearsal else (1, 4):
+        timed(rows_case(work.place, layers), work)

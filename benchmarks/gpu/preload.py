@@ -10,7 +10,7 @@ import torch._dynamo  # what the first custom op with a graph would import, with
 
 import oisd_kernels.attention.sampled_triton
 import oisd_kernels.attention.triton_impl
-import oisd_kernels.lens.chunked.rows_triton
+import oisd_kernels.lens.chunked.rows_split
 import oisd_kernels.lens.tiled.op  # noqa: F401
 
 torch.set_num_threads(1)

@@ -27,6 +27,7 @@ CORRECT = [
     _together("correct: facts", "facts:facts", 130, "the contract: no waits, the same bits"),
     _together("correct: lens, tiled", "lens_checks:tiled", 130, 'impl="tiled" may be advised'),
     _together("correct: float32", "facts:float32", 130, "float32 by tf32x3 keeps its bounds"),
+    _together("correct: lens, split rows", "facts:split_rows", 130, "whether they are timed"),
     _together("correct: 250 registers", "facts:registers", 130, "those tiles stay in the tables"),
 ]  # fmt: skip
 HEADLINES = [
@@ -52,6 +53,8 @@ CSRC = [
 ]  # fmt: skip
 TILES = [_alone("tiles: times", "sweep:time", 50, "the tables: tiles.json")]
 REST = [
+    _alone("time: lens, split rows", "headlines:split_rows", 60, "which row kernels are chosen",
+           after=("correct: lens, split rows",)),
     _alone("time: policy head", "headlines:policy_head", 50, "one pass over the head, or two"),
     _alone("time: log-probability", "headlines:logprob", 50, '"chunked" or "tiled"'),
     _alone("time: attention divergence", "headlines:divergence", 40, "the separate form"),
@@ -62,6 +65,6 @@ REST = [
     _together(
         "csrc: memory checker", "csrc:memory_checker", 90, "no access outside", after=(BUILD,)
     ),
-]
+]  # fmt: skip
 
 STEPS = [CSRC[0], *CORRECT, *HEADLINES, *CSRC[1:], *TILES, *REST]

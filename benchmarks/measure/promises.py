@@ -2,16 +2,20 @@
 
 G = one matmul of 2*N*D*V. `chunked` is counted on a CPU, where it does the same matmuls in the same
 chunks as on a GPU. `tiled` is counted on tensors without storage, at the head of Qwen3-4B, with its
-kernels not launched.
+kernels not launched. `row_bytes` counts the logits' bytes, for both forms of the row kernels.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -24,6 +28,7 @@ from oisd_kernels.lens.chunked.workspace import release
 
 N, D, V = 48, 16, 640
 MIB = 2**20
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,10 @@ def promises() -> list[Promise]:
         Promise("linear_logprob, gradient to hidden states", "G", 2, partial(logprob, False)),
         Promise("linear_logprob, both gradients", "G", 4, partial(logprob, True)),
     ]
+    for s, whole, split in ((1, 36, 20), (4, 96, 56)):
+        for form, wanted in (("whole", whole), ("split", split)):
+            name = f"chunked lens, {form} rows, S = {s}: logits moved"
+            found.append(Promise(name, "bytes a pair", wanted, partial(row_bytes, form, s)))
     for mib in (4, 16):
         name = f"chunked lens with max_bytes = {mib} MiB: workspace"
         found.append(Promise(name, "MiB", mib, partial(chunked_workspace, mib), exactly=False))
@@ -125,6 +134,23 @@ def chunked_workspace(budget: int) -> float:
     index = 6 * rows * 8
     assert counted.most > budget * MIB / 4, "the mode did not see the workspace"
     return (counted.most - outputs - index) / MIB
+
+
+def row_bytes(form: str, layers: int) -> float:
+    for row in _row_bytes():
+        if (row["form"], row["layers"]) == (form, layers):
+            return row["bytes"]
+    raise KeyError((form, layers))
+
+
+@cache
+def _row_bytes() -> list[dict[str, Any]]:
+    """In a process of its own, where Triton interprets."""
+    command = [sys.executable, "-m", "benchmarks.measure.row_bytes"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return json.loads(done.stdout)
 
 
 def tiled_workspace(layers: int) -> float:

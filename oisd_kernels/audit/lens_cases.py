@@ -16,7 +16,8 @@ from torch import Tensor
 from oisd_kernels.audit.attention_cases import attention_cases
 from oisd_kernels.audit.case import DTYPES, Case
 from oisd_kernels.audit.case import empty as _empty
-from oisd_kernels.lens.chunked import rows_triton
+from oisd_kernels.gpu import GFX942
+from oisd_kernels.lens.chunked import rows_split, rows_triton
 from oisd_kernels.lens.chunked.rows import FinalRows, RowMath
 from oisd_kernels.lens.tiled import gradient, values
 from oisd_kernels.lens.tiled.tiles import Head, Scores
@@ -65,6 +66,40 @@ def row_cases(capability: int) -> Iterator[Case]:
                 ),
                 full or (divergence != "jsd" and name != "bf16"),
             )  # fmt: skip
+
+
+def _split_rows(
+    math_: RowMath, operand: torch.dtype | None, labels: bool, everything: bool, nvidia: bool
+) -> None:
+    device = torch.device("meta")
+    rows = rows_split.SplitRows(1, ROWS, VOCABULARY, torch.float32, operand, device, nvidia)
+    z, z_final = _empty(ROWS + rows.spare, VOCABULARY)[:ROWS], _empty(ROWS, VOCABULARY)
+    bias = _empty(VOCABULARY) if everything else None
+    factor, index = _empty(ROWS), _empty(ROWS, dtype=torch.int64)
+    final = rows.final_rows(z_final, bias, index if labels else None, math_, True, True)
+    rows.student_rows(
+        z, z_final, final, bias, index, factor, math_, operand is not None, True,
+        operand or torch.float32,
+    )  # fmt: skip
+
+
+def split_row_cases(capability: int) -> Iterator[Case]:
+    """The row kernel of three stages."""
+    nvidia = capability != GFX942
+    for options, divergence, (name, operand) in itertools.product(
+        (PLAIN, ALL), ("jsd", "forward_kl", "reverse_kl"), {"no": None, **DTYPES}.items()
+    ):
+        everything = options == ALL
+        math_ = RowMath(divergence, 0.5, 1.0, None)
+        if everything:
+            math_ = RowMath(divergence, 0.25, 0.5, 30.0)
+        # Labels concern the final rows, whatever the divergence.
+        for labels in (False, True) if divergence == "jsd" else (everything,):
+            yield Case(
+                f"{divergence}, {'' if labels else 'no '}labels, gradient {name}, {options}",
+                partial(_split_rows, math_, operand, labels, everything, nvidia),
+                (divergence, name) != ("jsd", "bf16") or labels != everything,
+            )
 
 
 def _tiled_values(
@@ -161,6 +196,7 @@ def tiled_gradient_cases(capability: int) -> Iterator[Case]:
 Cases = Callable[[int], Iterator[Case]]
 CASES: list[Cases] = [
     row_cases,
+    split_row_cases,
     tiled_cases,
     tiled_gradient_cases,
     attention_cases,

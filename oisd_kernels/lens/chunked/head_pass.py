@@ -38,6 +38,10 @@ from oisd_kernels.lens.policy_loss import policy_loss, policy_slope
 from oisd_kernels.op import custom_op, keep, kept, without_tensors
 from oisd_kernels.reference import with_masked_labels
 
+# Whether the Triton row kernels are those of `rows_split`, which read each logit from memory once,
+# instead of `rows_triton`. Until a GPU has measured both: False.
+SPLIT_ROWS = False
+
 
 def row_functions(device: torch.device) -> Rows:
     """The Triton row kernels on a GPU and under the interpreter, torch elsewhere."""
@@ -46,6 +50,24 @@ def row_functions(device: torch.device) -> Rows:
     from oisd_kernels.lens.chunked import rows_triton  # Triton may be missing on CPU-only machines
 
     return rows_triton
+
+
+def split_rows(call: HeadCall, operand: torch.dtype) -> Any:
+    """The row functions of a chunk with student rows where `SPLIT_ROWS` wants others, or None.
+
+    Also None where the spare rows, at most a few dozen, would be more than an eighth of the budget.
+    """
+    if not SPLIT_ROWS or call.group or row_functions(call.weight.device) is rows_torch:
+        return None
+    from oisd_kernels.lens.chunked import rows_split
+
+    layers, tokens, _ = call.hidden.shape
+    gradient = operand if call.hidden_grad or call.hidden_weight_grad else None
+    vocabulary, device = len(call.weight), call.weight.device
+    if layers == 0 or vocabulary > rows_split.LARGEST_VOCABULARY:
+        return None
+    rows = rows_split.SplitRows(layers, tokens, vocabulary, call.compute, gradient, device)
+    return None if 8 * rows.spare > call.capacity else rows
 
 
 def parallel_rows(call: HeadCall) -> Any:
@@ -63,10 +85,6 @@ class _Pass:
     def __init__(self, call: HeadCall):
         self.call, self.out = call, allocate(call)
         self.compute = call.compute
-        layers, tokens, _ = call.hidden.shape
-        factor = call.factor if call.drop else None
-        every_token = call.labels is not None
-        self.plan = chunks.plan(layers, tokens, factor, every_token, call.capacity)
         self.parallel = parallel_rows(call) if call.group else None
         self.rows: Rows = self.parallel or row_functions(call.weight.device)
         self.bias, teacher_bias = (
@@ -89,13 +107,22 @@ class _Pass:
                 self.scores_apart = (self.math, self.bias), (theirs, teacher_bias)
                 self.math, self.row_bias = self.math._replace(temperature=1.0, softcap=None), None
         self.project = Projection(call.weight, dtypes, self.compute)
+        self.split = split_rows(call, self.project.operand)
+        self.spare = (
+            0 if self.split is None else self.split.spare
+        )  # rows of logits behind a chunk's
+        self.capacity = call.capacity - self.spare
+        layers, tokens, _ = call.hidden.shape
+        factor = call.factor if call.drop else None
+        every_token = call.labels is not None
+        self.plan = chunks.plan(layers, tokens, factor, every_token, self.capacity)
 
     def chunk(self, chunk: Chunk) -> None:
         call, plan, out = self.call, self.plan, self.out
         index = plan.token_index
         where = chunk.tokens if index is None else index[chunk.tokens]
         count = chunk.tokens.stop - chunk.tokens.start
-        parts = list(chunks.runs(chunk.rows, max(call.capacity - count, 1)))
+        parts = list(chunks.runs(chunk.rows, max(self.capacity - count, 1)))
         final_states, states, logits = self._first_logits(where, count, parts)
         z_final = logits[:count]
         labels = None if call.labels is None else call.labels[where]
@@ -103,21 +130,22 @@ class _Pass:
         # The teacher's statistics first where they are others than the policy's.
         twice = bool(parts) and labels is not None and self.math != self.final_math
         first = self.math if labels is None or twice else self.final_math
-        final = self.rows.final_rows(
+        rows: Rows = self.split if self.split is not None and parts else self.rows
+        final = rows.final_rows(
             z_final, self.row_bias, None if twice else labels, first, final_stats,
             final_stats and bool(parts),
         )  # fmt: skip
+        for part in parts:
+            size = part.stop - part.start
+            z, slope = logits[count : count + size], logits[count + size + self.spare :]
+            if part != parts[0]:
+                states = self._states(part)
+                self.project.logits(states, z)
+            self._students(part, states, z, slope, z_final, final, chunk.tokens.start, rows)
         out.teacher_entropy[where] = final.entropy
         if final_stats and parts:
             out.final_top1[where] = final.top1
             out.final_top_logprob[where] = final.top_logprob
-        for part in parts:
-            size = part.stop - part.start
-            z, slope = logits[count : count + size], logits[count + size :]
-            if part != parts[0]:
-                states = self._states(part)
-                self.project.logits(states, z)
-            self._students(part, states, z, slope, z_final, final, chunk.tokens.start)
         if twice and labels is not None:
             final = self.rows.final_rows_again(
                 z_final, final, self.row_bias, labels, self.math, self.final_math, final_stats
@@ -153,7 +181,7 @@ class _Pass:
             if parts:
                 states = torch.cat([states, self._states(parts[0])])
             logits = self._logits_buffer(len(states))
-            self.project.logits(states, logits)
+            self.project.logits(states, logits[: len(states)])
             return states[:count], states[count:], logits
         final, states = final.to(self.teacher.operand), self._states(parts[0])
         capped = self.scores_apart is not None and self.call.softcap is not None
@@ -174,6 +202,7 @@ class _Pass:
         z_final: Tensor,  # [C, V]
         final: FinalRows,
         first_token: int,
+        rows: Rows,
     ) -> None:
         call, plan, out = self.call, self.plan, self.out
         where = plan.layer_of_row[part], plan.token_of_row[part]
@@ -184,7 +213,7 @@ class _Pass:
             capped = math_.softcap is not None
             rows_torch.scores(z, bias, math_, slope if capped else None)
             factor = factor / math_.temperature
-        got = self.rows.student_rows(
+        got = rows.student_rows(
             z,
             z_final,
             final,
@@ -241,7 +270,8 @@ class _Pass:
         return gradient if self.parallel is None else self.parallel.sum(gradient)
 
     def _logits_buffer(self, rows: int) -> Tensor:
-        vocabulary = len(self.call.weight)
+        """So many rows, and the spare ones."""
+        vocabulary, rows = len(self.call.weight), rows + self.spare
         if len(self.buffer) < rows:
             # The old one goes first: two would be over the budget.
             self.buffer = self.buffer.new_empty(0)

@@ -1,7 +1,8 @@
-"""The row arithmetic of a chunk: what each of its three implementations offers.
+"""The row arithmetic of a chunk: what each of its implementations offers.
 
     rows_torch      in place, in torch, for machines without a GPU
     rows_triton     one program a row, on GPUs and in the interpreter
+    rows_split      several programs a row, which reads memory once; not chosen yet
     rows_parallel   in torch, for a vocabulary in parts on the ranks of a process group
 
 A pass calls `final_rows` for the final layer's rows of a chunk, `student_rows` for the student

@@ -349,32 +349,40 @@ def student_rows(
     divergence, entropy, agreement, top_logprob = (z.new_empty(len(z)) for _ in range(4))
     top1 = torch.empty(len(z), dtype=torch.int64, device=z.device)
     d_logits, scale = in_place(z, operand) if gradient else (z, z.new_empty(0))
-    constants = _constants(
-        z,
-        bias,
-        math_,
-        DIVERGENCE=math_.divergence,
-        BETA=math_.beta,
-        LOG_BETA=math.log(math_.beta),
-        LOG_1M_BETA=math.log1p(-math_.beta),
-        GRADIENT=gradient,
-        SCALED=scale.numel() > 0,
-    )
+    constants = _constants(z, bias, math_, GRADIENT=gradient, SCALED=scale.numel() > 0)
     student_rows_kernel[(len(z),)](
         z, z_final, d_logits, bias, slot.contiguous(), factor.contiguous(), final.top1,
         final.top_logprob, divergence, entropy, agreement, top1, top_logprob, scale, z.shape[1],
         z.stride(0), z_final.stride(0), d_logits.stride(0), **constants,
+        **divergence_constants(math_),
     )  # fmt: skip
     d_logits = d_logits if gradient else None
     return StudentRows(divergence, entropy, agreement, top1, top_logprob, d_logits, scale)
 
 
-def _constants(z: Tensor, bias: Tensor | None, math_: RowMath, **more: Any) -> dict[str, Any]:
+def divergence_constants(math_: RowMath) -> dict[str, Any]:
+    """Those of a kernel that calls `terms`."""
     return {
-        **more,
+        "DIVERGENCE": math_.divergence,
+        "BETA": math_.beta,
+        "LOG_BETA": math.log(math_.beta),
+        "LOG_1M_BETA": math.log1p(-math_.beta),
+    }
+
+
+def score_constants(bias: Tensor | None, math_: RowMath) -> dict[str, Any]:
+    """Those of a kernel that calls `load_scores`."""
+    return {
         "TEMPERATURE": math_.temperature,
         "SOFTCAP": math_.softcap,
         "HAS_BIAS": bias is not None,
+    }
+
+
+def _constants(z: Tensor, bias: Tensor | None, math_: RowMath, **more: Any) -> dict[str, Any]:
+    return {
+        **more,
+        **score_constants(bias, math_),
         "BLOCK": min(BLOCK, triton.next_power_of_2(z.shape[1])),
         "num_warps": WARPS,
     }

@@ -12,7 +12,8 @@ from torch.autograd import gradcheck
 from oisd_kernels import PolicyTerms, linear_logprob, logit_lens_divergence, policy_head
 from oisd_kernels.lens.chunked.head_pass import row_functions
 from oisd_kernels.lens.chunked.rows import RowMath
-from tests.interpreter import interpreted, outside, passes_in_the_interpreter
+from tests.interpreter import INTERPRETED, interpreted, outside, passes_in_the_interpreter
+from tests.oisd_kernels.lens import row_forms
 from tests.oisd_kernels.test_reference import (
     DIVERGENCES,
     GRADIENT_BOUND,
@@ -31,13 +32,36 @@ HALF_BOUND = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 @outside
-def test_the_interpreter_passes():
-    passes_in_the_interpreter(__file__)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kernels", row_forms.FORMS)
+def test_the_interpreter_passes(kernels):
+    passes_in_the_interpreter(__file__, "-k", kernels, timeout=550)
+
+
+@pytest.fixture(autouse=True, params=row_forms.FORMS if INTERPRETED else [None])
+def form(request, monkeypatch):
+    if request.param is not None:
+        row_forms.choose(request.param, monkeypatch)
+    return request.param
 
 
 @interpreted
-def test_the_kernels_are_what_runs():
-    assert row_functions(torch.device("cpu")).__name__ == "oisd_kernels.lens.chunked.rows_triton"
+def test_the_kernels_are_what_runs(form, monkeypatch):
+    from oisd_kernels.lens.chunked import rows_split, rows_triton
+
+    assert row_functions(torch.device("cpu")) is rows_triton
+    ran = []
+
+    def spy(module):
+        run = module.student_rows
+        monkeypatch.setattr(
+            module, "student_rows", lambda *given: (ran.append(module), run(*given))[1]
+        )
+
+    spy(rows_triton)
+    spy(rows_split.SplitRows)
+    logit_lens_divergence(normal(1, 1, 2, seed=0), normal(1, 2, seed=1), normal(3, 2, seed=2))
+    assert ran == [rows_triton if form == "whole" else rows_split.SplitRows]
 
 
 @interpreted
@@ -81,8 +105,9 @@ def test_lens_meets_the_bounds(case, divergence, beta):
 
 @interpreted
 @pytest.mark.parametrize("divergence, beta", DIVERGENCES[1:4])
-def test_many_blocks_and_a_prime_vocabulary(divergence, beta):
-    """Sums over 20 blocks; the loss is below 1e-6 nats in the second row."""
+def test_many_blocks_and_a_prime_vocabulary(divergence, beta, form, monkeypatch):
+    """Sums over 20 blocks, or 5 parts; the loss is below 1e-6 nats in the second row."""
+    row_forms.choose(form, monkeypatch, part=4096)
     weight = normal(20_011, 16, seed=0).float()
     teacher = 0.5 * normal(2, 16, seed=1).float()
     hidden = teacher + torch.tensor([[0.3], [1e-4]]) * normal(2, 16, seed=2).float()
@@ -105,10 +130,14 @@ def test_many_blocks_and_a_prime_vocabulary(divergence, beta):
 @pytest.mark.parametrize("size", [2.0**-30, 1.0], ids=["minute", "one"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("divergence, beta", DIVERGENCES[1:4] + DIVERGENCES[4:])
-def test_half_precision_gradient_in_the_logits_memory(divergence, beta, dtype, size):
+def test_half_precision_gradient_in_the_logits_memory(
+    divergence, beta, dtype, size, form, monkeypatch
+):
     """What a GPU does with bf16 and fp16 operands, over several blocks and with padded rows."""
-    rows = row_functions(torch.device("cpu"))
+    row_forms.choose(form, monkeypatch, part=1024)
     z, z_final = (3 * normal(2, 3072, seed=i).float() for i in range(2))
+    rows = row_forms.functions(form, z_final[:, :3001], 1, dtype)
+    z = row_forms.in_room(z[:, :3001], rows, 3072)
     lp, lq = (x[:, :3001].double().log_softmax(-1) for x in (z_final, z))
     settings = RowMath(divergence, beta, 1.0, None)
     factor = size * torch.tensor([1.0, -3.0])
@@ -117,10 +146,11 @@ def test_half_precision_gradient_in_the_logits_memory(divergence, beta, dtype, s
     )
     final = rows.final_rows(z_final[:, :3001], None, None, settings, True, True)
     out = rows.student_rows(
-        z[:, :3001], z_final[:, :3001], final, None, torch.arange(2), factor, settings, True, True,
-        dtype,
+        z, z_final[:, :3001], final, None, torch.arange(2), factor, settings, True, True, dtype,
     )  # fmt: skip
-    assert out.d_logits.dtype == dtype and out.d_logits.data_ptr() == z.data_ptr()
+    assert out.d_logits.dtype == dtype
+    behind = out.d_logits.data_ptr() - z.data_ptr()
+    assert behind == getattr(rows, "spare", 0) * z.stride(0) * z.element_size()
     got = out.d_logits.double() * (out.scale[:, None].double() if out.scale.numel() else 1)
     assert_gradient_close(got, truth.d_hidden, HALF_BOUND[dtype], floor=1e-3 * size)
     assert_loss_close(out.divergence, truth.loss, 1e-5)
@@ -182,29 +212,32 @@ def test_policy_loss_at_a_temperature_of_its_own():
 
 
 @interpreted
-def test_rows_lie_beyond_the_reach_of_int32():
+def test_rows_lie_beyond_the_reach_of_int32(form):
     """Two rows 2^31 entries apart; only the pages that are written exist."""
     stride, V = 2**31 + 64, 151
     far = torch.empty(stride + 192).as_strided((2, V), (stride, 1))
     z, z_final = normal(2, V, seed=0).float(), normal(2, V, seed=1).float()
-    index, ones = torch.tensor([1, 0]), torch.ones(2)
+    slot, ones = torch.arange(2), torch.ones(2)
     settings = RowMath("jsd", 0.5, 1.0, None)
-    rows = row_functions(torch.device("cpu"))
-    final = rows.final_rows(z_final, None, index, settings, True, True)
-    wanted = rows.student_rows(
-        z.clone(), z_final, final, None, index, ones, settings, True, True, torch.float32
-    )
-    assert wanted.d_logits.norm() > 1e-3
+
+    def run(z, z_final):
+        rows = row_forms.functions(form, z_final, 1, torch.float32)
+        final = rows.final_rows(z_final, None, torch.tensor([1, 0]), settings, True, True)
+        got = rows.student_rows(
+            z, z_final, final, None, slot, ones, settings, True, True, torch.float32
+        )
+        return [*final, *got]
+
+    wanted = run(z.clone(), z_final)
+    assert wanted[-2].norm() > 1e-3
     far.copy_(z)
-    got = rows.student_rows(
-        far, z_final, final, None, index, ones, settings, True, True, torch.float32
-    )
+    got = run(far, z_final)
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
     far.copy_(z_final)
     assert torch.equal(far[1], z_final[1])
-    again = rows.final_rows(far, None, index, settings, True, True)
-    for a, b in zip(again, final, strict=True):
+    got = run(z.clone(), far)
+    for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a, b)
 
 

@@ -5,17 +5,18 @@ The Triton kernels run in the interpreter, in a process of their own.
 """
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from oisd_kernels.lens.chunked import chunks, rows_torch
-from oisd_kernels.lens.chunked.head_pass import row_functions
 from oisd_kernels.lens.chunked.rows import RowMath
 from oisd_kernels.lens.chunked.rows_torch import BLOCK
 from oisd_kernels.lens.logit_lens import lens_with_top
 from tests.interpreter import interpreted, outside, passes_in_the_interpreter
+from tests.oisd_kernels.lens import row_forms
 from tests.oisd_kernels.test_reference import assert_gradient_close, lens_truth, normal
 
 PLAIN = RowMath("jsd", 0.5, 1.0, None)
@@ -66,7 +67,7 @@ def test_one_maximum_anywhere(place):
     assert rows_torch.likeliest(z)[1].tolist() == [place, place]
 
 
-def require_top(rows: object, size: int, dtype: torch.dtype, temperature: float) -> None:
+def require_top(rows: Any, size: int, dtype: torch.dtype, temperature: float) -> None:
     """Both row functions against float64; rows 5 to 8 hold a NaN."""
     math_ = PLAIN._replace(temperature=temperature)
     z = rows_with_ties(size, dtype)
@@ -75,10 +76,8 @@ def require_top(rows: object, size: int, dtype: torch.dtype, temperature: float)
     wanted, logprob = scores.max(-1).indices, scores.log_softmax(-1).amax(-1)
     slot, ones = torch.arange(9), torch.ones(9, dtype=dtype)
     z_final = z.flip(0).clone()
-    final = rows.final_rows(z_final, None, None, math_, True, True)  # type: ignore[attr-defined]
-    got = rows.student_rows(  # type: ignore[attr-defined]
-        z, z_final, final, None, slot, ones, math_, False, True, dtype
-    )
+    final = rows.final_rows(z_final, None, None, math_, True, True)
+    got = rows.student_rows(z, z_final, final, None, slot, ones, math_, False, True, dtype)
     sound = torch.arange(5)
     for token, top in (
         (got.top1, got.top_logprob),
@@ -107,11 +106,13 @@ def test_top_of_the_torch_rows(size, dtype, temperature):
 
 
 @interpreted
+@pytest.mark.parametrize("form", row_forms.FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("size", [1, 1023, 1025, 3001])
-def test_top_of_the_triton_rows(size, dtype):
-    rows = row_functions(torch.device("cpu"))
-    assert rows.__name__ == "oisd_kernels.lens.chunked.rows_triton"
+def test_top_of_the_triton_rows(size, dtype, form, monkeypatch):
+    row_forms.choose(form, monkeypatch, part=1024)
+    rows = row_forms.functions(form, torch.empty(9, size, dtype=dtype), 1, None)
+    assert rows is not rows_torch
     require_top(rows, size, dtype, 0.5)
 
 
