@@ -93,16 +93,24 @@ def row_capacity(
     raise checks.argument_error(op, "max_bytes", wanted, max_bytes, remedy)
 
 
-def plan(layers: int, tokens: int, factor: Tensor | None, every_token: bool, capacity: int) -> Plan:
+def plan(
+    layers: int,
+    tokens: int,
+    factor: Tensor | None,
+    every_token: bool,
+    capacity: int,
+    device: torch.device,
+) -> Plan:
     """Chunks of at most `capacity` rows over the rows whose `factor` [S, N] is not 0.
 
     `every_token` keeps a token without student rows. With `factor` None all rows are kept, and the
     host need not wait for the device; otherwise it does so once, to count the rows of each token.
+    The indices are on `device`, that of the hidden states and of `factor`.
     """
     if factor is None:
         ends = torch.arange(1, tokens + 1) * (layers + 1)
         rows_end = torch.arange(1, tokens + 1) * layers
-        row = torch.arange(layers * tokens)
+        row = torch.arange(layers * tokens, device=device)
         token_of_row = row // max(layers, 1)
         return Plan(
             None, row % max(layers, 1), token_of_row, token_of_row, _split(ends, rows_end, capacity)

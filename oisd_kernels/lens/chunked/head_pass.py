@@ -108,14 +108,14 @@ class _Pass:
                 self.math, self.row_bias = self.math._replace(temperature=1.0, softcap=None), None
         self.project = Projection(call.weight, dtypes, self.compute)
         self.split = split_rows(call, self.project.operand)
-        self.spare = (
-            0 if self.split is None else self.split.spare
-        )  # rows of logits behind a chunk's
+        # Rows of memory behind the logits of a chunk.
+        self.spare = 0 if self.split is None else self.split.spare
         self.capacity = call.capacity - self.spare
         layers, tokens, _ = call.hidden.shape
         factor = call.factor if call.drop else None
         every_token = call.labels is not None
-        self.plan = chunks.plan(layers, tokens, factor, every_token, self.capacity)
+        device = call.hidden.device
+        self.plan = chunks.plan(layers, tokens, factor, every_token, self.capacity, device)
 
     def chunk(self, chunk: Chunk) -> None:
         call, plan, out = self.call, self.plan, self.out

@@ -75,7 +75,7 @@ def test_results_are_not_in_the_kept_memory():
 
 @pytest.mark.parametrize(("layers", "tokens", "capacity"), [(1, 512, 736), (4, 100, 33), (2, 7, 1)])
 def test_chunks_are_as_few_as_fit_and_even(layers, tokens, capacity):
-    found = chunks.plan(layers, tokens, None, False, capacity).chunks
+    found = chunks.plan(layers, tokens, None, False, capacity, CPU).chunks
     sizes = [
         chunk.tokens.stop - chunk.tokens.start + chunk.rows.stop - chunk.rows.start
         for chunk in found
@@ -98,7 +98,16 @@ def test_chunks_of_tokens_with_different_numbers_of_rows_stay_within_the_capacit
         used += kept + 1
         if used > 40:
             greedy, used = greedy + 1, kept + 1
-    found = chunks.plan(3, 200, factor, True, 40).chunks
+    found = chunks.plan(3, 200, factor, True, 40, CPU).chunks
     sizes = [c.tokens.stop - c.tokens.start + c.rows.stop - c.rows.start for c in found]
     assert len(found) <= greedy and max(sizes) <= 40
     assert sum(sizes) == 200 + int(factor.sum())
+
+
+def test_indices_are_on_the_device_of_the_rows():
+    """The row kernels are handed them; the lists of chunks need no device."""
+    device = torch.device("meta")
+    found = chunks.plan(2, 50, None, False, 20, device)
+    indices = found.layer_of_row, found.token_of_row, found.slot_of_row
+    assert [index.device.type for index in indices] == ["meta"] * 3
+    assert len(found.chunks) > 1
