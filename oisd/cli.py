@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141  # as a shell says it: 128 + SIGPIPE
     except KeyboardInterrupt:
         then = _AFTER_INTERRUPT.get(arguments[0], "run the same command again")
-        if speaks_for_all():
+        if os.environ.get("RANK", "0") == "0":  # all processes are interrupted, at any moment
             print(f"oisd: interrupted; {then}", file=sys.stderr)
         return 130
     except Exception as error:

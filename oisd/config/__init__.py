@@ -305,7 +305,7 @@ class RunConfig:
     """Measure the gradient norm of each loss on its own every n steps; 0 for never."""
     device: str = "auto"
     sharding: Literal["none", "fsdp2"] = "none"
-    """"none" keeps the whole model on each process of torchrun; "fsdp2" splits parameters,
+    """"none" keeps the whole model on each of several processes; "fsdp2" splits parameters,
     gradients and AdamW's state over them (PyTorch's FSDP2). May change when a run is resumed."""
     threads: int | None = None
     """CPU threads of torch; by default torch's own choice."""

@@ -1,12 +1,15 @@
 """`--processes N`: a command on several processes of this machine, by torchrun's own launcher.
 
 Unlike torchrun itself it leaves what is said to the processes: one that fails has named the reason.
+Only a signal that ends a process, or all of them, is said here.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
+import sys
 import uuid
 from collections.abc import Sequence
 
@@ -28,7 +31,9 @@ def run_on_processes(count: int, command: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
     # Of semaphores of a process that was stopped, which has no time to clean up.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -44,7 +49,27 @@ def run_on_processes(count: int, command: Sequence[str]) -> int:
         # Those that were stopped for it have a negative status.
         statuses = [failure.exitcode for failure in error.failures.values()]
         status = max(statuses)
-        return status if status > 0 else 128 - status
+        if status > 0:
+            return status
+        number = -error.get_first_failure()[1].exitcode
+        _say(f"a process was ended by {_name(number)}{_WHY.get(number, '')}")
+        return 128 + number
     except SignalException as error:
+        if error.sigval != signal.SIGINT:  # of which the first process speaks
+            _say(f"ended by {_name(error.sigval)}")
         return 128 + error.sigval
     return 0
+
+
+_WHY: dict[int, str] = {signal.SIGKILL: ", perhaps because the machine's memory was full"}
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _say(what: str) -> None:
+    print(f"oisd: {what}; the same command goes on from what is on disk", file=sys.stderr)

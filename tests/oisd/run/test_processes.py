@@ -99,6 +99,43 @@ def test_the_command_line_is_checked_before_processes_are_started(monkeypatch, c
     )
 
 
+@pytest.mark.parametrize(
+    "ended, status, line",
+    [
+        ("os.kill(os.getpid(), 9)", 137,
+         "oisd: a process was ended by SIGKILL, perhaps because the machine's memory was full; "),
+        ("os.kill(os.getppid(), 15)", 143, "oisd: ended by SIGTERM; "),
+    ],
+    ids=["one-killed", "all-ended"],
+)  # fmt: skip
+def test_a_signal_that_ends_processes_is_named(ended, status, line, tmp_path):
+    wait = "import os, time\nif os.environ['RANK'] == '1': {}\ntime.sleep(60)"
+    launch = (
+        "import sys; from oisd.run.launch import run_on_processes as run;"
+        f"sys.exit(run(2, [sys.executable, '-c', {wait.format(ended)!r}]))"
+    )
+    done = start(tmp_path, "-c", launch)
+    assert done.returncode == status
+    assert done.stderr == f"{line}the same command goes on from what is on disk\n"
+
+
+def test_an_interrupt_is_said_by_the_first_process_without_torch(monkeypatch, capsys):
+    from oisd.cli import main
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("oisd.cli._train", interrupted)
+    monkeypatch.setattr("oisd.cli.speaks_for_all", lambda: pytest.fail("torch may be half there"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err.startswith("oisd: interrupted; ")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == ""
+
+
 def test_processes_are_not_started_by_those_of_torchrun(monkeypatch):
     from oisd.run.launch import run_on_processes
 
