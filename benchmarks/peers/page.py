@@ -196,7 +196,7 @@ def step_table(rows: Sequence[Row]) -> str:
         body.append(
             [row["trainer"], *times, ratio, f"{row['reward']:.3f}", f"{row['dropped']:.2f}"]
         )
-    head = ["trainer", "processor time", "time", "x TRL's processor time", "reward", "dropped"]
+    head = ["trainer", "processor time", "time", "times as fast as TRL", "reward", "dropped"]
     return table(head, body)
 
 
