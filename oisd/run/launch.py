@@ -51,24 +51,16 @@ def run_on_processes(count: int, command: Sequence[str]) -> int:
         status = max(statuses)
         if status > 0:
             return status
-        number = -error.get_first_failure()[1].exitcode
-        _say(f"a process was ended by {_name(number)}{_WHY.get(number, '')}")
-        return 128 + number
+        _, first = error.get_first_failure()
+        killed = first.exitcode == -signal.SIGKILL
+        why = ", perhaps because the machine's memory was full" if killed else ""
+        _say(f"a process was ended by {first.signal_name()}{why}")
+        return 128 - first.exitcode
     except SignalException as error:
         if error.sigval != signal.SIGINT:  # of which the first process speaks
-            _say(f"ended by {_name(error.sigval)}")
+            _say(f"ended by {error.sigval.name}")
         return 128 + error.sigval
     return 0
-
-
-_WHY: dict[int, str] = {signal.SIGKILL: ", perhaps because the machine's memory was full"}
-
-
-def _name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _say(what: str) -> None:
