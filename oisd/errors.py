@@ -57,10 +57,11 @@ def is_explained(error: Exception) -> bool:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether nothing was done, because what a folder holds is not what was asked for."""
+    """Whether nothing was done, because there is no such source, or another run in the folder."""
+    from oisd.data import SourceError
     from oisd.run.folder import OtherRunError
 
-    return isinstance(error, OtherRunError)
+    return isinstance(error, SourceError | OtherRunError)
 
 
 def from_outside(error: Exception) -> str:

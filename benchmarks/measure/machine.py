@@ -58,13 +58,15 @@ def _git(*arguments: str) -> str:
 
 
 def device_name(device: str) -> str:
+    """A GPU's name, or a processor's with the instructions that torch takes: they decide bits."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:
         found = None
-    return found[1] if found else platform.processor() or platform.machine()
+    name = found[1] if found else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def driver() -> str | None:

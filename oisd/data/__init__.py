@@ -19,7 +19,14 @@ from typing import Any, cast
 
 from oisd.data import catalogue, files
 from oisd.data.catalogue import BOXED, DataSet, Source
-from oisd.data.examples import DataError, Example, Message, permutation, prompt_indices
+from oisd.data.examples import (
+    DataError,
+    Example,
+    Message,
+    SourceError,
+    permutation,
+    prompt_indices,
+)
 from oisd.data.prompts import EncodedPrompts, check_vocabulary, encode_prompts, render_prompt
 from oisd.data.reasoning import check_reasoning, is_reasoning, reasoning_examples
 from oisd.data.sums import arithmetic_examples, check_arithmetic, is_arithmetic
@@ -28,8 +35,8 @@ from oisd.rewards.answers import last_boxed
 
 __all__ = [
     "BOXED", "PAPER_SYSTEM_PROMPT", "DataError", "DataSet", "EncodedPrompts", "Example", "Message",
-    "Source", "catalogue", "check_source", "check_vocabulary", "encode_prompts", "load_examples",
-    "permutation", "prompt_indices", "render_prompt",
+    "Source", "SourceError", "catalogue", "check_source", "check_vocabulary", "encode_prompts",
+    "load_examples", "permutation", "prompt_indices", "render_prompt",
 ]  # fmt: skip
 
 PAPER_SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -62,7 +69,8 @@ def load_examples(
         group, searched for in the answer field, that is the answer (r"####\\s*(.+)$" for GSM8K).
     subset: configuration name ("main" for GSM8K on the Hub).
     limit: take this many rows, drawn without replacement by `seed`; all rows if there are fewer.
-    Raises DataError when there is nothing to read, or a row lacks its prompt or its answer.
+    Raises DataError when there is nothing to read, or a row lacks its prompt or its answer, and
+    SourceError, which is one, for what `check_source` refuses.
     """
     if limit is not None and limit < 1:
         raise DataError(f"load_examples: limit must be at least 1, got {limit}")
@@ -113,10 +121,18 @@ def load_examples(
 
 
 def check_source(source: str, *, split: str = "train", **columns: str | None) -> None:
-    """Raise what `load_examples` would before it reads or makes a problem: names and settings.
+    """Raise SourceError for what `load_examples` refuses before it reads or makes a problem.
 
+    Names, settings and splits, that is.
     columns: prompt_field, answer_field, answer_pattern and subset, as `load_examples` takes them.
     """
+    try:
+        _check_source(source, split, columns)
+    except DataError as error:
+        raise SourceError(str(error)) from error
+
+
+def _check_source(source: str, split: str, columns: dict[str, str | None]) -> None:
     if is_arithmetic(source):
         check_arithmetic(source, split)
     elif is_task(source):

@@ -16,6 +16,10 @@ class DataError(ValueError):
     """Data that cannot be trained on: names the source, the row, what was wanted and what came."""
 
 
+class SourceError(DataError):
+    """A source whose name, settings or split there are not: nothing was read for it."""
+
+
 class Message(NamedTuple):
     """One turn of a conversation."""
 
@@ -32,6 +36,12 @@ class Example:
     id: str
     solution: str = ""
     """The completion that a warm-up trains on, where it is not the answer alone."""
+
+
+def check_split(source: str, split: str) -> None:
+    """Raise DataError for a split that a built-in source of problems does not have."""
+    if split not in ("train", "test"):
+        raise DataError(f'{source}: split must be "train" or "test", got {split!r}')
 
 
 def prompt_indices(step: int, count: int, num_examples: int, seed: int) -> list[int]:

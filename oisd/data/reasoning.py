@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from oisd.data.examples import DataError, Example
+from oisd.data.examples import DataError, Example, check_split
 from oisd.schema import nearest, one_line
 
 PREFIX = "reasoning-gym:"
@@ -126,15 +126,10 @@ def check_reasoning(source: str, split: str) -> None:
 
     Without reasoning-gym, whose tasks and settings are then not known, the spelling is checked.
     """
-    _check_split(source, split)
+    check_split(source, split)
     for part in parts_of(source):
         if _is_installed():
             _dataset(source, part, _first_seed(part, split, 0), _PATIENCE)
-
-
-def _check_split(source: str, split: str) -> None:
-    if split not in ("train", "test"):
-        raise DataError(f'{source}: split must be "train" or "test", got {split!r}')
 
 
 def _is_installed() -> bool:
@@ -155,7 +150,7 @@ def reasoning_examples(
     """
     if not _is_installed():
         raise DataError(f"{source}: reasoning-gym is not installed; {INSTALL}")
-    _check_split(source, split)
+    check_split(source, split)
     parts = parts_of(source)
     seen: set[str] = set()
     examples: list[Example] = []

@@ -13,7 +13,7 @@ from itertools import islice
 
 import numpy as np
 
-from oisd.data.examples import DataError, Example, permutation
+from oisd.data.examples import DataError, Example, check_split, permutation
 
 # By default all problems of up to two digits are taken, and this many of longer ones.
 _DEFAULT_LIMIT = 10_000
@@ -63,8 +63,7 @@ def check_arithmetic(source: str, split: str) -> int:
 def _check(digits: int, split: str) -> None:
     if not 1 <= digits <= 9:
         raise DataError(f"arithmetic: digits must lie in 1 to 9, got {digits}")
-    if split not in ("train", "test"):
-        raise DataError(f'arithmetic: split must be "train" or "test", got {split!r}')
+    check_split("arithmetic", split)
 
 
 def _summands(digits: int, seed: int) -> Iterator[tuple[int, int]]:

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import NamedTuple
 
-from oisd.data.examples import DataError, Example
+from oisd.data.examples import DataError, Example, check_split
 from oisd.schema import whole_numbers
 
 # Of training and test problems together that are new; beyond it a task counts as exhausted.
@@ -171,8 +171,7 @@ def task_settings(source: str, split: str) -> dict[str, int]:
             f"{source}: limit must be at least largest = {settings['largest']}, got "
             f"{settings['limit']}"
         )
-    if split not in ("train", "test"):
-        raise DataError(f'{source}: split must be "train" or "test", got {split!r}')
+    check_split(source, split)
     return settings
 
 
