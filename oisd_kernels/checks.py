@@ -66,8 +66,7 @@ def check_tensor(
 
     `layout` is that shape in the letters of the op's docstring, as "[N, D]".
     """
-    if not isinstance(x, Tensor):
-        raise argument_error(op, argument, "be a torch.Tensor", type(x).__name__)
+    _check_dense(op, argument, x)
     if is_dtensor(x):
         got, remedy = f"a {type(x).__name__}", how_to_gather(argument, x)
         raise argument_error(op, argument, "be a plain tensor", got, remedy)
@@ -89,11 +88,18 @@ def check_tensor(
 
 def check_dims(op: str, argument: str, x: Any, layouts: Mapping[int, str]) -> None:
     """`x` is a tensor whose number of dimensions is a key of `layouts`."""
-    if not isinstance(x, Tensor):
-        raise argument_error(op, argument, "be a torch.Tensor", type(x).__name__)
+    _check_dense(op, argument, x)
     if x.dim() not in layouts:
         wanted = "have shape " + " or ".join(layouts.values())
         raise argument_error(op, argument, wanted, list(x.shape))
+
+
+def _check_dense(op: str, argument: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise argument_error(op, argument, "be a torch.Tensor", type(x).__name__)
+    if x.is_nested or x.layout != torch.strided:
+        got = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise argument_error(op, argument, "be a dense tensor", got)
 
 
 def check_rows(op: str, argument: str, x: Any, layout: str = "[N, D]") -> None:
@@ -129,7 +135,7 @@ def check_labels(op: str, labels: Any, hidden: Tensor) -> None:
 
 
 def check_label_values(op: str, labels: Tensor, vocabulary: int) -> None:
-    remedy = "leave rows without a label out, or weight them by 0"
+    remedy = "leave rows without a label out, or label them 0 and weight them by 0 in the loss"
     check_values(op, "labels", labels, 0, vocabulary, remedy)
 
 
@@ -185,14 +191,29 @@ def check_divergence(op: str, divergence: Any, beta: Any) -> None:
         raise argument_error(op, "beta", "lie in (0, 1)", repr(beta), remedy)
 
 
-def check_positive(op: str, argument: str, value: Any, *, optional: bool = False) -> None:
-    """A finite number above 0; with `optional`, None as well."""
+def check_positive(
+    op: str,
+    argument: str,
+    value: Any,
+    *,
+    optional: bool = False,
+    none: str = "None switches it off",
+) -> None:
+    """A finite number above 0; with `optional`, None as well, which does what `none` says."""
     if optional and value is None:
         return
     # Comparisons alone, which torch.compile can guard on; NaN fails them.
     if not _is_number(value) or not 0 < value < math.inf:
-        remedy = "None switches it off" if optional else ""
+        remedy = none if optional else ""
         raise argument_error(op, argument, "be a finite number above 0", repr(value), remedy)
+
+
+def check_above(op: str, argument: str, value: Any, bound: float, *, least: bool = False) -> None:
+    """A number above `bound`, perhaps infinite; with `least`, or `bound` itself."""
+    # Comparisons alone, as in `check_positive`.
+    if not _is_number(value) or not (value > bound or (least and value == bound)):
+        wanted = f"be a number {'of at least' if least else 'above'} {bound:g}"
+        raise argument_error(op, argument, wanted, repr(value))
 
 
 def check_count(op: str, argument: str, value: Any) -> None:

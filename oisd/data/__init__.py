@@ -70,7 +70,7 @@ def load_examples(
     subset: configuration name ("main" for GSM8K on the Hub).
     limit: take this many rows, drawn without replacement by `seed`; all rows if there are fewer.
     Raises DataError when there is nothing to read, or a row lacks its prompt or its answer, and
-    SourceError, which is one, for what `check_source` refuses.
+    SourceError, which is one, for what `check_source` refuses and for a file that there is not.
     """
     if limit is not None and limit < 1:
         raise DataError(f"load_examples: limit must be at least 1, got {limit}")
@@ -167,7 +167,7 @@ def _check_name(source: str, split: str) -> None:
 def _refuse_unused(source: str, what: str, **options: str | None) -> None:
     for name, value in options.items():
         if value is not None:
-            raise DataError(f"{source}: {what} has no {name}, got {value!r}; leave it out")
+            raise SourceError(f"{source}: {what} has no {name}, got {value!r}; leave it out")
 
 
 def _check_answer_pattern(answer_pattern: str) -> None:
@@ -193,7 +193,7 @@ def _read_source(source: Source, split: str, subset: str | None) -> Any:
     if source.path is None:
         return _read(known.hub, theirs, subset or known.subset, source.name)
     if not source.path.exists():
-        raise DataError(f"{source.written}: no such file or folder: {source.path}")
+        raise SourceError(f"{source.written}: no such file or folder: {source.path}")
     try:
         return _read_local(source.path, known, theirs, subset)
     except DataError as error:
@@ -267,7 +267,7 @@ def _read(source: str, split: str, subset: str | None, known_as: str = "") -> An
                 files.check_file(file)
             return _read_folder(path, split, subset)
         if path.suffix.lower() in files.FORMATS or source[:1] in "./~" or source.count("/") > 1:
-            raise DataError(f"{source}: no such file or folder")
+            raise SourceError(f"{source}: no such file or folder")
         return datasets.load_dataset(source, subset, split=split)
     except DataError:
         raise

@@ -17,7 +17,7 @@ class DataError(ValueError):
 
 
 class SourceError(DataError):
-    """A source whose name, settings or split there are not: nothing was read for it."""
+    """A source, or a setting or split of one, that there is not: nothing was read for it."""
 
 
 class Message(NamedTuple):

@@ -129,9 +129,11 @@ def grpo_loss(
         token_weight = token_weights(mask, config.aggregation, max_tokens=max_tokens)
 
     # Padding may hold anything, even infinities. It is replaced before the exponentials, because
-    # 0 * inf in the backward is not 0.
+    # 0 * inf in the backward is not 0. No exponential is taken in half precision.
     def masked(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.where(mask, x, 0.0)
+        if x is None:
+            return None
+        return torch.where(mask, x, 0.0).to(torch.promote_types(x.dtype, torch.float32))
 
     terms = policy_terms(
         advantages.to(logprobs.dtype)[:, None].expand_as(logprobs),
@@ -355,7 +357,7 @@ def grpo_and_think_loss(
         impl=impl,
         tp_group=tp_group,
     )
-    found = policy_loss(head.logprob.detach(), terms)
+    found = policy_loss(head.logprob.detach(), terms.constants(head.logprob.dtype))
     everywhere = torch.ones_like(labels, dtype=torch.bool)
     metrics = _policy_metrics(found, terms, everywhere)
     metrics["entropy/policy"] = Mean.over(head.entropy)

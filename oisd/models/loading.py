@@ -132,9 +132,18 @@ def folder_problem(source: str | Path, config: str = "config.json") -> str | Non
         return f"the folder has no {config}{meant}"
     weights = [file for file in files if file.suffix == ".safetensors"]
     if not weights:
-        others = [file.name for file in files if file.suffix in _OTHER_WEIGHTS]
-        has = f"its weights are in {others[0]}, which may run code" if others else "it has none"
-        return f"weights are read from safetensors alone, and {has}; save it as safetensors"
+        # The trainer's own state is not the model's.
+        others = [
+            file.name
+            for file in files
+            if file.suffix in _OTHER_WEIGHTS and file.name != "trainer_state.pt"
+        ]
+        if not others:
+            return "the folder has no .safetensors file, which is where weights are; copy it again"
+        return (
+            f"weights are read from safetensors alone, and its weights are in {others[0]}, which "
+            f"may run code; save it as safetensors"
+        )
     for file in weights:
         try:
             with safe_open(file, "pt"):

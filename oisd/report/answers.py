@@ -12,7 +12,7 @@ from typing import Any
 
 from oisd.config import ConfigError
 from oisd.evaluate import Problem
-from oisd.jsonl import read_rows
+from oisd.jsonl import DamagedFileError, read_rows
 from oisd.report.runs import Run
 
 SHOWN = 3
@@ -118,6 +118,8 @@ def training_samples(run: Run) -> list[tuple[int, list[dict[str, Any]]]]:
                 }
                 for row in read_rows(file)[0][:SHOWN]
             ]
+        except DamagedFileError as error:
+            raise ConfigError(str(error)) from error
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{file} is not a table of completions: {error!r}") from error
         found.append((step, rows))

@@ -12,7 +12,7 @@ import os
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ class Run:
     config: TrainConfig
     rows: list[dict[str, Any]]
     """Of metrics.jsonl, one for each step, in their order."""
-    is_cut: bool
+    unfinished: list[str]
+    """Files whose last line is cut off, which is left out."""
     """Whether the last line of metrics.jsonl is unfinished."""
     sources: Mapping[str, Any]
     """Of sources.json; {} for a run without it."""
@@ -90,8 +91,13 @@ class Run:
         file = self.folder.evaluations / f"step-{step}.jsonl"
         try:
             return [Problem(**row) for row in read_rows(file)[0]]
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{file} is not an evaluation of `oisd train`: {error}") from error
+        except DamagedFileError as error:
+            raise ConfigError(str(error)) from error
+        except TypeError:
+            wanted = ", ".join(field.name for field in fields(Problem))
+            raise ConfigError(
+                f"{file} is not an evaluation of `oisd train`, whose rows have {wanted}"
+            ) from None
 
     def summary(self, step: int) -> dict[str, Any]:
         """The numbers of the evaluation after a step; {} where they are missing."""
@@ -162,8 +168,24 @@ def _read_run(path: Path) -> Run | None:
     if not rows:
         return None
     in_order = [rows[step] for step in sorted(rows)]
+    if not re.search(r"^\[run\]", (path / "config.toml").read_text("utf-8", "replace"), re.M):
+        raise ConfigError(
+            f"{path / 'config.toml'} is empty or cut off: wanted all settings of the run, of which "
+            f"[run] is the last table"
+        )
     config = load_recipe(path / "config.toml")
-    return Run(folder, config, in_order, is_cut, _read_json(folder.sources))
+    unfinished = ["metrics.jsonl"] if is_cut else []
+    for rows_folder in (folder.evaluations, folder.completions):
+        cut = (file for file in sorted(rows_folder.glob("step-*.jsonl")) if _is_cut(file))
+        unfinished += [f"{rows_folder.name}/{file.name}" for file in cut]
+    return Run(folder, config, in_order, unfinished, _read_json(folder.sources))
+
+
+def _is_cut(file: Path) -> bool:
+    with file.open("rb") as opened:
+        end = opened.seek(0, os.SEEK_END)
+        opened.seek(max(end - 1, 0))
+        return opened.read(1) not in (b"\n", b"")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -67,10 +67,10 @@ def caveats(groups: Sequence[Group]) -> list[str]:
             f"cannot be compared: {'; '.join(differing)}."
         )
     for run in (run for group in groups for run in group.runs):
-        if run.is_cut:
+        if run.unfinished:
             notes.append(
-                f"The last line of {run.name}'s metrics.jsonl is unfinished and left out: the run "
-                "was killed, or is writing it."
+                f"The last line of {run.name}'s {' and '.join(run.unfinished)} is unfinished and "
+                "left out: the run was killed, or is writing it."
             )
         if not run.is_finished:
             notes.append(

@@ -45,7 +45,8 @@ def linear_logprob(
         hidden: [N, D]. Receives gradient through `logprob`, as `weight` and `bias` do.
         weight: [V, D], the unembedding.
         labels: [N] int64 in [0, V). Checked for CPU tensors only, since it would stall an
-            accelerator. There is no ignored label: leave such rows out, or weight them by 0.
+            accelerator. There is no ignored label: leave such rows out, or label them 0
+            and weight them by 0 in the loss.
         bias: [V].
         temperature: divides the logits, above 0.
         logit_softcap: c of c * tanh(logits / c), above 0, applied before the temperature.

@@ -15,6 +15,7 @@ the final logits are computed again.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -82,21 +83,22 @@ def policy_head(
             alone, with S = 0 in the results.
         bias: [V].
         token_weight: [N] or [S, N], weight of the divergence; its zero rows are dropped before any
-            matmul. The log-probability is computed for every token.
+            matmul. The log-probability is computed for every token. None without `student_hidden`.
         divergence, beta, logit_softcap, grad_weight: of `logit_lens_divergence`.
         temperature: of the log-probability.
         lens_temperature: of the divergence. None: as `temperature`.
-        policy: terms of the policy loss, [N] each; they receive no gradient.
+        policy: `PolicyTerms`, [N] each, which are taken in the dtype of the results and receive no
+            gradient.
         impl: "chunked", which "auto" takes, or "reference" (all logits in memory).
         max_bytes: workspace budget of "chunked" in bytes.
         tp_group: the process group that has the vocabulary in parts, see `logit_lens_divergence`;
             labels count from the first row of the first part.
 
     Returns:
-        `PolicyHead`; float32, or float64 if an input is. In `stats`, `teacher_entropy` is that of
-        tokens with a student row, at the divergence's temperature; what it holds for the others
-        depends on `impl`. A label that `bias` masks is as in `linear_logprob`; with `policy`, its
-        loss is not finite.
+        `PolicyHead`; float32, or float64 if hidden states or the unembedding are. In `stats`,
+        `teacher_entropy` is that of tokens with a student row, at the divergence's temperature;
+        what it holds for the others depends on `impl`. A label that `bias` masks is as in
+        `linear_logprob`; with `policy`, its loss is not finite.
 
     Raises:
         ValueError: a shape, dtype, device or value is not as above.
@@ -106,12 +108,17 @@ def policy_head(
     checks.check_rows(OP, "hidden_final", hidden_final)
     checks.check_labels(OP, labels, hidden_final)
     if student_hidden is None:
-        student_hidden, token_weight = hidden_final.detach()[None][:0], None
+        if token_weight is not None:
+            got = type(token_weight).__name__
+            raise checks.argument_error(OP, "token_weight", "be None without student_hidden", got)
+        student_hidden = hidden_final.detach()[None][:0]
     checks.check_layers(OP, "student_hidden", student_hidden, hidden_final)
     checks.check_token_weight(OP, token_weight, student_hidden)
     checks.check_divergence(OP, divergence, beta)
     checks.check_positive(OP, "temperature", temperature)
-    checks.check_positive(OP, "lens_temperature", lens_temperature, optional=True)
+    checks.check_positive(
+        OP, "lens_temperature", lens_temperature, optional=True, none="None takes `temperature`"
+    )
     if policy is not None:
         _check_policy(policy, hidden_final)
     checks.check_positive(OP, "logit_softcap", logit_softcap, optional=True)
@@ -123,24 +130,25 @@ def policy_head(
     part.check_impl(OP, impl)
     if lens_temperature is None:
         lens_temperature = temperature
+    compute = checks.compute_dtype(hidden_final, student_hidden, part.weight, part.bias)
     if impl == "reference":
+        final, unembedding = hidden_final.to(compute), part.weight.to(compute)
         head: dict[str, Any] = {"bias": part.bias, "logit_softcap": logit_softcap}
         token = reference.linear_logprob(
-            hidden_final, part.weight, labels, temperature=temperature, **head
+            final, unembedding, labels, temperature=temperature, **head
         )
         loss = token.logprob.new_zeros(())
         if policy is not None:
-            loss = policy_loss(token.logprob, policy).loss.sum()
+            loss = policy_loss(token.logprob, policy.constants(compute)).loss.sum()
             token = token._replace(logprob=token.logprob.detach())
         lens = reference.logit_lens_divergence(
-            student_hidden, hidden_final.detach(), part.weight, token_weight=token_weight,
+            student_hidden, final.detach(), unembedding, token_weight=token_weight,
             divergence=divergence, beta=beta, temperature=lens_temperature,
             grad_weight=grad_weight, return_stats=True, **head,
         )  # fmt: skip
         assert isinstance(lens, tuple)
         return PolicyHead(*token, *lens, loss)
     layers = student_hidden if student_hidden.dim() == 3 else student_hidden[None]
-    compute = checks.compute_dtype(hidden_final, student_hidden, part.weight, part.bias)
     call = HeadCall(
         layers, hidden_final, part.weight, part.bias, labels=labels,
         factor=row_weight(token_weight, layers, compute) if len(layers) > 0 else None,
@@ -156,9 +164,19 @@ def policy_head(
     )
 
 
-def _check_policy(policy: PolicyTerms, hidden: Tensor) -> None:
-    for name, x in policy._asdict().items():
-        if isinstance(x, Tensor):
+def _check_policy(policy: Any, hidden: Tensor) -> None:
+    if not isinstance(policy, PolicyTerms):
+        raise checks.argument_error(OP, "policy", "be PolicyTerms", type(policy).__name__)
+    for name in ("advantage", "weight", "old_logprob", "rollout_logprob", "ref_logprob"):
+        x = getattr(policy, name)
+        if x is not None or name in ("advantage", "weight"):
             sizes, device = hidden.shape[:1], hidden.device
             checks.check_tensor(OP, f"policy.{name}", x, "[N]", sizes, device=device)
-    checks.check_positive(OP, "policy.dual_clip", policy.dual_clip, optional=True)
+    for name in ("clip_low", "clip_high"):
+        checks.check_above(OP, f"policy.{name}", getattr(policy, name), 0, least=True)
+    if policy.dual_clip is not None:
+        checks.check_above(OP, "policy.dual_clip", policy.dual_clip, 1)
+    checks.check_above(OP, "policy.tis_cap", policy.tis_cap, 0)
+    checks.check_above(OP, "policy.kl_coef", policy.kl_coef, 0, least=True)
+    if policy.kl_coef == math.inf:
+        raise checks.argument_error(OP, "policy.kl_coef", "be finite", policy.kl_coef)

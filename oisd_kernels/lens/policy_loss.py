@@ -29,10 +29,10 @@ class PolicyTerms(NamedTuple):
         itself, detached (strictly on-policy).
     rollout_logprob: [N], as the sampling engine had it; None for no importance weight.
     ref_logprob: [N], under the reference model; None for no KL term.
-    clip_low, clip_high: at least 0.
+    clip_low, clip_high: at least 0; infinite for no bound.
     dual_clip: above 1, or None.
-    tis_cap: above 0.
-    kl_coef: at least 0.
+    tis_cap: above 0; infinite for no cap.
+    kl_coef: at least 0 and finite.
     """
 
     advantage: Tensor
@@ -45,6 +45,12 @@ class PolicyTerms(NamedTuple):
     dual_clip: float | None = None
     tis_cap: float = 2.0
     kl_coef: float = 0.0
+
+    def constants(self, dtype: torch.dtype) -> "PolicyTerms":
+        """The terms in a dtype and without a graph."""
+        given = self._asdict().items()
+        own = {k: x.detach().to(dtype) if isinstance(x, Tensor) else x for k, x in given}
+        return PolicyTerms(**own)
 
 
 class PolicyLoss(NamedTuple):

@@ -410,3 +410,14 @@ def test_grpo_refuses(change, message):
     }
     with pytest.raises(ValueError, match=message):
         grpo_loss(**{**arguments, **change})
+
+
+def test_grpo_loss_takes_no_exponential_in_half_precision():
+    logprobs = torch.tensor([[-1.0, -2.5]])
+    old, rollout = torch.tensor([[-1.0, -2.5]]).bfloat16(), torch.tensor([[-1.75, -2.0]]).bfloat16()
+    loss, _ = grpo_loss(
+        logprobs, torch.ones(1), torch.ones(1, 2, dtype=torch.bool), GRPOConfig(tis_cap=9.0),
+        old_logprobs=old, rollout_logprobs=rollout,
+    )  # fmt: skip
+    wanted = -(math.exp(0.75) + math.exp(-0.5)) / 2
+    torch.testing.assert_close(loss.item(), wanted, rtol=1e-6, atol=0)

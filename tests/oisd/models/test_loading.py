@@ -147,6 +147,10 @@ def only_pickled(folder: Path) -> None:
     file.unlink()
 
 
+def state_without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "trainer_state.pt")
+
+
 def a_file(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.write_text("")
@@ -165,6 +169,7 @@ def a_run(folder: Path) -> None:
         (pointer("tokenizer.json"), "tokenizer.json is a Git LFS pointer"),
         (cut, "model.safetensors is cut off or damaged"),
         (only_pickled, "its weights are in pytorch_model.bin"),
+        (state_without_weights, "the folder has no .safetensors file"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{ "), "not a valid JSON file"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "its tokenizer"),
@@ -172,8 +177,8 @@ def a_run(folder: Path) -> None:
         (a_run, "checkpoints/step-3'?"),
         (shutil.rmtree, "there is no such folder"),
     ],
-    ids=["LFS", "LFS of the tokenizer", "cut", "bin", "no config", "no JSON", "tokenizer", "file",
-         "run", "gone"],
+    ids=["LFS", "LFS of the tokenizer", "cut", "bin", "state", "no config", "no JSON", "tokenizer",
+         "file", "run", "gone"],
 )  # fmt: skip
 def test_files_that_cannot_be_read_are_named(damage, word, tmp_path):
     damage(save(tmp_path / "model"))

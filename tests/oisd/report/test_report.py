@@ -152,11 +152,15 @@ def test_what_to_know_first(tmp_path):
     cut = write(tmp_path / "cut", rows(20))
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"step": 21, "rew')
+    for name in ("evaluations/step-40.jsonl", "completions/step-1.jsonl"):
+        with (cut / name).open("a") as file:
+            file.write('{"prompt": "of a li')
     other = write(tmp_path / "other", data={"source": "arithmetic:digits=3"})
     empty = write(tmp_path / "empty", [])
     _, page = report(tmp_path, cut, other, empty)
     assert "data.source is arithmetic:digits=2 / arithmetic:digits=3" in page.text
-    assert "The last line of cut's metrics.jsonl is unfinished" in page.text
+    files = "metrics.jsonl and evaluations/step-40.jsonl and completions/step-1.jsonl"
+    assert f"The last line of cut's {files} is unfinished" in page.text
     assert "cut has done 20 of its 40 steps" in page.text
     assert "empty has no finished step yet" in page.text
 
@@ -196,6 +200,9 @@ def test_one_run_writes_into_its_folder(tmp_path, capsys):
             ["stepless"],
             "stepless/metrics.jsonl is damaged: wanted a step in each row, got none in row 1",
         ),
+        (["unset"], "unset/config.toml is empty or cut off: wanted all settings of the run"),
+        (["foreign"], "step-40.jsonl is not an evaluation of `oisd train`, whose rows have id, pr"),
+        (["torn"], "torn/completions/step-1.jsonl is damaged: wanted a JSON object in each line"),
         (["run", "--output", "run/config.toml/x.html"], "x.html' cannot be written"),
         (["run", "--inside-texts", "0"], "--inside-texts must be at least 1, got 0"),
         (["run", "--device", "cudda"], '--device must be "auto", "cpu"'),
@@ -210,6 +217,10 @@ def test_refuses(arguments, message, tmp_path, monkeypatch, capsys):
     (listed / "metrics.jsonl").write_text('{"step": 1}\n[2]\n')
     damaged = write(tmp_path / "damaged")
     (damaged / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    (write(tmp_path / "unset") / "config.toml").write_text('[model]\npath = "arithmetic"\n')
+    foreign, torn = write(tmp_path / "foreign"), write(tmp_path / "torn")
+    (foreign / "evaluations" / "step-40.jsonl").write_text('{"question": 1}\n')
+    (torn / "completions" / "step-1.jsonl").write_text('{"prompt\n')
     assert main(["report", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
