@@ -10,7 +10,7 @@ The loss is plain PyTorch and differentiable. The slope is its derivative, writt
 head, which needs it beneath autograd, before the gradient of the logits overwrites them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,9 +48,10 @@ class PolicyTerms(NamedTuple):
 
     def constants(self, dtype: torch.dtype) -> "PolicyTerms":
         """The terms in a dtype and without a graph."""
-        given = self._asdict().items()
-        own = {k: x.detach().to(dtype) if isinstance(x, Tensor) else x for k, x in given}
-        return PolicyTerms(**own)
+        terms: dict[str, Any] = self._asdict()
+        for name, x in terms.items():
+            terms[name] = x.detach().to(dtype) if isinstance(x, Tensor) else x
+        return PolicyTerms(**terms)
 
 
 class PolicyLoss(NamedTuple):
