@@ -48,10 +48,12 @@ class PolicyTerms(NamedTuple):
 
     def constants(self, dtype: torch.dtype) -> "PolicyTerms":
         """The terms in a dtype and without a graph."""
-        terms: dict[str, Any] = self._asdict()
-        for name, x in terms.items():
-            terms[name] = x.detach().to(dtype) if isinstance(x, Tensor) else x
-        return PolicyTerms(**terms)
+        own: dict[str, Any] = {
+            name: x.detach().to(dtype)
+            for name, x in self._asdict().items()
+            if isinstance(x, Tensor)
+        }
+        return self._replace(**own)
 
 
 class PolicyLoss(NamedTuple):

@@ -71,7 +71,7 @@ def test_the_reference_takes_terms_as_the_kernels_do():
         torch.randn(9).bfloat16().requires_grad_(), torch.ones(9).bfloat16(), logprob - 0.3,
         rollout_logprob=logprob - 0.9, tis_cap=100.0,
     )  # fmt: skip
-    exact = PolicyTerms(*(x.double() if isinstance(x, torch.Tensor) else x for x in terms))
+    exact = terms.constants(torch.float64)
     given = final.clone().requires_grad_(), weight, labels
     found = [policy_head(*given, policy=terms, impl=i).policy_loss for i in ("auto", "reference")]
     truth = policy_head(final.double(), weight.double(), labels, policy=exact).policy_loss
