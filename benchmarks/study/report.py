@@ -93,7 +93,7 @@ def _state(protocol: Protocol, done: Rows, missing: Sequence[Cell]) -> str:
     if done:
         devices = sorted({str(row.get("device")) for row in done.values()})
         commits = sorted({str(row.get("commit"))[:12] for row in done.values()})
-        lines.append(f"Run on {', '.join(devices)}, one thread, at {', '.join(commits)}.")
+        lines.append(f"Run on {'; '.join(devices)}; one thread, at {', '.join(commits)}.")
         walls = [row["wall_s"] for row in done.values() if row.get("wall_s") is not None]
         used = [row["cpu_s"] for row in done.values() if row.get("cpu_s") is not None]
         if walls:
