@@ -13,6 +13,7 @@ from benchmarks.study.inference import Estimate, estimate, holm, t_quantile, t_t
 from benchmarks.study.protocol import ARMS, COMMON, STUDY, Cell, Protocol
 from oisd.schema import merged
 from oisd.trainer import Trainer
+from tests import ROOT
 
 SMALL = {
     "rollout": {"prompts_per_step": 4, "completions_per_prompt": 4},
@@ -339,3 +340,16 @@ def test_the_report_goes_between_its_markers(tmp_path):
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="must have the lines"):
         report.write_results(FIVE, {}, page)
+
+
+def test_the_page_and_the_readme_say_what_the_rows_do():
+    done = study.read_results(STUDY, ROOT / "benchmarks" / "results")
+    assert len(done) == 165 and not any("failed" in row for row in done.values())
+    page = study.PAGE.read_text(encoding="utf-8")
+    assert report.results(STUDY, done).strip() in page
+    arms = [arm for arm in ARMS if arm != "grpo"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for found, p in report.tested(STUDY, done, [(arm, "grpo") for arm in arms], "auc"):
+        kind = {"nothing": "no difference", "**harm**": "harm"}[report.verdict(found, p, 0)]
+        line = f"{found.mean:+.3f} ± {found.half_width:.3f} | {p:.3f} | {kind} |"
+        assert line in readme, line
