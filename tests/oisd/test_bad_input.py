@@ -58,7 +58,7 @@ CASES = {
     ),
     "a repeated layer": (["--oisd.student-layers", "2", "2"], 2, "distinct layers"),
     "empty data set": (["--data.source", "empty.jsonl"], 1, "empty.jsonl"),
-    "missing file": (["--data.source", "nowhere.jsonl"], 1, "nowhere.jsonl"),
+    "missing file": (["--data.source", "nowhere.jsonl"], 2, "nowhere.jsonl"),
     "row without the field": (
         ["--data.source", "lacking.jsonl"],
         1,
