@@ -33,8 +33,9 @@ HALF_BOUND = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 @outside
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kernels", row_forms.FORMS)
+@pytest.mark.parametrize("kernels", ["whole", pytest.param("split", marks=pytest.mark.slow)])
 def test_the_interpreter_passes(kernels):
+    """The split form, which nothing takes by default, is in `test_split_rows` every time."""
     passes_in_the_interpreter(__file__, "-k", kernels, timeout=550)
 
 
