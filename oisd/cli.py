@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
@@ -13,6 +14,7 @@ from typing import Any
 
 from oisd.config import ConfigError, TrainConfig, from_tables, load_recipe, to_tables
 from oisd.errors import is_explained, report, shortened, speaks_for_all
+from oisd.run.parent import end_with_parent
 from oisd.schema import nearest, recipe_path, require, require_device, with_none_spelled
 
 _USAGE = """\
@@ -66,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # of a launcher, whose SIGKILL would leave it at work
+        end_with_parent(signal.SIGTERM)
     commands = {
         "train": _train,
         "plan": _plan,

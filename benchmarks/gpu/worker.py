@@ -6,7 +6,6 @@ starts at once. Its output and its news, which check it is at, go to the process
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import math
@@ -26,6 +25,7 @@ from benchmarks.cases.case import Absent, Bound, Result, verdict
 from benchmarks.gpu import results
 from benchmarks.gpu.place import Place, place
 from benchmarks.gpu.results import Results, Row
+from oisd.run.parent import end_with_parent
 
 PRELOAD = ["benchmarks.gpu.preload"]
 LOST, UNPROBED = 3, 4  # exit statuses: the device was lost; it did not answer at the start
@@ -169,7 +169,7 @@ def find(name: str) -> Callable[..., Any]:
 def serve(task: Task, output: Connection, news: Connection) -> None:
     """The whole life of a step's process."""
     os.setsid()  # it is killed with all that it started
-    _die_with_parent()
+    end_with_parent(signal.SIGKILL)  # without the queue nobody would stop what hangs
     for number in (1, 2):
         os.dup2(output.fileno(), number)
     output.close()
@@ -193,11 +193,3 @@ def answer(task: Task, output: Connection, news: Connection) -> None:
 
 def nothing(work: Work) -> None:
     """The work of a process that has none."""
-
-
-def _die_with_parent() -> None:
-    """Without the queue nobody would stop what hangs."""
-    try:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    except (OSError, AttributeError):  # not on Linux
-        pass

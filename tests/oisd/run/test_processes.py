@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,50 @@ def test_a_signal_that_ends_processes_is_named(ended, status, line, tmp_path):
     done = start(tmp_path, "-c", launch)
     assert done.returncode == status
     assert done.stderr == f"{line}the same command goes on from what is on disk\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl")
+def test_a_launcher_that_is_killed_takes_its_processes_along(tmp_path):
+    (tmp_path / "waits.py").write_text(
+        "import os, time\n"
+        "from oisd import cli\n"
+        "def wait(_):\n"
+        "    open('part-' + os.environ['RANK'], 'w').write(str(os.getpid()))\n"
+        "    os.rename('part-' + os.environ['RANK'], os.environ['RANK'])\n"
+        "    time.sleep(60)\n"
+        "cli._plan = wait\n"
+        "cli.main(['plan'])\n"
+    )
+    launch = "from oisd.run.launch import run_on_processes as run; run(2, ['{}', 'waits.py'])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", launch.format(sys.executable)], cwd=tmp_path, env=environment
+    )
+    files = [tmp_path / "0", tmp_path / "1"]
+    try:
+        assert soon(lambda: all(file.exists() for file in files), seconds=200)
+    finally:
+        launcher.kill()
+        launcher.wait()
+    ids = [int(file.read_text()) for file in files]
+    assert soon(lambda: not any(is_alive(each) for each in ids), seconds=30)
+
+
+def soon(happens: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if happens():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def is_alive(process: int) -> bool:
+    """Whether it runs; one that has ended may wait for whoever adopted it to notice."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_an_interrupt_is_said_by_the_first_process_without_torch(monkeypatch, capsys):
