@@ -18,6 +18,10 @@ INDEX_DTYPES = (torch.int64,)
 OFFSET_DTYPES = (torch.int32, torch.int64)
 DIVERGENCES = ("jsd", "forward_kl", "reverse_kl")
 REDUCTIONS = ("none", "sum", "mean")
+SMALLEST, LARGEST = 1e-20, 1e20  # factors of logits; float32 ends at 1.2e-38 and 3.4e38
+# A softcap below this, or below this times the temperature, leaves float32 no digits of its slope.
+LEAST_SOFTCAP = 0.01
+LARGEST_COUNT = 2**63 - 1  # what an op's schema takes for an integer
 GATHER = "call the op inside the wrapped forward, where FSDP2 has the parameter whole"
 
 
@@ -199,13 +203,33 @@ def check_positive(
     optional: bool = False,
     none: str = "None switches it off",
 ) -> None:
-    """A finite number above 0; with `optional`, None as well, which does what `none` says."""
+    """A finite number above 0; with `optional`, None as well, which does what `none` says.
+
+    Not so small or large that float32 loses logits which are multiplied or divided by it.
+    """
     if optional and value is None:
         return
     # Comparisons alone, which torch.compile can guard on; NaN fails them.
+    wanted = ""
     if not _is_number(value) or not 0 < value < math.inf:
-        remedy = none if optional else ""
-        raise argument_error(op, argument, "be a finite number above 0", repr(value), remedy)
+        wanted = "be a finite number above 0"
+    elif not SMALLEST <= value <= LARGEST:
+        wanted = f"lie between {SMALLEST:g} and {LARGEST:g}"
+    if wanted:
+        raise argument_error(op, argument, wanted, repr(value), none if optional else "")
+
+
+def check_softcap(
+    op: str, argument: str, value: Any, temperature: float, *others: float | None
+) -> None:
+    """None, or a number above 0 that leaves the softcap a slope, at each of the temperatures."""
+    check_positive(op, argument, value, optional=True)
+    if value is None:
+        return
+    least = LEAST_SOFTCAP * max([1.0, temperature, *(t for t in others if t is not None)])
+    if value < least:
+        wanted = f"be at least {LEAST_SOFTCAP:g}, and {LEAST_SOFTCAP:g} of the temperature"
+        raise argument_error(op, argument, wanted, repr(value), "None switches it off")
 
 
 def check_above(op: str, argument: str, value: Any, bound: float, *, least: bool = False) -> None:
@@ -223,6 +247,8 @@ def check_count(op: str, argument: str, value: Any) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         remedy = "None leaves it unset"
         raise argument_error(op, argument, "be an integer of at least 1", repr(value), remedy)
+    if value > LARGEST_COUNT:
+        raise argument_error(op, argument, f"be at most {LARGEST_COUNT}", repr(value))
 
 
 def _is_number(value: Any) -> bool:

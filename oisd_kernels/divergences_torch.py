@@ -102,4 +102,4 @@ def _shifted(d: Tensor, beta: float) -> Tensor:
 
 
 def _log1p_exp_neg_abs(x: Tensor, out: Tensor) -> Tensor:
-    return exp_(torch.abs(x, out=out).neg_()).log1p_()
+    return torch.abs(x, out=out).mul_(-LOG2_E).exp2_().log1p_()

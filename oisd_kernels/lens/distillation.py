@@ -94,7 +94,8 @@ def distillation_divergence(  # pyright: ignore[reportInconsistentOverload]  # s
         beta: the teacher's share of the mixture of "jsd", in (0, 1).
         temperature: divides both models' logits, above 0.
         logit_scale, teacher_logit_scale: multiply the logits first, above 0.
-        logit_softcap, teacher_logit_softcap: c of c * tanh(logits / c), above 0, after the scale.
+        logit_softcap, teacher_logit_softcap: c of c * tanh(logits / c), after the scale; at
+            least 0.01, and 0.01 of the temperature.
         reduction: "none"; "sum"; "mean", which divides by the number of rows of weight other than 0
             (the result is 0 if there is none).
         return_entropy: also return the student's entropy.
@@ -185,7 +186,8 @@ def check_two_heads(
 ) -> None:
     """The arguments of two heads under the names of `op`.
 
-    `tensors` in the order hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias.
+    `tensors` in the order hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, of
+    `positive` the temperature first.
     """
     (hidden, rows), (head, weight), (bias, b), *teacher = tensors.items()
     (teacher_hidden, teacher_rows), (teacher_head, teacher_weight), (teacher_bias, c) = teacher
@@ -214,7 +216,9 @@ def _check_rows(op: str, tensors: Mapping[str, Any]) -> None:
 
 
 def _check_options(op: str, positive: Mapping[str, Any], softcaps: Mapping[str, Any]) -> None:
+    """Of `positive` the temperature comes first."""
     for name, value in positive.items():
         checks.check_positive(op, name, value)
+    temperature = next(iter(positive.values()))
     for name, value in softcaps.items():
-        checks.check_positive(op, name, value, optional=True)
+        checks.check_softcap(op, name, value, temperature)

@@ -49,7 +49,8 @@ def linear_logprob(
             and weight them by 0 in the loss.
         bias: [V].
         temperature: divides the logits, above 0.
-        logit_softcap: c of c * tanh(logits / c), above 0, applied before the temperature.
+        logit_softcap: c of c * tanh(logits / c), applied before the temperature; at least 0.01, and
+            0.01 of the temperature.
         impl: "chunked", which "auto" takes: a chunk of tokens at a time, 2 matmuls of 2*N*D*V with
             gradient to `hidden`, 4 with gradient to `weight` or `bias`, whose backward computes the
             logits again. Its gradient cannot be differentiated. "reference": all logits in memory,
@@ -79,7 +80,7 @@ def linear_logprob(
     checks.check_rows(OP, "hidden", hidden)
     checks.check_labels(OP, labels, hidden)
     checks.check_positive(OP, "temperature", temperature)
-    checks.check_positive(OP, "logit_softcap", logit_softcap, optional=True)
+    checks.check_softcap(OP, "logit_softcap", logit_softcap, temperature)
     checks.check_count(OP, "max_bytes", max_bytes)
     checks.check_choice(OP, "impl", impl, IMPLEMENTATIONS)
     part = vocab_parallel.part(OP, hidden, weight, bias, tp_group, True)

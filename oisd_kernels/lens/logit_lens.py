@@ -95,7 +95,8 @@ def logit_lens_divergence(  # pyright: ignore[reportInconsistentOverload]  # sho
         divergence: "jsd", "forward_kl" = KL(teacher||student), "reverse_kl" = KL(student||teacher).
         beta: the teacher's share of the mixture of "jsd", in (0, 1).
         temperature: divides the logits, above 0.
-        logit_softcap: c of c * tanh(logits / c), above 0, applied before the temperature.
+        logit_softcap: c of c * tanh(logits / c), applied before the temperature; at least 0.01, and
+            0.01 of the temperature.
         reduction: "none"; "sum"; "mean", which divides by the number of rows of weight other than 0
             (the result is 0 if there is none).
         grad_weight: let the student branch pass gradient to `weight` and `bias`.
@@ -134,7 +135,7 @@ def logit_lens_divergence(  # pyright: ignore[reportInconsistentOverload]  # sho
     checks.check_token_weight(OP, token_weight, hidden)
     checks.check_divergence(OP, divergence, beta)
     checks.check_positive(OP, "temperature", temperature)
-    checks.check_positive(OP, "logit_softcap", logit_softcap, optional=True)
+    checks.check_softcap(OP, "logit_softcap", logit_softcap, temperature)
     checks.check_choice(OP, "reduction", reduction, checks.REDUCTIONS)
     checks.check_flag(OP, "grad_weight", grad_weight)
     checks.check_flag(OP, "return_stats", return_stats)
@@ -200,7 +201,7 @@ def lens_with_top(
     """The statistics of `logit_lens_divergence` and, from the same pass, the likeliest tokens."""
     _check_states(hidden, teacher_hidden)
     checks.check_divergence(OP, divergence, beta)
-    checks.check_positive(OP, "logit_softcap", logit_softcap, optional=True)
+    checks.check_softcap(OP, "logit_softcap", logit_softcap, 1.0)
     part = vocab_parallel.part(OP, hidden, weight, bias, None, False)
     call = HeadCall(
         hidden, teacher_hidden, part.weight, part.bias, divergence=divergence, beta=beta,

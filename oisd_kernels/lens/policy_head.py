@@ -121,7 +121,7 @@ def policy_head(
     )
     if policy is not None:
         _check_policy(policy, hidden_final)
-    checks.check_positive(OP, "logit_softcap", logit_softcap, optional=True)
+    checks.check_softcap(OP, "logit_softcap", logit_softcap, temperature, lens_temperature)
     checks.check_flag(OP, "grad_weight", grad_weight)
     checks.check_count(OP, "max_bytes", max_bytes)
     checks.check_choice(OP, "impl", impl, IMPLEMENTATIONS)

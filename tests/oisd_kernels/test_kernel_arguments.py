@@ -64,12 +64,16 @@ LENS = {
         ("temperature", float("inf"), "inf"),
         ("temperature", None, "None"),
         ("temperature", True, "True"),
+        ("temperature", 1e-21, "1e-21"),
         ("logit_softcap", 0.0, "0.0"),
         ("logit_softcap", "30", "'30'"),
+        ("logit_softcap", 0.009, "0.009"),
+        ("logit_softcap", 1e21, "1e+21"),
         ("reduction", "batchmean", "'batchmean'"),
         ("grad_weight", 1, "1"),
         ("return_stats", None, "None"),
         ("max_bytes", 0, "0"),
+        ("max_bytes", 2**63, "9223372036854775808"),
         ("max_bytes", 1e9, "1000000000.0"),
         ("max_bytes", 100, "100"),
         ("impl", "fast", "'fast'"),
@@ -110,6 +114,27 @@ LOGPROB = {"hidden": X(4, 8), "weight": X(11, 8), "labels": longs(0, 1, 2, 10), 
 )
 def test_logprob_rejects(name, value, got):
     rejects(linear_logprob, {**LOGPROB, name: value}, name, got)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_a_softcap_is_refused_where_float32_has_no_slope_of_it(impl):
+    """Just above the bound it has: both are within a thousandth of float64 there."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 16), torch.randn(50, 16)
+    labels = torch.arange(6)
+
+    def slope(dtype, impl, **options):
+        x = hidden.to(dtype, copy=True).requires_grad_()
+        linear_logprob(x, weight.to(dtype), labels, impl=impl, **options)[0].sum().backward()
+        return x.grad.double()
+
+    for options in ({"logit_softcap": 0.01}, {"logit_softcap": 1.0, "temperature": 100.0}):
+        wanted = slope(torch.float64, "reference", **options)
+        assert (slope(torch.float32, impl, **options) - wanted).norm() < 1e-3 * wanted.norm()
+    with pytest.raises(
+        ValueError, match="logit_softcap must be at least 0.01, and 0.01 of the temp"
+    ):
+        slope(torch.float32, impl, logit_softcap=0.99, temperature=100.0)
 
 
 DENSE = {
