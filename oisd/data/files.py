@@ -14,7 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from oisd.data.examples import DataError
+from oisd.data.examples import DataError, SourceError
 from oisd.schema import decoded
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -81,7 +81,7 @@ def read_json(files: Iterable[Path], split: str) -> Rows:
     try:
         parts = ReadInstruction.from_spec(split).to_absolute(dict.fromkeys(names, len(rows)))
     except (ValueError, AssertionError) as error:
-        raise DataError(f"{files[0]}: cannot read split {split!r}: {error}") from error
+        raise SourceError(f"{files[0]}: cannot read split {split!r}: {error}") from error
     return Rows([row for part in parts for row in rows[part.from_ : part.to]])
 
 

@@ -12,6 +12,7 @@ from oisd.data import (
     DataError,
     Example,
     Message,
+    SourceError,
     check_vocabulary,
     encode_prompts,
     load_examples,
@@ -166,6 +167,8 @@ def test_limit_draws_a_fixed_subset(write):
 def test_splits_of_a_file_may_be_sliced(write):
     examples = load_examples(write(*ROWS), split="test[1:3]")
     assert [example.answer for example in examples] == ["2", "4"]
+    with pytest.raises(SourceError, match=r"cannot read split 'test\[1': "):
+        load_examples(write(*ROWS), split="test[1")
 
 
 GOOD = {"question": "q", "answer": "1"}
