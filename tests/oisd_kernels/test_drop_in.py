@@ -9,7 +9,6 @@ of its own.
 import importlib
 import importlib.util
 import inspect
-import os
 import re
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from oisd_kernels.drop_in import (
     liger_fused_linear_jsd,
 )
 from tests import ROOT
+from tests.interpreter import interpreted, outside, passes_in_the_interpreter
 from tests.oisd_kernels.test_reference import (
     GRADIENT_BOUND,
     LOSS_BOUND,
@@ -35,7 +35,6 @@ from tests.oisd_kernels.test_reference import (
     relative_error,
 )
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 INSTALLED = {name: importlib.util.find_spec(name) is not None for name in ("liger_kernel", "trl")}
 needs_liger = pytest.mark.skipif(not INSTALLED["liger_kernel"], reason="liger-kernel not installed")
 needs_trl = pytest.mark.skipif(not INSTALLED["trl"], reason="trl not installed")
@@ -325,19 +324,15 @@ def test_liger_module_rejects_when_it_is_built():
 
 
 @needs_liger
-@pytest.mark.skipif(INTERPRETER, reason="this is the interpreter's process")
+@outside
 def test_liger_agrees_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", __file__, "-k", "is_theirs_in_the_interpreter"]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    passes_in_the_interpreter(__file__, "-k", "is_theirs_in_the_interpreter")
 
 
 @needs_liger
-@pytest.mark.skipif(not INTERPRETER, reason="runs in the interpreter's process")
+@interpreted
 @DTYPES
-@pytest.mark.parametrize("shape", LIGER_SMALL)
+@pytest.mark.parametrize("shape", [LIGER_SMALL[0], (3, 3, 41, 41)])
 @pytest.mark.parametrize(
     "temperature, beta, ignore_index",
     [(1.0, 0.5, -100), (2.0, 0.1, 42), (1.0, 0.0, 2), (1.0, 1.0, 2)],

@@ -96,20 +96,27 @@ def test_attention(form):
 
 @interpreted
 @pytest.mark.parametrize("form", FORMS[:4])
-@pytest.mark.parametrize("divergence, beta", [("jsd", 0.3), ("forward_kl", 0.5)])
-def test_alignment(form, divergence, beta):
+def test_alignment(form):
+    compare(form, "jsd", 0.3, torch.float64)
+
+
+@interpreted
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[3]])
+@pytest.mark.parametrize("divergence, beta", DIVERGENCES[3:4])
+def test_alignment_without_a_statistic(form, divergence, beta):
     compare(form, divergence, beta, torch.float64)
 
 
 @interpreted
-@pytest.mark.parametrize("divergence, beta", DIVERGENCES[1:2] + DIVERGENCES[4:])
+@pytest.mark.parametrize("divergence, beta", DIVERGENCES[4:])
 def test_alignment_of_other_divergences(divergence, beta):
     compare((True, None, None), divergence, beta, torch.float64)
 
 
 @interpreted
-@pytest.mark.parametrize("divergence, beta", DIVERGENCES[1:2] + DIVERGENCES[3:])
+@pytest.mark.parametrize("divergence, beta", DIVERGENCES[1:2])
 def test_float32(divergence, beta):
+    """Those of the KLs are in `test_extreme_scores`, and nightly in `test_every_combination`."""
     compare((True, None, None), divergence, beta, torch.float32)
 
 
@@ -130,7 +137,7 @@ def test_wide_heads(depth, divergence, beta):
     compare((True, 3, 2.0), divergence, beta, torch.float64, [9, 3], widths=(40, 20))
 
 
-def compare(form, divergence, beta, dtype, lengths=(17, 0, 1, 2), heads=(2, 1, 2), widths=(6, 20)):
+def compare(form, divergence, beta, dtype, lengths=(17, 0, 2), heads=(2, 1, 2), widths=(6, 20)):
     """Value, statistic, the alignment's gradient, and that both at once are the sum of the two."""
     where, N = geometry(lengths, form), sum(lengths)
     q, k, v, qt, kt = inputs(N, *heads, *widths, dtype=dtype)
@@ -303,8 +310,17 @@ def test_strides_and_mixed_dtypes():
 
 
 @interpreted
-@pytest.mark.parametrize("divergence", ["jsd", "reverse_kl", "forward_kl"])
-@pytest.mark.parametrize("students", [2, 3])
+@pytest.mark.parametrize(
+    "students, divergence",
+    [
+        (3, "jsd"),
+        (3, "reverse_kl"),
+        (3, "forward_kl"),
+        (2, "jsd"),
+        pytest.param(2, "reverse_kl", marks=pytest.mark.slow),
+        pytest.param(2, "forward_kl", marks=pytest.mark.slow),
+    ],
+)
 def test_several_students(students, divergence):
     """Each as if it were alone; rows of weight 0 may hold NaN."""
     where, N = geometry([18, 3]), 21
@@ -327,7 +343,7 @@ def test_several_students(students, divergence):
 
 @interpreted
 def test_two_runs_are_equal():
-    where, N = geometry([17, 9]), 26
+    where, N = geometry([17, 3]), 20
     q, k, v, qt, kt = inputs(N, dtype=torch.float32)
     weight, d_out = signed_weights(N, torch.float32), normal(*q.shape, seed=7).float()
     runs = []

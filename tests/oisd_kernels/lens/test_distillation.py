@@ -4,10 +4,7 @@ The oracle is that of test_reference.py with two heads: losses from probabilitie
 the closed forms, in float64.
 """
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from torch.autograd import gradcheck
 
 from oisd_kernels import distillation_divergence, logit_lens_divergence
 from oisd_kernels.lens.chunked.record import HeadCall
-from tests import ROOT
+from tests.interpreter import outside, passes_in_the_interpreter
 from tests.oisd_kernels.lens.test_chunked import budget, compare, matmuls, peak_memory
 from tests.oisd_kernels.test_reference import (
     DIVERGENCES,
@@ -29,7 +26,6 @@ from tests.oisd_kernels.test_reference import (
     normal,
 )
 
-INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
 IMPLS = pytest.mark.parametrize("impl", ["reference", "chunked"])
 CHUNKED = {"impl": "chunked"}
 
@@ -335,13 +331,23 @@ def test_rejects(name, value, got):
 # The Triton row kernels, in a process of their own: the interpreter is chosen at triton's import.
 
 
-@pytest.mark.skipif(INTERPRETER, reason="this is the interpreter's process")
+CHUNKS = "(any_chunk and rows5 and not mean)"
+BOUNDS = "(meets_the_bounds and chunked and float32 and (jsd-0.1 or reverse))"
+
+
+@outside
 def test_the_interpreter_passes():
-    pytest.importorskip("triton")
-    chosen = "(any_chunk and rows5 and not mean) or survive_float16"
-    chosen += " or (meets_the_bounds and chunked and float32 and (jsd-0.1 or reverse))"
-    command = [sys.executable, "-m", "pytest", __file__, "-k", chosen]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    """All heads with a divergence and a reduction, and all their options with the others."""
+    again = "(sum or reverse) and not all- and not plain-"
+    passes_in_the_interpreter(
+        __file__, "-k", f"survive_float16 or ({CHUNKS} or {BOUNDS}) and not ({again})"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@outside
+def test_the_interpreter_passes_all():
+    passes_in_the_interpreter(
+        __file__, "-k", f"survive_float16 or {CHUNKS} or {BOUNDS}", timeout=1400
+    )

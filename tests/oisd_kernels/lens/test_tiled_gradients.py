@@ -168,7 +168,7 @@ def test_tied_embedding():
 
 
 @interpreted
-@pytest.mark.parametrize("tokens", [1, 127])
+@pytest.mark.parametrize("tokens", [1, 33])
 def test_odd_numbers_of_tokens(tokens):
     hidden, teacher, weight = (
         normal(tokens, 5, seed=0),
