@@ -57,7 +57,7 @@ def test_a_changed_behaviour_is_named(monkeypatch):
     import torch
 
     clamp = torch.Tensor.clamp
-    monkeypatch.setattr(torch.Tensor, "clamp", lambda x, *bounds: clamp(x, *bounds) / 2)
+    monkeypatch.setattr(torch.Tensor, "clamp", lambda x, *bounds: clamp(x, *bounds) + 7 * x)
     line = look("torch", FORMS["torch"], index=False)
     assert set(line.changes) == {"slope_of_clamp_at_its_bound"}
     assert len(line.changes) == 1

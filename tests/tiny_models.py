@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma2ForCausalLM, PreTrainedModel
 
 VOCAB = 101
 LAYERS = 4
 WINDOW = 5
+SDPA_REFUSES_SOFTCAPS = not Gemma2ForCausalLM._supports_sdpa  # transformers itself, as 5.24 does
 
 _COMMON: dict[str, Any] = dict(
     vocab_size=VOCAB,

@@ -158,10 +158,12 @@ def find_layout(model: Any) -> Layout:
     except (UnsupportedModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model wants that is no plain text
-        kind = type(error).__name__
-        raise refuse(
-            f"its forward of four tokens ends in {kind}: {one_line(error)[:200]}"
-        ) from error
+        why = f"its forward of four tokens ends in {type(error).__name__}: {one_line(error)[:200]}"
+        refusal = refuse(why)
+        implementation = getattr(model.config, "_attn_implementation", None)
+        if f"`{implementation}` attention does not support" in str(error):  # transformers 5.24
+            refusal = UnsupportedModelError(refusal.reason, EAGER)
+        raise refusal from error
     found = {} if probe is None else probe.layers
     ran = [each for each in lists if decoders[each] is first and any(m in found for m in each)]
     if probe is None or not ran:
