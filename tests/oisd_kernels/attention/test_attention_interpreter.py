@@ -131,7 +131,16 @@ def test_every_combination(form, divergence, beta, dtype, heads):
 
 
 @interpreted
-@pytest.mark.parametrize("divergence, beta", [("jsd", 0.3), ("forward_kl", 0.5)])
+@pytest.mark.parametrize(
+    "depth, divergence, beta",
+    [
+        pytest.param(None, "jsd", 0.3, id="whole-jsd-0.3"),
+        pytest.param(16, "jsd", 0.3, id="in-parts-jsd-0.3"),
+        pytest.param(16, "forward_kl", 0.5, id="in-parts-forward_kl"),
+        pytest.param(None, "forward_kl", 0.5, id="whole-forward_kl", marks=pytest.mark.slow),
+    ],
+    indirect=["depth"],
+)
 def test_wide_heads(depth, divergence, beta):
     """K of 40 is filled up to 48, in blocks of 64; the teacher's 20 to 32."""
     compare((True, 3, 2.0), divergence, beta, torch.float64, [9, 3], widths=(40, 20))

@@ -32,6 +32,13 @@ def test_the_interpreter_passes():
     passes_in_the_interpreter(__file__)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@outside
+def test_the_interpreter_passes_the_long_cases():
+    passes_in_the_interpreter(__file__, "-m", "slow", timeout=1400)
+
+
 @interpreted
 @pytest.mark.parametrize("both", [False, True], ids=["alone", "and-plain"])
 def test_rows_of_weight_0_may_hold_nan(depth, both):
@@ -68,8 +75,21 @@ def test_rows_of_weight_0_may_hold_nan(depth, both):
 
 
 @interpreted
-@pytest.mark.parametrize("divergence", ["jsd", "forward_kl"])
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize(
+    "depth, causal, divergence",
+    [
+        (None, True, "jsd"),
+        (None, False, "forward_kl"),
+        (16, True, "forward_kl"),
+        (16, False, "jsd"),
+        pytest.param(None, True, "forward_kl", marks=pytest.mark.slow),
+        pytest.param(None, False, "jsd", marks=pytest.mark.slow),
+        pytest.param(16, True, "jsd", marks=pytest.mark.slow),
+        pytest.param(16, False, "forward_kl", marks=pytest.mark.slow),
+    ],
+    indirect=["depth"],
+    ids=lambda x: {None: "whole", 16: "in-parts", True: "causal", False: "full"}.get(x, x),
+)
 def test_keys_between_the_windows_of_kept_rows_may_hold_nan(causal, divergence, depth):
     """Rows 2, 9 and 14 share a tile and leave keys 5 and 6 between their windows unseen."""
     where, N = geometry([20, 18], (causal, 3, None)), 38

@@ -28,6 +28,13 @@ def test_the_interpreter_passes():
     passes_in_the_interpreter(__file__)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@outside
+def test_the_interpreter_passes_the_long_cases():
+    passes_in_the_interpreter(__file__, "-m", "slow", timeout=1400)
+
+
 def rows_with_ties(size: int, dtype: torch.dtype) -> Tensor:
     """[9, V] in a wider buffer, of few distinct values: a row has its maximum many times."""
     z = torch.full((9, size + 24), math.nan, dtype=dtype)[:, :size]
@@ -107,8 +114,20 @@ def test_top_of_the_torch_rows(size, dtype, temperature):
 
 @interpreted
 @pytest.mark.parametrize("form", row_forms.FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("size", [1, 1023, 1025, 3001])
+@pytest.mark.parametrize(
+    "size, dtype",
+    [
+        (1, torch.float32),
+        (1023, torch.float64),  # two parts of the split form
+        (1025, torch.float32),
+        (3001, torch.float32),
+        pytest.param(1, torch.float64, marks=pytest.mark.slow),
+        pytest.param(1023, torch.float32, marks=pytest.mark.slow),
+        pytest.param(1025, torch.float64, marks=pytest.mark.slow),
+        pytest.param(3001, torch.float64, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_top_of_the_triton_rows(size, dtype, form, monkeypatch):
     row_forms.choose(form, monkeypatch, part=1024)
     rows = row_forms.functions(form, torch.empty(9, size, dtype=dtype), 1, None)

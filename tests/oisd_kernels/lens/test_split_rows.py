@@ -77,8 +77,12 @@ def require_same(whole, split, half=False):
 
 
 @interpreted
-@pytest.mark.parametrize("size", [1, 64, 65, 150])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, size",
+    [(kind, size) for kind in KINDS for size in (1, 150)]
+    + [("jsd", 64), ("jsd", 65)]
+    + [pytest.param(kind, size, marks=pytest.mark.slow) for kind in KINDS[1:] for size in (64, 65)],
+)
 def test_parts_of_any_size(kind, size, monkeypatch):
     """The last part has one column, or its row one part; its label is there."""
     z, z_final = (3 * normal(3, size, seed=i).float() for i in range(2))
