@@ -28,6 +28,9 @@ from packaging.version import InvalidVersion, Version
 from tests import ROOT
 
 PROMISED_EXTRAS = ("lora", "trl")  # the other extras are not in the environment of the tests
+# What the oldest versions of others need: Triton 3.6's interpreter makes numbers of arrays, which
+# numpy refuses from 2.4 on.
+BESIDE_THE_OLDEST = ("numpy<2.4",)
 NAMED = ("torch", "triton", "transformers", "trl", "peft")
 
 
@@ -55,7 +58,7 @@ def oldest(find: Callable[[str], list[Version]]) -> list[str]:
         if requirement.marker is None or requirement.marker.evaluate():
             allowed = [*requirement.specifier.filter(find(requirement.name))]
             chosen[requirement.name] = f"{requirement.name}=={min(allowed)}"
-    return [*chosen.values()]
+    return [*chosen.values(), *BESIDE_THE_OLDEST]
 
 
 def make(folder: Path, which: str, python: str) -> None:
