@@ -22,7 +22,9 @@ def on_ranks(size: int, work: Callable[..., None], *arguments: Any) -> list[int]
 
     One process alone has no group. When a process fails, the others soon end or are killed.
     """
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(  # pyright: ignore
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
     group = {
         "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",

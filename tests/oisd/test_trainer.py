@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -376,7 +377,11 @@ def test_rows_of_advantage_0_that_shuffling_gives_another_are_kept(tmp_path, mon
 
 def test_more_processes_than_prompts(tmp_path):
     """The second process has no completion; a permutation is the same for any number of them."""
-    small = {"rollout": {"prompts_per_step": 1}, "run": {"steps": 1}, "eval": {"limit": 1}}
+    small: dict[str, Any] = {
+        "rollout": {"prompts_per_step": 1},
+        "run": {"steps": 1},
+        "eval": {"limit": 1},
+    }
     small["oisd"] = {"advantage": "shuffled"}
     (done,) = launch(tmp_path, [launched(tmp_path / "run", processes=2, **small)])
     assert done.went_well, done.stderr
