@@ -24,6 +24,8 @@ from oisd.policy import Policy
 
 Reward = Callable[[list[str], list[str]], list[float]]
 
+_DRAWS_AT_ONCE = 1 << 16  # of a bootstrap: half a megabyte each of numbers and of their places
+
 
 def pass_at_k(n: int, c: int, k: int) -> float:
     """Probability that one of k completions is correct, unbiased from c correct ones of n.
@@ -79,8 +81,10 @@ def bootstrap_interval_of_mean(
     total = np.zeros(resamples)
     for values in groups:
         data = np.asarray(values, dtype=float)
-        for i in range(resamples):
-            total[i] += data[generator.integers(0, len(data), len(data))].mean()
+        at_once = max(1, _DRAWS_AT_ONCE // len(data))
+        for start in range(0, resamples, at_once):
+            part = total[start : start + at_once]
+            part += data[generator.integers(0, len(data), (len(part), len(data)))].mean(axis=1)
     tail = (1 - confidence) / 2
     low, high = np.quantile(total / len(groups), [tail, 1 - tail])
     return float(low), float(high)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -32,7 +31,7 @@ from benchmarks.cases.suite import all_cases, select
 from benchmarks.gpu.results import Results
 from benchmarks.measure import promises, timer
 from benchmarks.measure.counting import Allocations, equivalents
-from benchmarks.measure.machine import ROOT, append, describe
+from benchmarks.measure.machine import append, describe
 from benchmarks.report.bars import UNITS
 from benchmarks.report.plots import draw
 from oisd_kernels import logit_lens_divergence
@@ -414,7 +413,7 @@ def test_gpu_tests_are_told_apart():
     assert not gpu_tests.needs_gpu(item("runs in the interpreter", params={"device": "cpu"}))
 
 
-def test_each_gpu_test_is_a_row_at_once(tmp_path):
+def test_each_gpu_test_is_a_row_at_once(tmp_path, capsys):
     """With the plugin that the queue uses: of a file with tests about a GPU and about none."""
     (tmp_path / "test_made_up.py").write_text(
         "import pytest\n"
@@ -425,19 +424,20 @@ def test_each_gpu_test_is_a_row_at_once(tmp_path):
         "@pytest.mark.skipif(True, reason='no GPU')\n"
         "def test_skipped(): pass\n"
     )
-    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_tests", "-o", "addopts=",
-               "-p", "no:cacheprovider", "--results", str(tmp_path / "results.jsonl"), "--step",
-               "made up", str(tmp_path)]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
-    assert done.returncode == 1, done.stdout + done.stderr
+    # The limit and the workers are those of the test around it.
+    command = ["-p", "benchmarks.gpu_tests", "-o", "addopts=", "-p", "no:cacheprovider",
+               "-p", "no:timeout", "-p", "no:xdist", "--results", str(tmp_path / "results.jsonl"),
+               "--step", "made up", str(tmp_path)]  # fmt: skip
+    assert pytest.main(command) == 1
+    capsys.readouterr()
     rows = Results(tmp_path).rows("test", "made up")
     found = {row["name"].split("::")[1]: (row["verdict"], row["reason"]) for row in rows}
     assert {name: verdict for name, (verdict, _) in found.items()} == {
         "test_right[cuda]": "passed", "test_wrong[cuda]": "FAILED", "test_skipped": "skipped"
     }  # fmt: skip
     assert "1 == 2" in found["test_wrong[cuda]"][1]
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
-    assert "3 deselected" in again.stdout, again.stdout  # the one on a CPU, and what has a row
+    pytest.main(command)
+    assert "3 deselected" in capsys.readouterr().out  # the one on a CPU, and what has a row
 
 
 # Pictures

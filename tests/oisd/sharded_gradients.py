@@ -1,6 +1,6 @@
 """Gradients of a batch from processes that share one model, beside those of a whole model.
 
-torchrun --nproc-per-node=2 -m tests.oisd.sharded_gradients OUT.json CASE [CASE ...]
+python -m tests.oisd.sharded_gradients PROCESSES OUT.json CASE [CASE ...]
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from oisd.rollout import Completions
 from oisd.run.processes import Processes
 from oisd.sharding import whole
 from oisd.trainer import learn
+from tests.process_groups import on_ranks
 from tests.tiny_models import tiny_model
 
 ROWS, PAD, MOST = 10, 12, 8
@@ -182,4 +183,5 @@ def difference(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    processes, *given = sys.argv[1:]
+    sys.exit(any(on_ranks(int(processes), main, *given)))

@@ -15,9 +15,16 @@ from oisd.optimizer import Optimizer, parts_of
 from oisd.policy import Policy, load_policy
 from oisd.run.processes import Processes
 from oisd.trainer import Trainer
-from tests.oisd.test_trainer import assert_same_run, metrics, reward_module, tables, weights
+from tests.oisd.test_trainer import (
+    assert_same_run,
+    metrics,
+    reward_module,
+    tables,
+    weights,
+    without_plots,
+)
 
-__all__ = ["reward_module"]  # a fixture, for each test here
+__all__ = ["reward_module", "without_plots"]  # fixtures, for each test here
 
 CHANGES = {
     "model": {"dtype": "bfloat16"},
@@ -25,11 +32,6 @@ CHANGES = {
     "eval": {"every": 1, "limit": 2},
     "run": {"steps": 2, "save_every": 1, "grad_norm_every": 0},
 }
-
-
-@pytest.fixture(autouse=True)
-def without_plots(monkeypatch):
-    monkeypatch.setattr("oisd.run.summary.plot_training", lambda *_: [])
 
 
 def train(folder: Path, **rollout) -> None:

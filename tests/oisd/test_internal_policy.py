@@ -13,7 +13,7 @@ from oisd.config import AlignmentConfig, ConfigError, GRPOConfig, TrainConfig, f
 from oisd.objective import Objective
 from oisd.plan import check_layers, shape_of
 from tests.oisd.test_objective import TOLERANCE, batch, gradient_of, policy, totals_of, values  # noqa: F401
-from tests.oisd.test_trainer import reward_module, train  # noqa: F401
+from tests.oisd.test_trainer import reward_module, train, without_plots  # noqa: F401
 
 LAYER, TEMPERATURE = 2, 1.3
 OFF = AlignmentConfig(think_weight=0.0, attention_weight=0.0)

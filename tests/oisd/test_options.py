@@ -43,6 +43,22 @@ def place(tmp_path_factory):
     os.chdir(before)
 
 
+@pytest.fixture(scope="module")
+def known():
+    """What a command did without the option that is looked at: it is the same for many options."""
+    return {}
+
+
+@pytest.fixture
+def before(outcome, known):
+    def run(*arguments):
+        if arguments not in known:
+            known[arguments] = outcome(*arguments)
+        return known[arguments]
+
+    return run
+
+
 @pytest.fixture
 def outcome(place, monkeypatch, capsys, tmp_path):
     """A command's exit status, what it writes, and what it asks of torch and of models."""
@@ -190,23 +206,23 @@ def test_the_lists_have_every_option():
     assert set(CHECK) == names(CheckRun)
 
 
-def differs(before, after, given):
+def differs(first, after, given):
     status, _, said, *_ = after
     assert "traceback" not in said, said
     if status != 0:  # refused, by this option's name or by its value
         assert status in (1, 2) and said.strip()
         return
-    assert (before[0], before[1], before[3], before[4]) != (status, after[1], after[3], after[4]), (
+    assert (first[0], first[1], first[3], first[4]) != (status, after[1], after[3], after[4]), (
         f"{given} changes nothing"
     )
 
 
 @pytest.mark.parametrize("name", LOOK)
 @pytest.mark.parametrize("command", ["lens", "attention"])
-def test_lens_and_attention(command, name, outcome, place):
+def test_lens_and_attention(command, name, before, outcome, place):
     base, given = LOOK[name]
-    before, after = outcome(command, "m", *base), outcome(command, "m", *base, *given)
-    differs(before, after, given)
+    first, after = before(command, "m", *base), outcome(command, "m", *base, *given)
+    differs(first, after, given)
     if name in ("compare", "picture_tokens", "divergence", "layer"):
         assert after[0] == 0
     if name == "output_dir":
@@ -221,11 +237,11 @@ def test_options_of_data_are_refused_beside_prompt(command, name, outcome):
 
 
 @pytest.mark.parametrize("name", EVAL)
-def test_eval(name, outcome, place):
-    before = outcome("eval", "m", *EVAL_BASE)
-    assert before[0] == 0, before[2]
+def test_eval(name, before, outcome, place):
+    first = before("eval", "m", *EVAL_BASE)
+    assert first[0] == 0, first[2]
     after = outcome("eval", "m", *EVAL_BASE, *EVAL[name])
-    differs(before, after, EVAL[name])
+    differs(first, after, EVAL[name])
     if name == "timeout":
         assert after[0] == 1 and "more than 0.2 s" in after[2]
     if name == "output_dir":
@@ -233,11 +249,11 @@ def test_eval(name, outcome, place):
 
 
 @pytest.mark.parametrize("name", CHECK)
-def test_check(name, outcome, place):
-    before = outcome("check", "m", *CHECK_BASE)
-    assert before[0] == 0, before[2]
+def test_check(name, before, outcome, place):
+    first = before("check", "m", *CHECK_BASE)
+    assert first[0] == 0, first[2]
     after = outcome("check", "m", *CHECK_BASE, *CHECK[name])
-    differs(before, after, CHECK[name])
+    differs(first, after, CHECK[name])
     if name == "timeout":
         assert "more than 0.2 s" in after[1]
     if name == "output_dir":

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,20 @@ import torch
 from oisd.config import from_tables
 from oisd.trainer import Trainer
 from tests import ROOT
+from tests.oisd.launches import launch
 from tests.oisd.sharded_gradients import CASES
-from tests.oisd.test_trainer import REWARD, assert_same_run, launch, metrics, tables, weights
+from tests.oisd.test_trainer import (
+    REWARD,
+    assert_same_run,
+    launched,
+    metrics,
+    tables,
+    weights,
+    without_plots,
+)
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+__all__ = ["without_plots"]  # a fixture, for each test here
+
 # Two optimizer steps for each rollout, and a reference model that is split as well.
 SHARED = {
     "grpo": {"kl_coef": 0.1, "minibatches": 2},
@@ -26,6 +37,7 @@ SHARED = {
     "eval": {"source": "none"},
 }
 FULL = """
+import os
 import torch.distributed.checkpoint.filesystem as filesystem
 write = filesystem.FileSystemWriter.write_data
 def write_or_fail(self, plan, planner):
@@ -33,6 +45,11 @@ def write_or_fail(self, plan, planner):
         raise OSError(28, "No space left on device")
     return write(self, plan, planner)
 filesystem.FileSystemWriter.write_data = write_or_fail
+"""
+LEFT = """
+import os, pathlib
+if os.environ["RANK"] == "0":
+    pathlib.Path("left").write_text(str(sorted(os.listdir("full/checkpoints"))))
 """
 
 
@@ -48,8 +65,7 @@ def reward_module(tmp_path, monkeypatch):
 def gradients(processes: int, folder: Path) -> dict:
     out = folder / "gradients.json"
     done = subprocess.run(
-        [sys.executable, *TORCHRUN[:-1], f"--nproc-per-node={processes}",
-         "-m", "tests.oisd.sharded_gradients", str(out), *CASES],
+        [sys.executable, "-m", "tests.oisd.sharded_gradients", str(processes), str(out), *CASES],
         capture_output=True, text=True, timeout=280, cwd=ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
@@ -95,13 +111,27 @@ def test_four_processes_have_the_gradient_of_one(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def shared_run(tmp_path_factory) -> Path:
-    """A run of two processes that nobody disturbed."""
+def shared_runs(tmp_path_factory) -> Path:
+    """A folder with runs of two processes.
+
+    `whole` is one that nobody disturbed. The last checkpoint of `full` could not be written; `said`
+    and `left` hold its words and its checkpoints, before it was started again with room.
+    """
     folder = tmp_path_factory.mktemp("shared")
     (folder / "tests_reward.py").write_text(REWARD)
-    done = launch(folder / "run", launcher=TORCHRUN, **SHARED)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder / "run"
+    whole, full = (launched(folder / name, processes=2, **SHARED) for name in ("whole", "full"))
+    launches = [whole, replace(full, before=FULL), replace(full, before=LEFT)]
+    done, failed, again = launch(folder, launches)
+    assert all(failed.statuses), failed.stderr[-3000:]
+    (folder / "said").write_text(failed.stderr)
+    for each in (done, again):
+        assert each.went_well, each.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared_run(shared_runs) -> Path:
+    return shared_runs / "whole"
 
 
 def assert_nearly_the_same(ours: Path, theirs: Path) -> None:
@@ -139,17 +169,12 @@ def test_a_shared_model_trains_as_a_whole_one(shared_run, tmp_path):
     assert len(state) == len(alone.optimizer.parameters)
 
 
-def test_a_part_that_cannot_be_written_leaves_the_checkpoint_before(shared_run, tmp_path):
-    run = tmp_path / "run"
-    done = launch(run, FULL, launcher=TORCHRUN, **SHARED)
-    assert done.returncode != 0
-    wanted = "checkpoint step-4 could not be written to"
-    assert f"RunFolderError: {wanted}" in done.stderr, done.stderr[-3000:]
-    assert "(is the disk full?)" in done.stderr and "No space left on device" in done.stderr
-    assert {p.name for p in (run / "checkpoints").iterdir()} == {"step-0", "step-2"}
-    done = launch(run, launcher=TORCHRUN, **SHARED)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(run, shared_run)
+def test_a_part_that_cannot_be_written_leaves_the_checkpoint_before(shared_runs):
+    said = (shared_runs / "said").read_text()
+    assert "RunFolderError: checkpoint step-4 could not be written to" in said, said[-3000:]
+    assert "(is the disk full?)" in said and "No space left on device" in said
+    assert (shared_runs / "left").read_text() == "['step-0', 'step-2']"
+    assert_same_run(shared_runs / "full", shared_runs / "whole")
 
 
 @pytest.mark.slow
@@ -167,6 +192,7 @@ def test_killed_and_started_again_ends_the_same(shared_run, tmp_path, kill):
     # A rollout and two updates a step, a checkpoint after the warm-up, step 2 and step 4.
     calls = {"_roll_out": 4, "step": 6, "_seal": 3}[kill.split("'")[1]]
     before = [
+        "import os, oisd.trainer",
         kill,
         "real, calls = getattr(place, name), []",
         "def counted(*args, **kwargs):",
@@ -175,11 +201,12 @@ def test_killed_and_started_again_ends_the_same(shared_run, tmp_path, kill):
         "    return real(*args, **kwargs)",
         "setattr(place, name, counted)",
     ]
-    done = launch(run, *before, launcher=TORCHRUN, **SHARED)
-    assert done.returncode != 0 and f"{-signal.SIGKILL}" in done.stderr
+    one = launched(run, processes=2, **SHARED)
+    (died,) = launch(tmp_path, [replace(one, before="\n".join(before))])
+    assert died.statuses[1] == -signal.SIGKILL and died.statuses[0] != 0, died.stderr[-3000:]
     assert not (run / "checkpoints" / "step-4").exists()
-    done = launch(run, launcher=TORCHRUN, **SHARED)
-    assert done.returncode == 0, done.stderr[-3000:]
+    (done,) = launch(tmp_path, [one])
+    assert done.went_well, done.stderr[-3000:]
     assert_same_run(run, shared_run)
 
 
@@ -189,11 +216,11 @@ def test_another_number_of_processes_goes_on(shared_run, tmp_path, first):
     """From one process to four, and from two to one."""
     run = tmp_path / "run"
     start = {**SHARED, "run": {"steps": 2, "sharding": first}}
-    many = (*TORCHRUN[:-1], "--nproc-per-node=4")
-    for launcher, changes in ((TORCHRUN if first == "fsdp2" else (), start),
-                              (() if first == "fsdp2" else many, SHARED)):  # fmt: skip
-        done = launch(run, launcher=launcher, **changes)
-        assert done.returncode == 0, done.stderr[-3000:]
+    sizes = (2, 1) if first == "fsdp2" else (1, 4)
+    settings = zip(sizes, (start, SHARED), strict=True)
+    launches = [launched(run, processes=size, **changes) for size, changes in settings]
+    for done in launch(tmp_path, launches):
+        assert done.went_well, done.stderr[-3000:]
     assert_nearly_the_same(run, shared_run)
 
 
@@ -208,12 +235,14 @@ def test_another_number_of_processes_goes_on(shared_run, tmp_path, first):
     ids=["offload", "continuous", "a process without prompts"],
 )
 def test_variants(tmp_path, changes):
-    runs = {}
-    for sharding, launcher in (("none", ()), ("fsdp2", TORCHRUN)):
-        runs[sharding] = tmp_path / sharding
-        tables = {**SHARED, **changes, "run": {"sharding": sharding}}
-        done = launch(runs[sharding], launcher=launcher, **tables)
-        assert done.returncode == 0, done.stderr[-3000:]
+    runs = {sharding: tmp_path / sharding for sharding in ("none", "fsdp2")}
+    launches = [
+        launched(folder, processes=1 if sharding == "none" else 2,
+                 **{**SHARED, **changes, "run": {"sharding": sharding}})
+        for sharding, folder in runs.items()
+    ]  # fmt: skip
+    for done in launch(tmp_path, launches):
+        assert done.went_well, done.stderr[-3000:]
     assert_nearly_the_same(runs["fsdp2"], runs["none"])
 
 

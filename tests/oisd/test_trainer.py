@@ -2,10 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +16,10 @@ from oisd.config import from_tables, to_tables
 from oisd.objective import NonFiniteError
 from oisd.run.folder import RunFolderError
 from oisd.trainer import Trainer
+from tests.oisd.launches import PLOTS, Launch, launch
 
 TINY = {
-    "data": {"max_prompt_tokens": 16},
+    "data": {"max_prompt_tokens": 16, "limit": 500},
     "rollout": {"prompts_per_step": 6, "completions_per_prompt": 8, "max_completion_tokens": 5},
     "reward": {"function": "tests_reward:first_digit"},
     # Shares are measured at steps 1 and 4, and the second changes a weight that later steps have.
@@ -56,32 +57,19 @@ def reward_module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def without_plots(monkeypatch):
+    """They take longer than the rest of a tiny run; `whole_run`, which is made before, has them."""
+    for name in PLOTS:
+        monkeypatch.setattr(f"oisd.run.summary.{name}", lambda *_: [])
+
+
 def train(output_dir: Path, **changes: dict) -> dict:
     return Trainer(from_tables(tables(output_dir, **changes))).train()
 
 
-def launch(
-    output_dir: Path, *before: str, launcher: tuple[str, ...] = (), **changes: dict
-) -> subprocess.CompletedProcess:
-    """Train in a process of its own, which runs the statements `before` first."""
-    script = output_dir.parent / f"{output_dir.name}.py"
-    script.write_text(
-        "\n".join(
-            [
-                "import os, signal, sys, torch",
-                "import oisd.run.folder, oisd.trainer",
-                "from oisd.config import from_tables",
-                "die = lambda: os.kill(os.getpid(), signal.SIGKILL)",
-                *before,
-                "if __name__ == '__main__':",
-                f"    oisd.trainer.Trainer(from_tables({tables(output_dir, **changes)!r})).train()",
-            ]
-        )
-    )
-    return subprocess.run(
-        [sys.executable, *launcher, str(script)], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(output_dir.parent), *sys.path])},
-    )  # fmt: skip
+def launched(output_dir: Path, before: str = "", processes: int = 1, **changes: dict) -> Launch:
+    return Launch(tables(output_dir, **changes), before, processes)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -149,50 +137,67 @@ def test_same_seed_same_run_and_another_seed_another(whole_run, tmp_path):
 
 
 KILLS = {
-    "in the warm-up": (
-        "import oisd.warmup",
-        "step = oisd.warmup.prompt_indices",
-        "oisd.warmup.prompt_indices = lambda i, *rest: die() if i == 10 else step(i, *rest)",
-    ),
-    "in a step": (
-        "learn = oisd.trainer.learn",
-        "oisd.trainer.learn = lambda *given: die() if given[-1] == 3 else learn(*given)",
-    ),
-    "in the middle of a checkpoint": (
-        "save = torch.save",
-        "def cut(state, file):",
-        "    save(state, file)",
-        "    if state['step'] == 4: open(file, 'r+b').truncate(1000); die()",
-        "torch.save = cut",
-    ),
-    "in the middle of a line of metrics": (
-        "def cut(folder, row):",
-        "    with folder.metrics_file.open('a') as file:",
-        "        file.write('{\"step\": 3, \"rew' if row['step'] == 3 else str(row['step']) and "
-        "__import__('json').dumps(row) + '\\n')",
-        "    if row['step'] == 3: die()",
-        "oisd.run.folder.RunFolder.log = cut",
-    ),
-    "after the last checkpoint, before the plots": (
-        "oisd.run.summary.plot_training = lambda *_: die()",
-    ),
+    "in the warm-up": """
+import oisd.warmup
+step = oisd.warmup.prompt_indices
+oisd.warmup.prompt_indices = lambda i, *rest: die() if i == 10 else step(i, *rest)
+""",
+    "in a step": """
+import oisd.trainer
+learn = oisd.trainer.learn
+oisd.trainer.learn = lambda *given: die() if given[-1] == 3 else learn(*given)
+""",
+    "in the middle of a checkpoint": """
+import torch
+save = torch.save
+def cut(state, file):
+    save(state, file)
+    if state['step'] == 4: open(file, 'r+b').truncate(1000); die()
+torch.save = cut
+""",
+    "in the middle of a line of metrics": """
+from oisd.run.folder import RunFolder
+log = RunFolder.log
+def cut(folder, row):
+    if row['step'] != 3: return log(folder, row)
+    with folder.metrics_file.open('a') as file:
+        file.write('{"step": 3, "rew')
+    die()
+RunFolder.log = cut
+""",
+    "after the last checkpoint, before the plots": """
+import oisd.run.summary
+oisd.run.summary.plot_training = lambda *_: die()
+""",
 }
 
 
+@pytest.fixture(scope="module")
+def killed_runs(tmp_path_factory) -> Path:
+    """A folder of runs, each named by the moment at which it was killed."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "tests_reward.py").write_text(REWARD)
+    launches = [launched(folder / moment, kill) for moment, kill in KILLS.items()]
+    for died in launch(folder, launches):
+        assert died.statuses == [-signal.SIGKILL], died.stderr
+    return folder
+
+
 @pytest.mark.parametrize("moment", KILLS)
-def test_killed_and_started_again_ends_the_same(moment, whole_run, tmp_path):
-    run = tmp_path / "run"
-    died = launch(run, *KILLS[moment])
-    assert died.returncode == -signal.SIGKILL, died.stderr
+def test_killed_and_started_again_ends_the_same(moment, killed_runs, whole_run, monkeypatch):
+    run = killed_runs / moment
+    assert not (run / "summary.json").exists()
+    drawn = []
+    monkeypatch.setattr("oisd.run.summary.plot_training", lambda *given: drawn.append(given) or [])
     train(run)
     assert_same_run(run, whole_run)
-    assert (run / "plots" / "training.png").exists()
+    assert len(drawn) == 1
     assert not list((run / "checkpoints").glob(".writing*"))
 
 
 def test_corrupt_checkpoint_falls_back_to_the_one_before(whole_run, tmp_path):
     run = tmp_path / "run"
-    train(run)
+    shutil.copytree(whole_run, run)
     file = run / "checkpoints" / "step-4" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -212,8 +217,8 @@ def test_longer_run_goes_on_from_the_shorter(whole_run, tmp_path):
 
 def test_two_processes_make_the_same_parameters_as_one(whole_run, tmp_path):
     run = tmp_path / "two"
-    done = launch(run, launcher=("-m", "torch.distributed.run", "--nproc-per-node=2"))
-    assert done.returncode == 0, done.stderr
+    (done,) = launch(tmp_path, [launched(run, processes=2)])
+    assert done.went_well, done.stderr
     ours, theirs = metrics(run), metrics(whole_run)
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
@@ -229,18 +234,19 @@ def test_two_processes_make_the_same_parameters_as_one(whole_run, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_agree_on_an_engine_and_sample_by_it(tmp_path):
-    run, launcher = tmp_path / "two", ("-m", "torch.distributed.run", "--nproc-per-node=2")
+    run = tmp_path / "two"
+    runs = {"auto": run, "generate": tmp_path / "one", "continuous": tmp_path / "other"}
     changes = {"eval": {"source": "none"}, "run": {"steps": 2}}
-    done = launch(run, launcher=launcher, rollout={"engine": "auto"}, **changes)
-    assert done.returncode == 0, done.stderr
+    launches = [
+        launched(folder, processes=2, rollout={"engine": engine}, **changes)
+        for engine, folder in runs.items()
+    ]
+    for done in launch(tmp_path, launches):
+        assert done.went_well, done.stderr
     assert json.loads((run / "engine.json").read_text())["seconds"].keys() == {
         "generate", "continuous"
     }  # fmt: skip
-    found = {}
-    for engine in ("generate", "continuous"):
-        done = launch(tmp_path / engine, launcher=launcher, rollout={"engine": engine}, **changes)
-        assert done.returncode == 0, done.stderr
-        found[engine] = metrics(tmp_path / engine)
+    found = {engine: metrics(runs[engine]) for engine in ("generate", "continuous")}
     for a, b in zip(found["generate"], found["continuous"], strict=True):
         assert b.keys() - a.keys() == {"tis/weight", "tis/truncated"}
         for name in a:
@@ -286,20 +292,21 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_variants_run_and_resume(changes, tmp_path, monkeypatch):
-    monkeypatch.setattr("oisd.run.summary.plot_training", lambda *_: [])
+def test_variants_run_and_resume(changes, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     # Without an evaluation, which the shorter run would do after its own last step.
     changes = {**changes, "run": {"steps": 2, "save_every": 1}, "eval": {"source": "none"}}
     train(whole, **changes)
     assert all(row["grad_norm"] > 0 for row in metrics(whole)[1:])
-    train(parts, **{**changes, "run": {"steps": 1}})
-    train(parts, **changes)
+    # As one that was killed in the second step.
+    shutil.copytree(whole, parts, ignore=shutil.ignore_patterns("step-2*"))
+    trainer = Trainer(from_tables(tables(parts, **changes)))
+    assert trainer.step == 1
+    trainer.train()
     assert_same_run(parts, whole, step=2)
 
 
-def test_cosine_ends_with_the_run_and_so_cannot_be_prolonged(tmp_path, monkeypatch):
-    monkeypatch.setattr("oisd.run.summary.plot_training", lambda *_: [])
+def test_cosine_ends_with_the_run_and_so_cannot_be_prolonged(tmp_path):
     optimizer = {"schedule": "cosine", "warmup_steps": 1, "learning_rate": 1e-3}
     changes = {"optimizer": optimizer, "eval": {"source": "none"}}
     train(tmp_path / "run", **changes, run={"steps": 3})
@@ -309,8 +316,7 @@ def test_cosine_ends_with_the_run_and_so_cannot_be_prolonged(tmp_path, monkeypat
         train(tmp_path / "run", **changes, run={"steps": 4})
 
 
-def test_annealed_weights_end_with_the_run_and_so_it_cannot_be_prolonged(tmp_path, monkeypatch):
-    monkeypatch.setattr("oisd.run.summary.plot_training", lambda *_: [])
+def test_annealed_weights_end_with_the_run_and_so_it_cannot_be_prolonged(tmp_path):
     oisd = {"think_schedule": "linear", "attention_schedule": "cosine", "attention_share": "none"}
     changes = {"oisd": oisd, "eval": {"source": "none"}}
     train(tmp_path / "run", **changes, run={"steps": 3})
@@ -330,8 +336,7 @@ def test_how_often_a_share_is_measured_is_fixed_where_a_weight_follows_it(tmp_pa
         Trainer(from_tables(tables(tmp_path / "run", oisd={"share_every": 1})))
 
 
-def test_measuring_shares_changes_no_number(tmp_path, monkeypatch):
-    monkeypatch.setattr("oisd.run.summary.plot_training", lambda *_: [])
+def test_measuring_shares_changes_no_number(tmp_path):
     changes = {"eval": {"source": "none"}, "grpo": {"minibatches": 2}}
     for every in (0, 1):
         oisd = {"attention_share": "none", "share_every": every}
@@ -353,7 +358,6 @@ def test_rows_of_advantage_0_that_shuffling_gives_another_are_kept(tmp_path, mon
     monkeypatch.setattr(
         oisd.trainer, "learn", lambda *given: [seen.append(given[2]), learn(*given)][1]
     )
-    monkeypatch.setattr("oisd.run.summary.plot_training", lambda *_: [])
     for skip in (True, False):
         train(
             tmp_path / str(skip), eval={"source": "none"}, run={"steps": 1},
@@ -373,11 +377,14 @@ def test_rows_of_advantage_0_that_shuffling_gives_another_are_kept(tmp_path, mon
 
 def test_more_processes_than_prompts(tmp_path):
     """The second process has no completion; a permutation is the same for any number of them."""
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2")
-    small = {"rollout": {"prompts_per_step": 1}, "run": {"steps": 1}, "eval": {"limit": 1}}
+    small: dict[str, Any] = {
+        "rollout": {"prompts_per_step": 1},
+        "run": {"steps": 1},
+        "eval": {"limit": 1},
+    }
     small["oisd"] = {"advantage": "shuffled"}
-    done = launch(tmp_path / "run", launcher=launcher, **small)
-    assert done.returncode == 0, done.stderr
+    (done,) = launch(tmp_path, [launched(tmp_path / "run", processes=2, **small)])
+    assert done.went_well, done.stderr
     two = metrics(tmp_path / "run")[1]
     assert two["reward"] is not None
     train(tmp_path / "one", **small)
@@ -403,8 +410,7 @@ def test_nan_names_step_and_batch_and_keeps_the_last_good_checkpoint(tmp_path, m
     report = json.loads((run / "nonfinite-step-4-rank-0.json").read_text())
     assert report["step"] == 4 and report["completions"]
     assert all(tensor.isfinite().all() for tensor in weights(run, 2).values())
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Trainer, "_roll_out", roll_out)
     assert Trainer(from_tables(tables(run))).train()["steps"] == 4
 
 

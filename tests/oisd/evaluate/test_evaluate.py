@@ -18,6 +18,7 @@ from oisd.evaluate import (
     Problem,
     avg_at_k,
     bootstrap_interval,
+    bootstrap_interval_of_mean,
     evaluate,
     in_order,
     pass_at_k,
@@ -69,6 +70,18 @@ def test_bootstrap_is_fixed_by_its_seed():
     assert first == again != other
     assert first == pytest.approx(other, abs=0.02)
     assert first[0] < np.mean(values) < first[1]
+
+
+def test_bootstrap_draws_the_problems_of_one_resample_after_another():
+    """However many resamples are drawn at once: intervals stay what they were, to the bit."""
+    groups = [np.random.default_rng(n).random(n).tolist() for n in (1, 7, 1319)]
+    generator, total = np.random.default_rng(5), np.zeros(103)
+    for values in groups:
+        for i in range(len(total)):
+            total[i] += np.array(values)[generator.integers(0, len(values), len(values))].mean()
+    wanted = np.quantile(total / 3, [0.25, 0.75])
+    found = bootstrap_interval_of_mean(groups, confidence=0.5, resamples=103, seed=5)
+    assert found == tuple(wanted)
 
 
 def test_bootstrap_width_is_that_of_the_normal_approximation():

@@ -40,7 +40,9 @@ def on_two_processes(
     """Runs of each case with half the batch on each of two processes."""
     halves = [{"per_device_train_batch_size": 4, "ddp_backend": "gloo"} | case for case in cases]
     file = folder / "runs.pt"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch = [sys.executable]
+    if environment == DEEPSPEED:  # it is not known to work in a forked process
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [*launch, "-m", "tests.oisd.integrations.trl_runs", str(file), json.dumps(halves)],

@@ -19,15 +19,13 @@ from transformers import PreTrainedTokenizerFast
 from trl.rewards import accuracy_reward
 
 from oisd.integrations.trl import OISDTrainer, math_reward
+from tests.oisd.integrations.graded import HALF, in_a_process
 from tests.oisd.integrations.trl_runs import PROMPTS, config, make
 from tests.tiny_models import tiny_model
 
 
 def said(text: Any, role: str = "assistant") -> dict[str, Any]:
     return {"role": role, "content": text}
-
-
-HALF = r"So it is $\boxed{\frac12}$."
 
 
 @pytest.mark.parametrize(
@@ -105,10 +103,6 @@ def test_columns():
 def test_errors_name_the_argument(completions, solution, says):
     with pytest.raises(ValueError, match="math_reward: .*" + says):
         math_reward(completions, solution=solution)
-
-
-def in_a_process(pickled: bytes) -> list[float | None]:
-    return pickle.loads(pickled)([HALF, HALF], final_answer=["0.5", r"\int_0^1 x dx"])
 
 
 def test_pickled_in_several_processes():

@@ -1,8 +1,9 @@
 """A short training run by TRL on a tiny model, for tests; also one process of several.
 
-    python -m torch.distributed.run --nproc-per-node 2 tests/trl_runs.py FILE OPTIONS
+    python -m tests.oisd.integrations.trl_runs FILE OPTIONS
 
-trains once for each of OPTIONS, a JSON list of those of `train`, and saves what each `Run` holds.
+trains on two processes once for each of OPTIONS, a JSON list of those of `train`, and saves what
+each `Run` holds. Under torchrun it is one of the processes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from oisd.arithmetic import arithmetic_tokenizer
 from oisd.integrations.alignment import gathered
 from oisd.integrations.trl import OISDConfig, OISDTrainer
 from oisd.models.layout import is_partitioned
+from tests.process_groups import on_ranks
 from tests.tiny_models import tiny_model
 
 # Set before TRL warns of it: `rollout_func` is experimental.
@@ -196,9 +198,8 @@ def allow_deepspeed_on_cpus() -> None:
     PartialState._prepare_backend = prepared
 
 
-if __name__ == "__main__":
+def main(file: str, cases: str) -> None:
     torch.set_num_threads(1)
-    file, cases = sys.argv[1:]
     allow_fsdp_on_cpus()
     allow_deepspeed_on_cpus()
     runs = [vars(train(**options)) for options in json.loads(cases)]
@@ -209,3 +210,9 @@ if __name__ == "__main__":
     # "terminate called without an active exception").
     sys.stderr.flush()
     os._exit(0)
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        main(*sys.argv[1:])
+    sys.exit(any(on_ranks(2, main, *sys.argv[1:])))

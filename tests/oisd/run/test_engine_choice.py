@@ -20,8 +20,17 @@ from oisd.run import engine_choice
 from oisd.run.engine_choice import ROUNDS, EngineChoice, choose_engine
 from oisd.run.processes import Processes
 from oisd.trainer import Trainer
-from tests.oisd.test_trainer import assert_same_run, metrics, reward_module, tables, train  # noqa: F401
+from tests.oisd.test_trainer import (
+    assert_same_run,
+    metrics,
+    reward_module,
+    tables,
+    train,
+    without_plots,
+)
 from tests.tiny_models import tiny_model
+
+__all__ = ["reward_module", "without_plots"]  # fixtures, for each test here
 
 PROMPTS = [[4, 7, 10, 8, 5, 11], [1, 10, 2, 11], [9, 9, 10, 1, 0, 11]] * 4
 AUTO = RolloutConfig(engine="auto", max_completion_tokens=9, trial_tokens=4, batch_size=5)
@@ -186,7 +195,6 @@ def test_the_file_reads_as_it_was_written(tmp_path):
 
 @pytest.mark.parametrize("faster", [pytest.param("generate", marks=pytest.mark.slow), "continuous"])
 def test_a_run_goes_on_with_the_engine_that_it_began_with(faster, tmp_path, monkeypatch):
-    monkeypatch.setattr("oisd.run.summary.plot_training", lambda *_: [])
     changes = {"rollout": {"engine": "auto"}, "run": {"steps": 2, "save_every": 1}}
     changes["eval"] = {"source": "none"}
     asked = []
@@ -213,8 +221,7 @@ def test_a_run_goes_on_with_the_engine_that_it_began_with(faster, tmp_path, monk
 
 
 @known_version
-def test_a_run_measures_by_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr("oisd.run.summary.plot_training", lambda *_: [])
+def test_a_run_measures_by_itself(tmp_path):
     trainer = Trainer(
         from_tables(
             tables(
