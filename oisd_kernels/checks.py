@@ -41,7 +41,7 @@ def argument_error(
 
 def is_dtensor(x: Any) -> bool:
     """By the type's module: torch.distributed is not in every build."""
-    return type(x).__module__.startswith("torch.distributed.tensor")
+    return isinstance(x, Tensor) and type(x).__module__.startswith("torch.distributed.tensor")
 
 
 def how_to_gather(argument: str, x: Any) -> str:

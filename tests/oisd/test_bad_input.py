@@ -116,7 +116,7 @@ def test_one_clear_message(name, in_tmp_path, capsys):
         assert main([*SMALL, *arguments]) == status
     except SystemExit as exit:  # tyro's own end, when a dataclass refuses a value
         assert exit.code == status
-    printed = re.sub(r"\s+", " ", capsys.readouterr().err)
+    printed = re.sub(r"[\s│]+", " ", capsys.readouterr().err)  # tyro draws a box
     assert re.search(message, printed, re.DOTALL), printed
     # Only a user's own function is shown with a traceback, its own.
     assert ("Traceback" in printed) == (name == "reward that raises")

@@ -379,7 +379,7 @@ def test_no_bars_of_other_libraries_and_a_table_into_a_closed_pipe(place):
     )  # fmt: skip
     os.close(writer)
     assert done.stderr == "" and done.returncode == 141
-    assert done.stdout.splitlines()[0].strip() == "oisd lens: m"
+    assert done.stdout.strip().splitlines()[0].strip() == "oisd lens: m"
 
 
 def test_ctrl_c_of_a_process(place):

@@ -71,8 +71,8 @@ def test_a_gold_that_nobody_can_read_is_left_out_for_all_and_named_once():
         found = math_reward([HALF, "no box", HALF], solution=[gold, gold, "1/2"])
         math_reward([HALF], solution=[gold])
     assert found == [None, None, 1.0]
-    (warning,) = caught
-    assert "tikzpicture" in str(warning.message) and "None" in str(warning.message)
+    (said,) = (text for each in caught if "math_reward" in (text := str(each.message)))
+    assert "tikzpicture" in said and "None" in said
 
 
 def test_columns():

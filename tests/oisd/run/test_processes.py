@@ -57,7 +57,7 @@ def start(folder: Path, *command: str, **more: str) -> subprocess.CompletedProce
 @pytest.mark.parametrize(
     "arguments, line",
     [
-        (["--run.sted", "3"], "Unrecognized options: --run.sted, 3"),
+        (["--run.sted", "3"], "Unrecognized options: --run.sted"),
         (["--data.source", "bad.jsonl"], "oisd: bad.jsonl: is not JSON: line 2"),
     ],
     ids=["command line", "data"],
