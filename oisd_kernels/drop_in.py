@@ -236,11 +236,15 @@ def chunked_divergence_loss(
         if checks.is_dtensor(x):
             got, remedy = f"a {type(x).__name__}", checks.how_to_gather(name, x)
             raise checks.argument_error(op, name, "be a plain tensor", got, remedy)
+    for name, x in zip(names[:2], given, strict=False):
+        if x.dim() == 0:
+            raise checks.argument_error(op, name, "have at least one dimension", list(x.shape))
     leading = student_hidden_states.shape[:-1]
-    for name, x in zip(names[1:], (teacher_hidden_states[..., 0], completion_mask), strict=True):
-        if x.shape != leading:
+    theirs = teacher_hidden_states.shape[:-1], completion_mask.shape
+    for name, shape in zip(names[1:], theirs, strict=True):
+        if shape != leading:
             wanted = f"have leading shape {list(leading)}, as student_hidden_states"
-            raise checks.argument_error(op, name, wanted, list(x.shape))
+            raise checks.argument_error(op, name, wanted, list(shape))
     student = student_hidden_states.reshape(-1, student_hidden_states.shape[-1])
     teacher = teacher_hidden_states.reshape(-1, teacher_hidden_states.shape[-1])
     weight, bias = _gathered(student_lm_head_weight, student_lm_head_bias, student.dtype)

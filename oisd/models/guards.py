@@ -23,7 +23,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -206,11 +206,14 @@ def judged(
 
 _OTHER_RELEASE = "try another release of transformers: its attention for this model is at fault"
 
+_BY_LENGTH = "train another model: sampled and updated probabilities of this one would differ"
+
 
 def causality(
     model: nn.Module, ids: Tensor, dtype: torch.dtype, tolerance: float | None = None
 ) -> Guard:
-    """A prefix's logits are those that the whole text has there: no position sees a later one.
+    """A prefix's logits are those that the whole text has there: no position sees a later one, nor
+    the length of the text.
 
     ids: [T], of which the prefixes of `PREFIXES` tokens are read.
     dtype: of the arithmetic; `tolerance` replaces the bound that follows from it.
@@ -218,13 +221,20 @@ def causality(
     bound = default_tolerance(dtype) if tolerance is None else tolerance
     lengths = [n for n in PREFIXES if n < len(ids)] or [max(1, len(ids) - 1)]
 
-    def measure() -> float:
+    def against(other: Callable[[int], Tensor]) -> float:
         with undisturbed(model):
             whole = logits(model, ids[None])[0]
-            return max(difference(logits(model, ids[None, :n])[0], whole[:n]) for n in lengths)
+            return max(difference(logits(model, other(n)[None])[0, :n], whole[:n]) for n in lengths)
 
     words = f"the logits of prefixes of {', '.join(map(str, lengths))} tokens and of the whole text"
-    return judged("causality", model, measure, bound, words, _OTHER_RELEASE)
+    prefixes = partial(against, lambda n: ids[:n])
+    guard = judged("causality", model, prefixes, bound, words, _OTHER_RELEASE)
+    if guard.remedy != _OTHER_RELEASE:
+        return guard
+    if against(lambda n: torch.cat([ids[:n], ids[:1].expand(len(ids) - n)])) <= bound:
+        found = f"{guard.found}, by the text's length and not by its later tokens"
+        return replace(guard, found=found, remedy=_BY_LENGTH)
+    return guard
 
 
 def _padded(model: nn.Module, ids: Tensor, left: bool, positions: bool) -> tuple[float, int, int]:

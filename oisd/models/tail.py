@@ -163,6 +163,9 @@ class Replay(nn.Module):
             return False
 
     def forward(self, hidden: Tensor) -> Tensor:
+        # A token of padding may be 0 in a stream, where a decoder that takes its norm has no slope:
+        # of such a token, which has no use, that would make every gradient NaN.
+        hidden = torch.where((hidden == 0).all(-1, keepdim=True), hidden.detach(), hidden)
         # [B, T]: the two axes before the last, also where streams come first. Any text will do.
         text = torch.ones(hidden.shape[-3:-1], dtype=torch.long, device=hidden.device)
         holder, name = self.place

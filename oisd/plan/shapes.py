@@ -154,6 +154,14 @@ _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attentio
           "vocab_size")  # fmt: skip
 
 
+def _value(config: Any, name: str) -> Any:
+    """None also where each layer has its own, as Gemma 4's: transformers refuses to name one."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # of a class that only newer versions have
+        return None
+
+
 def _formula(config: Any, source: str) -> Shape:
     text = config.get_text_config()
     if config.is_encoder_decoder:
@@ -162,7 +170,7 @@ def _formula(config: Any, source: str) -> Shape:
             f"{config.model_type}, which has an encoder too"
         )
     for name in _SIZES:
-        size = getattr(text, name, None)
+        size = _value(text, name)
         if not isinstance(size, int) or size < 1:
             raise ConfigError(
                 f"model.path: the plan wants a decoder with gated feed-forward blocks, got a "
@@ -175,8 +183,8 @@ def _formula(config: Any, source: str) -> Shape:
         width=text.hidden_size,
         feed_forward=text.intermediate_size,
         heads=heads,
-        key_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        key_heads=_value(text, "num_key_value_heads") or heads,
+        head_dim=_value(text, "head_dim") or text.hidden_size // heads,
         vocabulary=text.vocab_size,
         tied=bool(getattr(text, "tie_word_embeddings", False)),
         qk_norm=text.model_type in ("qwen3", "gemma3_text"),

@@ -50,7 +50,8 @@ def linear_logprob(
         bias: [V].
         temperature: divides the logits, above 0.
         logit_softcap: c of c * tanh(logits / c), applied before the temperature; at least 0.01, and
-            0.01 of the temperature.
+            0.01 of the temperature. In float32 "chunked" knows its slope to about 1e-6 of
+            temperature / c, which counts where most logits are far beyond c.
         impl: "chunked", which "auto" takes: a chunk of tokens at a time, 2 matmuls of 2*N*D*V with
             gradient to `hidden`, 4 with gradient to `weight` or `bias`, whose backward computes the
             logits again. Its gradient cannot be differentiated. "reference": all logits in memory,

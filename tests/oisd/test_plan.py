@@ -81,6 +81,20 @@ def test_a_configuration_that_is_here_goes_first(tmp_path):
     )
 
 
+def test_a_size_that_each_layer_has_its_own_of_is_not_asked_for(monkeypatch):
+    """transformers 5.24 raises an error of its own for Gemma 4's head_dim."""
+    config = AutoConfig.for_model("qwen3", head_dim=8, num_attention_heads=4, hidden_size=64)
+    cls = type(config)
+
+    def refuse(own, name):
+        if name == "head_dim":
+            raise RuntimeError("'head_dim' is a per-layer attribute")
+        return object.__getattribute__(own, name)
+
+    monkeypatch.setattr(cls, "__getattribute__", refuse)
+    assert planning.shapes._formula(config, "here").head_dim == 16
+
+
 def test_unknown_models_say_how_to_go_on():
     with pytest.raises(ConfigError, match="hf download nobody/nothing config.json"):
         model_shape("nobody/nothing")

@@ -305,3 +305,10 @@ def test_trl_function_rejects():
     arguments["beta"] = 0.5
     name = "ChunkedDivergenceFunction"
     rejects(ChunkedDivergenceFunction.apply, arguments, "student_hidden", "[2, 3, 8]", name)
+
+
+def test_a_number_for_hidden_states_is_refused():
+    head, mask = torch.zeros(5, 4), torch.ones(1, 3)
+    for given in ((torch.zeros(1, 3, 4), torch.tensor(1.0)), (torch.tensor(1.0),) * 2):
+        with pytest.raises(ValueError, match="hidden_states must have at least one dimension"):
+            chunked_divergence_loss(*given, head, head, mask, 0.5)

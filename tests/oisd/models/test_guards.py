@@ -185,6 +185,15 @@ def is_mended() -> bool | None:
     return TRANSFORMERS >= (5, 24)
 
 
+def test_logits_that_depend_on_the_length_alone_are_not_said_to_see_the_future():
+    found = look(guards.causality, faulty(change=lambda x: x + x.roll(1, -1) * len(x[0]) / 100))
+    assert found.corrupts and "by the text's length and not by its later tokens" in found.found
+    assert found.remedy.startswith("train another model")
+    seen = look(guards.causality, faulty(change=lambda x: x + 0.01 * x.mean(1, keepdim=True)))
+    assert not seen.holds and "length" not in seen.found
+    assert "another release of transformers" in seen.remedy
+
+
 @pytest.mark.parametrize("name", ["glm_moe_dsa", "doge"])
 def test_attention_that_sees_the_future_under_sdpa(name):
     model = other_model(name)

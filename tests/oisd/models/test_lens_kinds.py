@@ -86,6 +86,20 @@ def test_parameters_of_a_tail_in_the_decoders_own_forward(freeze):
     assert model.model.layers[3].mlp.up_proj.weight.grad is None
 
 
+def test_padding_that_is_zero_in_a_stream_makes_no_gradient_nan():
+    """As that of a token whose embedding is 0: Gemma 3n has no slope of its norm there."""
+    model = swept_model(tiny_config("gemma3n_text"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = 0
+    ids = torch.randint(3, 131, (3, 21), generator=torch.Generator().manual_seed(5))
+    mask = torch.arange(21) < torch.tensor([[21], [15], [9]])
+    with Taps(model, [3], attention=False) as taps:
+        model(input_ids=ids * mask, attention_mask=mask.long(), use_cache=False)
+        taps.student_hidden()[:, mask].square().mean().backward()
+    norms = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None])
+    assert norms.isfinite().all() and (norms > 1e-6).sum() > 20
+
+
 def test_a_layer_that_does_not_run_on_text_has_the_lens_of_the_one_before():
     model = swept_model(tiny_config("mllama"))
     skipped = model.config.get_text_config().cross_attention_layers[0] + 1
