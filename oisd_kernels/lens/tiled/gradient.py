@@ -111,6 +111,7 @@ PRODUCTS = {
         ("weight", "odd"): Product(64, 16, 8, 2),
     },
 }
+PRODUCTS[86] = PRODUCTS[80]  # where older and consumer cards look
 INTERPRETED = Product(16, 16, 4, 1)
 
 
