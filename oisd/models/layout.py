@@ -46,7 +46,7 @@ from oisd.models.probe import (
     probe_ids,
     run_probe,
 )
-from oisd.models.refusals import EAGER, WITHOUT_ATTENTION, UnsupportedModelError
+from oisd.models.refusals import EAGER, WITHOUT_ATTENTION, Remedy, UnsupportedModelError
 from oisd.models.tail import Replay, Step, Tail, find_steps
 from oisd.schema import one_line
 
@@ -138,8 +138,9 @@ def learned_positions(model: Any) -> int | None:
 def find_layout(model: Any) -> Layout:
     """The parts of `model` between its last layer and its logits, each verified by the probe."""
 
-    def refuse(what: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"Taps: {type(model).__name__} is not understood: {what}")
+    def refuse(what: str, *remedies: Remedy) -> UnsupportedModelError:
+        what = f"Taps: {type(model).__name__} is not understood: {what}"
+        return UnsupportedModelError(what, *remedies)
 
     head, depth = model.get_output_embeddings(), depth_of(model)
     if model.config.is_encoder_decoder or not isinstance(head, nn.Module):
@@ -158,12 +159,10 @@ def find_layout(model: Any) -> Layout:
     except (UnsupportedModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever a model wants that is no plain text
-        why = f"its forward of four tokens ends in {type(error).__name__}: {one_line(error)[:200]}"
-        refusal = refuse(why)
+        what = f"its forward of four tokens ends in {type(error).__name__}: {one_line(error)[:200]}"
         implementation = getattr(model.config, "_attn_implementation", None)
-        if f"`{implementation}` attention does not support" in str(error):  # transformers 5.24
-            refusal = UnsupportedModelError(refusal.reason, EAGER)
-        raise refusal from error
+        lacks = f"`{implementation}` attention does not support" in str(error)  # transformers 5.24
+        raise refuse(what, *([EAGER] if lacks else [])) from error
     found = {} if probe is None else probe.layers
     ran = [each for each in lists if decoders[each] is first and any(m in found for m in each)]
     if probe is None or not ran:
